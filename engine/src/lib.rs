@@ -1,1 +1,25 @@
-//! engine
+//! Arithmetic on one device: tensors, a tape over a closed set of operations, kernels.
+//!
+//! The engine knows no networks and no ranks. Frozen weights never receive a gradient: the tape
+//! records an operation only when one of its inputs is tracked, and a backward closure keeps just
+//! what it needs. Feature maps are NHWC `[B,H,W,C]`, tokens are `[B,T,C]`, attention keeps its heads
+//! interleaved in the last axis, linear weights are `[out,in]`, convolution weights `[out,kh,kw,in]`.
+
+pub mod backend;
+pub mod cpu;
+mod device;
+mod error;
+mod ops;
+mod params;
+mod pool;
+mod tape;
+mod tensor;
+
+pub use backend::{Activation, ConvGeometry, ElementLoss, LossSpec};
+pub use device::Device;
+pub use error::{EngineError, Result};
+pub use ops::{Adapter, AttentionShape, Conv2d, Embedding, GroupNorm, LayerNorm, Linear};
+pub use params::{ParamId, ParamStore};
+pub use pool::{PoolStats, pool_stats, release_pool};
+pub use tape::{Tape, Value};
+pub use tensor::{DType, Tensor};

@@ -1,0 +1,85 @@
+//! Trainable parameters: one flat f32 tensor and the places of its parts.
+
+use crate::{DType, Device, EngineError, Result, Tensor};
+
+/// Names one trainable tensor of a [`ParamStore`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ParamId(pub usize);
+
+/// Where a parameter lies in the flat tensor.
+#[derive(Clone, Debug)]
+struct Place {
+    offset: usize,
+    shape: Vec<usize>,
+}
+
+/// All trainable tensors, in the order of registration, in one flat f32 tensor.
+pub struct ParamStore {
+    flat: Tensor,
+    places: Vec<Place>,
+}
+
+impl ParamStore {
+    /// Lays out tensors given as `(shape, row-major data)`.
+    pub fn new(device: Device, tensors: &[(Vec<usize>, Vec<f32>)]) -> Result<Self> {
+        let mut data = Vec::with_capacity(tensors.iter().map(|(_, d)| d.len()).sum());
+        let mut places = Vec::with_capacity(tensors.len());
+        for (shape, values) in tensors {
+            if shape.iter().product::<usize>() != values.len() {
+                let detail = format!("{} elements for the shape {shape:?}", values.len());
+                return Err(EngineError::shape("parameter", detail));
+            }
+            places.push(Place { offset: data.len(), shape: shape.clone() });
+            data.extend_from_slice(values);
+        }
+        let flat = Tensor::from_f32(device, &[data.len()], &data, DType::F32)?;
+        Ok(Self { flat, places })
+    }
+
+    /// Number of parameters (tensors).
+    pub fn count(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Number of elements of all parameters.
+    pub fn len(&self) -> usize {
+        self.flat.len()
+    }
+
+    /// Whether there are no parameters.
+    pub fn is_empty(&self) -> bool {
+        self.places.is_empty()
+    }
+
+    /// Device of the flat tensor.
+    pub fn device(&self) -> Device {
+        self.flat.device()
+    }
+
+    /// Elements of one parameter within the flat tensor.
+    pub fn range(&self, id: ParamId) -> std::ops::Range<usize> {
+        let place = &self.places[id.0];
+        place.offset..place.offset + place.shape.iter().product::<usize>()
+    }
+
+    /// Shape of one parameter.
+    pub fn shape(&self, id: ParamId) -> &[usize] {
+        &self.places[id.0].shape
+    }
+
+    /// A view of one parameter. Drop it before [`ParamStore::flat_mut`] is used.
+    pub fn tensor(&self, id: ParamId) -> Result<Tensor> {
+        let place = &self.places[id.0];
+        self.flat.view(place.offset, &place.shape)
+    }
+
+    /// The flat tensor, to read.
+    pub fn flat(&self) -> &Tensor {
+        &self.flat
+    }
+
+    /// The flat tensor, for the optimizer.
+    pub fn flat_mut(&mut self) -> &mut Tensor {
+        &mut self.flat
+    }
+}

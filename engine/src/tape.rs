@@ -1,0 +1,324 @@
+//! Reverse-mode differentiation over the operations of this crate.
+//!
+//! A [`Value`] is a tensor and, if a gradient must reach something behind it, an origin. Operations
+//! push a node only when an input is tracked; its backward closure keeps just what it needs and is
+//! dropped as soon as it has run. Gradients are moved on the first contribution and added in place
+//! after. A parameter's gradient goes to the caller the moment it is final. A segment can be
+//! checkpointed: its inside is forgotten and replayed when its gradient is needed.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use crate::params::{ParamId, ParamStore};
+use crate::{EngineError, Result, Tensor};
+
+/// What a gradient flows to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// Frozen: no gradient is wanted.
+    None,
+    /// A node of the tape that made the value.
+    Node(usize),
+    /// A trainable parameter.
+    Param(ParamId),
+    /// Tracked, inside a checkpointed segment whose nodes are not kept.
+    Forgotten,
+}
+
+/// A tensor and where its gradient goes.
+#[derive(Clone, Debug)]
+pub struct Value {
+    tensor: Tensor,
+    origin: Origin,
+}
+
+impl Value {
+    /// A value that needs no gradient.
+    pub fn constant(tensor: Tensor) -> Self {
+        Self { tensor, origin: Origin::None }
+    }
+
+    /// The numbers.
+    pub fn tensor(&self) -> &Tensor {
+        &self.tensor
+    }
+
+    /// Shape of the tensor.
+    pub fn shape(&self) -> &[usize] {
+        self.tensor.shape()
+    }
+
+    /// Whether a gradient will be computed for it.
+    pub fn is_tracked(&self) -> bool {
+        self.origin != Origin::None
+    }
+
+    /// The same numbers without a gradient.
+    pub fn detach(&self) -> Self {
+        Self::constant(self.tensor.clone())
+    }
+
+    pub(crate) fn origin(&self) -> Origin {
+        self.origin
+    }
+}
+
+type Backward<'m> = Box<dyn FnOnce(Tensor, &mut Gradients<'_, '_>) -> Result<()> + 'm>;
+
+/// How operations are noted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    /// Nodes are kept for a backward pass.
+    Record,
+    /// Inside a checkpointed segment: only the uses of parameters are counted.
+    Forget,
+    /// A checkpointed segment run again: nodes are kept, uses were counted the first time.
+    Replay,
+    /// No gradient will be asked for.
+    Inference,
+}
+
+/// A tape over parameters of `'m`, the life of the model whose layers it runs.
+pub struct Tape<'m> {
+    params: Option<&'m ParamStore>,
+    /// One per tracked result; `None` for the inputs of a replayed segment.
+    nodes: RefCell<Vec<Option<Backward<'m>>>>,
+    /// How often each parameter was read, shared with the segments of this tape.
+    uses: Rc<RefCell<Vec<u32>>>,
+    mode: Mode,
+    checkpointing: bool,
+}
+
+impl<'m> Tape<'m> {
+    /// A tape that records for one backward pass over `params`. With `checkpointing`, the inside of
+    /// every [`Tape::segment`] is recomputed in the backward pass instead of kept.
+    pub fn new(params: &'m ParamStore, checkpointing: bool) -> Self {
+        let uses = Rc::new(RefCell::new(vec![0; params.count()]));
+        Self::with_mode(Some(params), uses, Mode::Record, checkpointing)
+    }
+
+    /// A tape that records nothing; adapters read from `params` where given.
+    pub fn inference(params: Option<&'m ParamStore>) -> Self {
+        Self::with_mode(params, Rc::default(), Mode::Inference, false)
+    }
+
+    fn with_mode(
+        params: Option<&'m ParamStore>,
+        uses: Rc<RefCell<Vec<u32>>>,
+        mode: Mode,
+        checkpointing: bool,
+    ) -> Self {
+        Self { params, nodes: RefCell::default(), uses, mode, checkpointing }
+    }
+
+    /// A trainable parameter, to be used by exactly one operation.
+    pub fn param(&self, id: ParamId) -> Result<Value> {
+        let params = self.params.ok_or_else(|| {
+            EngineError::Tape(format!("parameter {} is used without a parameter store", id.0))
+        })?;
+        let tensor = params.tensor(id)?;
+        if self.mode == Mode::Inference {
+            return Ok(Value::constant(tensor));
+        }
+        if self.mode != Mode::Replay {
+            self.uses.borrow_mut()[id.0] += 1;
+        }
+        Ok(Value { tensor, origin: Origin::Param(id) })
+    }
+
+    /// Notes an operation: `backward` gets the gradient of `tensor` and adds those of `inputs`.
+    pub(crate) fn record(
+        &self,
+        tensor: Tensor,
+        inputs: &[&Value],
+        backward: impl FnOnce(Tensor, &mut Gradients<'_, '_>) -> Result<()> + 'm,
+    ) -> Value {
+        let tracked = inputs.iter().any(|value| value.is_tracked());
+        if !tracked || self.mode == Mode::Inference {
+            return Value::constant(tensor);
+        }
+        if self.mode == Mode::Forget {
+            return Value { tensor, origin: Origin::Forgotten };
+        }
+        let origin = self.push(Some(Box::new(backward)));
+        Value { tensor, origin }
+    }
+
+    fn push(&self, node: Option<Backward<'m>>) -> Origin {
+        let mut nodes = self.nodes.borrow_mut();
+        nodes.push(node);
+        Origin::Node(nodes.len() - 1)
+    }
+
+    /// Runs `run` on `inputs` as a unit that may be checkpointed.
+    ///
+    /// Gradients of the inputs are summed inside the segment before they join others outside, with
+    /// checkpointing or without, so that both give the same bits.
+    pub fn segment(
+        &self,
+        inputs: &[&Value],
+        run: impl Fn(&Tape<'m>, &[Value]) -> Result<Value> + 'm,
+    ) -> Result<Value> {
+        let owned = |values: &[&Value]| values.iter().map(|v| (*v).clone()).collect::<Vec<_>>();
+        match self.mode {
+            Mode::Inference | Mode::Forget => run(self, &owned(inputs)),
+            Mode::Record if self.checkpointing => self.forget(inputs, run),
+            Mode::Record | Mode::Replay => {
+                let aliases: Vec<Value> = inputs.iter().map(|value| self.alias(value)).collect();
+                run(self, &aliases)
+            }
+        }
+    }
+
+    fn alias(&self, value: &Value) -> Value {
+        let origin = value.origin;
+        self.record(value.tensor.clone(), &[value], move |dy, grads| grads.add(origin, dy))
+    }
+
+    fn forget(
+        &self,
+        inputs: &[&Value],
+        run: impl Fn(&Tape<'m>, &[Value]) -> Result<Value> + 'm,
+    ) -> Result<Value> {
+        let forgetful = Self::with_mode(self.params, self.uses.clone(), Mode::Forget, false);
+        let hidden: Vec<Value> = inputs
+            .iter()
+            .map(|value| Value {
+                tensor: value.tensor.clone(),
+                origin: if value.is_tracked() { Origin::Forgotten } else { Origin::None },
+            })
+            .collect();
+        let out = run(&forgetful, &hidden)?;
+        if !out.is_tracked() {
+            return Ok(out);
+        }
+        let saved: Vec<Value> = inputs.iter().map(|value| (*value).clone()).collect();
+        let (params, uses) = (self.params, self.uses.clone());
+        let origin = self.push(Some(Box::new(move |dy, grads| {
+            let replay = Tape::with_mode(params, uses, Mode::Replay, false);
+            let leaves: Vec<Value> = saved
+                .iter()
+                .map(|value| Value {
+                    tensor: value.tensor.clone(),
+                    origin: if value.is_tracked() { replay.push(None) } else { Origin::None },
+                })
+                .collect();
+            let out = run(&replay, &leaves)?;
+            let (origin, count) = (out.origin, leaves.len());
+            drop((out, leaves));
+            let inner = replay.run_backward(origin, dy, count, grads.sink)?;
+            let tracked = saved.iter().filter(|value| value.is_tracked());
+            for (value, gradient) in tracked.zip(inner) {
+                if let Some(gradient) = gradient {
+                    grads.add(value.origin, gradient)?;
+                }
+            }
+            Ok(())
+        })));
+        Ok(Value { tensor: out.tensor, origin })
+    }
+
+    /// Sends the gradient 1 from the scalar `loss` to every parameter it depends on.
+    ///
+    /// `ready` gets each parameter's gradient (f32, the parameter's shape) as soon as it is final,
+    /// in an order that is the same on every rank.
+    pub fn backward(
+        self,
+        loss: &Value,
+        ready: &mut dyn FnMut(ParamId, Tensor) -> Result<()>,
+    ) -> Result<()> {
+        if !loss.is_tracked() {
+            return Err(EngineError::Tape("the loss does not depend on any parameter".into()));
+        }
+        let one = Tensor::from_f32(loss.tensor.device(), loss.shape(), &[1.], loss.tensor.dtype())?;
+        let remaining = std::mem::take(&mut *self.uses.borrow_mut());
+        let slots = remaining.iter().map(|_| None).collect();
+        let mut sink = ParamSink { slots, remaining, ready };
+        self.run_backward(loss.origin, one, 0, &mut sink)?;
+        sink.flush()
+    }
+
+    /// Runs the nodes in reverse; gives the gradients of the first `leaves` nodes.
+    fn run_backward(
+        self,
+        origin: Origin,
+        seed: Tensor,
+        leaves: usize,
+        sink: &mut ParamSink<'_>,
+    ) -> Result<Vec<Option<Tensor>>> {
+        let mut nodes = self.nodes.into_inner();
+        let slots = nodes.iter().map(|_| None).collect();
+        let mut grads = Gradients { slots, sink };
+        grads.add(origin, seed)?;
+        while let Some(node) = nodes.pop() {
+            let Some(backward) = node else {
+                // The leaves of a replay were pushed before everything else.
+                break;
+            };
+            if let Some(dy) = grads.slots[nodes.len()].take() {
+                backward(dy, &mut grads)?;
+            }
+        }
+        grads.slots.truncate(leaves);
+        Ok(grads.slots)
+    }
+}
+
+/// Gradients on their way: one slot per node of the running tape, and the parameters'.
+pub(crate) struct Gradients<'g, 'h> {
+    slots: Vec<Option<Tensor>>,
+    sink: &'g mut ParamSink<'h>,
+}
+
+impl Gradients<'_, '_> {
+    /// Adds a contribution to the gradient of a value.
+    pub(crate) fn add(&mut self, to: Origin, gradient: Tensor) -> Result<()> {
+        match to {
+            Origin::None => Ok(()),
+            Origin::Node(index) => add_to(&mut self.slots[index], gradient),
+            Origin::Param(id) => self.sink.add(id, gradient),
+            Origin::Forgotten => {
+                Err(EngineError::Tape("a gradient reached the inside of a closed segment".into()))
+            }
+        }
+    }
+}
+
+/// The gradients of the parameters, handed out when the last use has contributed.
+struct ParamSink<'h> {
+    slots: Vec<Option<Tensor>>,
+    remaining: Vec<u32>,
+    ready: &'h mut dyn FnMut(ParamId, Tensor) -> Result<()>,
+}
+
+impl ParamSink<'_> {
+    fn add(&mut self, id: ParamId, gradient: Tensor) -> Result<()> {
+        add_to(&mut self.slots[id.0], gradient)?;
+        self.remaining[id.0] = self.remaining[id.0].saturating_sub(1);
+        match self.slots[id.0].take() {
+            Some(done) if self.remaining[id.0] == 0 => (self.ready)(id, done),
+            pending => {
+                self.slots[id.0] = pending;
+                Ok(())
+            }
+        }
+    }
+
+    /// Hands out what a dead branch kept from being final.
+    fn flush(&mut self) -> Result<()> {
+        for index in 0..self.slots.len() {
+            if let Some(gradient) = self.slots[index].take() {
+                (self.ready)(ParamId(index), gradient)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn add_to(slot: &mut Option<Tensor>, gradient: Tensor) -> Result<()> {
+    *slot = Some(match slot.take() {
+        None => gradient,
+        Some(sum) => sum.device().backend().accumulate(sum, &gradient)?,
+    });
+    Ok(())
+}
