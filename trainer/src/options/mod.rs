@@ -1,1 +1,37 @@
-//! Placeholder line replaced by the module's promise.
+//! Options of `lorarun train`: one list declares name, type, default, help and support of each.
+//!
+//! Names and defaults are those of sd-scripts' `train_network.py`, so that existing configs work.
+//! Two steps: what was written ([`parse`]: strict about names, lenient about types), then checks
+//! across options ([`validate`]). Adding an option is one entry in a `list_*.rs`.
+//!
+//! - `value`, `choices`: types of values · `table`: the declaring macro and the row type
+//! - `list_*`: the options · `arguments`: `key=value` lists · `config_file`: TOML with places
+//! - `parse`: command line over file over default · `validate`: rules · `help`: printing
+
+#[macro_use]
+mod table;
+#[macro_use]
+mod list_dataset;
+#[macro_use]
+mod list_machine;
+#[macro_use]
+mod list_model;
+#[macro_use]
+mod list_output;
+#[macro_use]
+mod list_training;
+mod choices;
+mod value;
+
+pub use choices::*;
+pub use table::{Group, OptionSpec, Origin, Support};
+pub use value::{CropRange, IntOrFloat, Kind, Mismatch, OptionValue, Resolution};
+
+use std::path::PathBuf;
+
+chain_lists! { [
+    config_options model_options network_options dataset_options caption_options
+    training_options optimizer_options noise_options saving_options metadata_options
+    logging_options sampling_options validation_options performance_options
+    deepspeed_options hub_options
+] }

@@ -1,0 +1,72 @@
+//! Option list: performance switches of the reference, DeepSpeed and uploads to a hub.
+//!
+//! The doc comment of an entry is what `lorarun train --help` prints.
+
+macro_rules! performance_options {
+    ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Performance {
+        /// Memory-efficient attention of the xformers library.
+        xformers: bool = false, NoEffect("attention is always memory-efficient");
+        /// Attention of PyTorch 2.
+        sdpa: bool = false, NoEffect("attention is always memory-efficient");
+        /// Memory-efficient attention.
+        mem_eff_attn: bool = false, NoEffect("attention is always memory-efficient");
+        /// Compile the model with PyTorch.
+        torch_compile: bool = false, NoEffect("there is no PyTorch to compile for");
+        /// Compiler of `--torch_compile`. Default `inductor`.
+        dynamo_backend: DynamoBackend = DynamoBackend::Inductor, NoEffect("there is no PyTorch to compile for");
+        /// Load the model without a copy in main memory.
+        lowram: bool = false, NoEffect("the base model is memory-mapped, never copied as a whole");
+        /// Keep caches of the graphics memory.
+        highvram: bool = false, NoEffect("memory is pooled by this program itself");
+        /// Minutes a rank waits for the others.
+        ddp_timeout: Option<usize> = None, NoEffect("every exchange between ranks has its own deadline");
+        /// Layout of gradients between processes.
+        ddp_gradient_as_bucket_view: bool = false, NoEffect("gradients are always reduced in place in flat buckets");
+        /// The graph of a step never changes.
+        ddp_static_graph: bool = false, NoEffect("the order of a step's gradients is always fixed");
+    } } };
+}
+
+macro_rules! deepspeed_options {
+    ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Deepspeed {
+        /// Train with DeepSpeed.
+        deepspeed: bool = false, NotYet("start several ranks with `lorarun --num_processes N train ...`");
+        /// What DeepSpeed divides among processes (0 to 3). Default 2.
+        zero_stage: usize = 2, NotYet("");
+        /// Where DeepSpeed puts the optimizer's state.
+        offload_optimizer_device: Option<OffloadDevice> = None, NotYet("");
+        /// Folder for the optimizer's state.
+        offload_optimizer_nvme_path: Option<PathBuf> = None, NotYet("");
+        /// Where DeepSpeed puts weights.
+        offload_param_device: Option<OffloadDevice> = None, NotYet("");
+        /// Folder for weights.
+        offload_param_nvme_path: Option<PathBuf> = None, NotYet("");
+        /// Divide weights while building the model.
+        zero3_init_flag: bool = false, NotYet("");
+        /// Save divided weights as 16-bit numbers.
+        zero3_save_16bit_model: bool = false, NotYet("");
+        /// Keep weights and gradients in float16.
+        fp16_master_weights_and_gradients: bool = false, NotYet("");
+    } } };
+}
+
+macro_rules! hub_options {
+    ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Hub {
+        /// Repository to upload trained files to.
+        huggingface_repo_id: Option<String> = None, NotYet("");
+        /// Kind of that repository.
+        huggingface_repo_type: Option<String> = None, NotYet("");
+        /// Folder in that repository.
+        huggingface_path_in_repo: Option<String> = None, NotYet("");
+        /// Access token for uploads.
+        huggingface_token: Option<String> = None, NotYet("");
+        /// `public`, or private when not given.
+        huggingface_repo_visibility: Option<String> = None, NotYet("");
+        /// Upload saved states too.
+        save_state_to_huggingface: bool = false, NotYet("");
+        /// Go on from a state in a repository.
+        resume_from_huggingface: bool = false, NotYet("");
+        /// Upload while training goes on.
+        async_upload: bool = false, NotYet("");
+    } } };
+}

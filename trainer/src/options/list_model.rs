@@ -1,0 +1,84 @@
+//! Option list: the run's config file, the base model and the network that is trained on it.
+//!
+//! The doc comment of an entry is what `lorarun train --help` prints.
+
+macro_rules! config_options {
+    ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Config {
+        /// TOML file with any of these options as keys; the same as giving the file as first
+        /// argument. Section names are only for the eye, the command line wins over the file, and
+        /// the suffix `.toml` may be left out. Relative paths are taken from the current folder.
+        config_file: Option<PathBuf> = None, Supported;
+        /// Write the options of this command line to the file named by `--config_file` and end.
+        /// An existing file is never overwritten.
+        output_config: bool = false, Supported;
+        /// Check the configuration and the data, print the resolved plan and end without training.
+        dry_run: bool = false, Supported;
+        /// Device that computes: only `cpu` for now.
+        device: Device = Device::Cpu, Supported;
+        /// CPU threads of each rank. Default: the cores of this machine divided by its ranks.
+        /// More threads than cores make every step slower.
+        threads: Option<usize> = None, Supported;
+    } } };
+}
+
+macro_rules! model_options {
+    ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Model {
+        /// Base model to train on: a single `.safetensors` or `.ckpt` file in the original layout,
+        /// a folder in diffusers layout, or a hub id such as `org/name`. Required.
+        pretrained_model_name_or_path: Option<String> = None, Supported;
+        /// The base model is Stable Diffusion 2.x. It is recognised from the file as well; saying
+        /// the wrong thing here stops the run instead of training a useless LoRA.
+        v2: bool = false, Supported;
+        /// The base model predicts v (velocity) instead of the noise, as SD 2.x 768-v does. Wrong
+        /// use gives a loss that looks fine and images that are broken.
+        v_parameterization: bool = false, Supported;
+        /// Another VAE in place of the base model's: a file or a diffusers folder.
+        vae: Option<PathBuf> = None, Supported;
+        /// Folder for a downloaded tokenizer.
+        tokenizer_cache_dir: Option<PathBuf> = None,
+            NoEffect("the tokenizer comes with the model folder or with the program, nothing is downloaded for it");
+        /// Take the text encoder's output N layers before its last one (1 = last layer). Use what
+        /// you use when generating: 2 is usual for anime models. Default: the last layer.
+        clip_skip: Option<usize> = None, Supported;
+        /// Longest caption in tokens: 150 or 225, in windows of 75 each. Default: 75; what is
+        /// longer is cut off without being seen.
+        max_token_length: Option<usize> = None, Supported;
+        /// Read `(word:1.3)` and `[word]` in captions as weights of these words. Commas inside the
+        /// parentheses break it when captions are shuffled.
+        weighted_captions: bool = false, Supported;
+    } } };
+}
+
+macro_rules! network_options {
+    ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Network {
+        /// Kind of network to train. `networks.lora` (the default here) is LoRA on linear and 1x1
+        /// convolution layers, on 3x3 convolutions too with `--network_args conv_dim=N`.
+        network_module: Option<String> = None, Supported;
+        /// Rank of the LoRA: more learns more detail, makes a larger file and overfits earlier.
+        /// Default 4; 4 to 32 serve most subjects.
+        network_dim: Option<usize> = None, Supported;
+        /// The LoRA's output is scaled by alpha / dim. Default 1, which keeps early updates small:
+        /// changing it changes the effective learning rate. 0 means the same as dim.
+        network_alpha: f64 = 1.0, Supported;
+        /// Probability with which each neuron of the LoRA is dropped in a step (0 to 1).
+        network_dropout: Option<f64> = None, NotYet("");
+        /// Further settings of the network as `key=value`: `conv_dim=4` `conv_alpha=1` train 3x3
+        /// convolutions too (LoRA-C3Lier).
+        network_args: Option<Vec<String>> = None, Supported;
+        /// Existing LoRA file to continue from. Its rank must fit `--network_dim`, or give
+        /// `--dim_from_weights`.
+        network_weights: Option<PathBuf> = None, Supported;
+        /// Take rank and alpha of every layer from the file given as `--network_weights`.
+        dim_from_weights: bool = false, Supported;
+        /// Train only the LoRA modules of the U-Net; the text encoder stays as it is.
+        network_train_unet_only: bool = false, Supported;
+        /// Train only the LoRA modules of the text encoder; the U-Net stays as it is.
+        network_train_text_encoder_only: bool = false, Supported;
+        /// After each step scale down modules whose weight norm exceeds this value (1 is a start).
+        scale_weight_norms: Option<f64> = None, NotYet("");
+        /// LoRA files to merge into the base model before training.
+        base_weights: Option<Vec<String>> = None, NotYet("");
+        /// Strength of each file of `--base_weights`. Default 1.0 each.
+        base_weights_multiplier: Option<Vec<f64>> = None, NotYet("");
+    } } };
+}

@@ -1,0 +1,133 @@
+//! Option list: saving, metadata, resuming, logging, samples and validation.
+//!
+//! The doc comment of an entry is what `lorarun train --help` prints.
+
+macro_rules! saving_options {
+    ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Saving {
+        /// Folder for the trained files; made when missing. Required.
+        output_dir: Option<PathBuf> = None, Supported;
+        /// Name of the trained files without suffix. Default `last` (`epoch`, `at` for files saved
+        /// on the way).
+        output_name: Option<String> = None, Supported;
+        /// File format: `safetensors` (default), or a pickle as `ckpt` or `pt`.
+        save_model_as: SaveModelAs = SaveModelAs::Safetensors, Supported;
+        /// Number type in the file: `float`, `fp16` or `bf16`. Default: float32 as trained. fp16
+        /// halves the file and loses nothing that shows.
+        save_precision: Option<SavePrecision> = None, Supported;
+        /// Save after every Nth epoch.
+        save_every_n_epochs: Option<usize> = None, Supported;
+        /// Save after every Nth step.
+        save_every_n_steps: Option<usize> = None, Supported;
+        /// Save at least this many times over the run, at epoch ends.
+        save_n_epoch_ratio: Option<usize> = None, Supported;
+        /// Of the files saved by epoch keep only the last N.
+        save_last_n_epochs: Option<usize> = None, Supported;
+        /// Of the files saved by step keep those of the last N steps.
+        save_last_n_steps: Option<usize> = None, Supported;
+        /// Save the optimizer's state with every file.
+        save_state: bool = false, NotYet("");
+        /// Save the optimizer's state at the end of the run.
+        save_state_on_train_end: bool = false, NotYet("");
+        /// Of the states saved by epoch keep only the last N.
+        save_last_n_epochs_state: Option<usize> = None, NotYet("");
+        /// Of the states saved by step keep those of the last N steps.
+        save_last_n_steps_state: Option<usize> = None, NotYet("");
+        /// Folder of a saved state to go on from.
+        resume: Option<PathBuf> = None, NotYet("`--network_weights` continues from a LoRA file");
+        /// Pass over the data until `--initial_step` is reached.
+        skip_until_initial_step: bool = false, NotYet("");
+        /// Number of the first epoch.
+        initial_epoch: Option<usize> = None, NotYet("");
+        /// Number of the first step, over all epochs.
+        initial_step: Option<usize> = None, NotYet("");
+    } } };
+}
+
+macro_rules! metadata_options {
+    ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Metadata {
+        /// Free text kept in the file's metadata.
+        training_comment: Option<String> = None, Supported;
+        /// Write only what other programs need to load the file, nothing about the training.
+        no_metadata: bool = false, Supported;
+        /// Title in the file's metadata. Default: `--output_name`.
+        metadata_title: Option<String> = None, Supported;
+        /// Author in the file's metadata.
+        metadata_author: Option<String> = None, Supported;
+        /// Description in the file's metadata.
+        metadata_description: Option<String> = None, Supported;
+        /// Licence in the file's metadata.
+        metadata_license: Option<String> = None, Supported;
+        /// Tags in the file's metadata, separated by commas.
+        metadata_tags: Option<String> = None, Supported;
+        /// Advice for users in the file's metadata.
+        metadata_usage_hint: Option<String> = None, Supported;
+        /// Picture in the file's metadata: an image file, or a data URL.
+        metadata_thumbnail: Option<String> = None, Supported;
+        /// Names of the models that went into this one.
+        metadata_merged_from: Option<String> = None, Supported;
+        /// Words that call up what was learned.
+        metadata_trigger_phrase: Option<String> = None, Supported;
+        /// How the images were prepared.
+        metadata_preprocessor: Option<String> = None, Supported;
+        /// Whether this is a negative embedding.
+        metadata_is_negative_embedding: Option<String> = None, Supported;
+    } } };
+}
+
+macro_rules! logging_options {
+    ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Logging {
+        /// Folder for TensorBoard logs: each run makes a folder with its date and time. Without it
+        /// nothing is logged.
+        logging_dir: Option<PathBuf> = None, Supported;
+        /// Where to log: `tensorboard`. Default: TensorBoard when `--logging_dir` is given.
+        log_with: Option<LogWith> = None, Supported;
+        /// Text before the date in the name of a run's log folder.
+        log_prefix: Option<String> = None, Supported;
+        /// Name of the folder inside a run's log folder. Default `network_train`.
+        log_tracker_name: Option<String> = None, Supported;
+        /// TOML file with settings of the log tool.
+        log_tracker_config: Option<PathBuf> = None, NotYet("");
+        /// Write the run's options into the log as text.
+        log_config: bool = false, Supported;
+        /// Name of the run at Weights & Biases.
+        wandb_run_name: Option<String> = None, NotYet("TensorBoard logs are written with `--logging_dir`");
+        /// Key for Weights & Biases.
+        wandb_api_key: Option<String> = None, NotYet("TensorBoard logs are written with `--logging_dir`");
+        /// How much is printed: DEBUG, INFO (default), WARNING, ERROR or CRITICAL.
+        console_log_level: Option<LogLevel> = None, Supported;
+        /// Write messages to this file instead of the terminal.
+        console_log_file: Option<PathBuf> = None, Supported;
+        /// Print messages without colours and columns.
+        console_log_simple: bool = false, NoEffect("messages are always plain lines");
+    } } };
+}
+
+macro_rules! sampling_options {
+    ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Sampling {
+        /// Make sample images every N steps.
+        sample_every_n_steps: Option<usize> = None, NotYet("");
+        /// Make sample images before the first step.
+        sample_at_first: bool = false, NotYet("");
+        /// Make sample images every N epochs.
+        sample_every_n_epochs: Option<usize> = None, NotYet("");
+        /// File with the prompts of sample images.
+        sample_prompts: Option<PathBuf> = None, NotYet("");
+        /// Sampler of sample images. Default `ddim`.
+        sample_sampler: SampleSampler = SampleSampler::Ddim, NotYet("");
+    } } };
+}
+
+macro_rules! validation_options {
+    ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Validation {
+        /// Seed for choosing validation images. Default: `--seed`.
+        validation_seed: Option<u64> = None, NotYet("");
+        /// Share of the images that is kept for validation (0 to 1). Default 0.
+        validation_split: f64 = 0.0, NotYet("");
+        /// Validate every N steps.
+        validate_every_n_steps: Option<usize> = None, NotYet("");
+        /// Validate every N epochs.
+        validate_every_n_epochs: Option<usize> = None, NotYet("");
+        /// At most this many validation batches.
+        max_validation_steps: Option<usize> = None, NotYet("");
+    } } };
+}

@@ -1,0 +1,130 @@
+//! Option list: length and precision of the run, optimizer and learning rate, noise and loss.
+//!
+//! The doc comment of an entry is what `lorarun train --help` prints.
+
+macro_rules! training_options {
+    ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Training {
+        /// Optimizer steps of the whole run. Default 1600; `--max_train_epochs` wins over it.
+        max_train_steps: usize = 1600, Supported;
+        /// Epochs of the run, each image once (times its repeats) per epoch.
+        max_train_epochs: Option<usize> = None, Supported;
+        /// Add up the gradients of this many batches before a step. Default 1. Acts like a larger
+        /// batch without its memory.
+        gradient_accumulation_steps: usize = 1, Supported;
+        /// Start of all random numbers. The same seed and config give the same file. Default: a
+        /// random one, written to the log and the file.
+        seed: Option<u64> = None, Supported;
+        /// Precision of the frozen model's arithmetic: `no` (float32) or `bf16`. LoRA weights are
+        /// always float32. Default `no`.
+        mixed_precision: MixedPrecision = MixedPrecision::No, Supported;
+        /// Gradients and weights in float16 too.
+        full_fp16: bool = false, NotYet("use `mixed_precision = \"bf16\"` or `\"no\"`");
+        /// Gradients and weights in bfloat16 too.
+        full_bf16: bool = false, NotYet("use `mixed_precision = \"bf16\"`");
+        /// Keep the base model in 8-bit floats.
+        fp8_base: bool = false, NotYet("");
+        /// Keep the U-Net in 8-bit floats.
+        fp8_base_unet: bool = false, NotYet("");
+        /// Compute block by block again in the backward pass instead of keeping everything: less
+        /// memory, about a third more time, the same result to the bit.
+        gradient_checkpointing: bool = false, Supported;
+        /// Move checkpointed tensors to main memory.
+        cpu_offload_checkpointing: bool = false, NotYet("");
+        /// Keep the VAE in float32 under mixed precision.
+        no_half_vae: bool = false, NoEffect("the VAE always computes in float32");
+    } } };
+}
+
+macro_rules! optimizer_options {
+    ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Optimizer {
+        /// Optimizer. `AdamW` (the default) only, for now.
+        optimizer_type: String = String::new(), Supported;
+        /// Old way to write `--optimizer_type AdamW8bit`.
+        use_8bit_adam: bool = false, Supported;
+        /// Old way to write `--optimizer_type Lion`.
+        use_lion_optimizer: bool = false, Supported;
+        /// Settings of the optimizer as `key=value`: `weight_decay=0.01` `betas=0.9,0.999`
+        /// `eps=1e-8` (these are AdamW's defaults).
+        optimizer_args: Option<Vec<String>> = None, Supported;
+        /// Learning rate of everything that has no rate of its own. Default 2e-06, which is low
+        /// for a LoRA: 1e-4 to 1e-3 is usual.
+        learning_rate: f64 = 2.0e-6, Supported;
+        /// Learning rate of the U-Net's modules. Default: `--learning_rate`.
+        unet_lr: Option<f64> = None, Supported;
+        /// Learning rate of the text encoder's modules, a bit lower than the U-Net's is usual.
+        /// Default: `--learning_rate`. 0 leaves it untrained.
+        text_encoder_lr: Option<Vec<f64>> = None, Supported;
+        /// Scale all gradients down when their common norm exceeds this. Default 1.0; 0 never.
+        max_grad_norm: f64 = 1.0, Supported;
+        /// Course of the learning rate: `constant`, `constant_with_warmup`, `linear` (falls to 0)
+        /// or `cosine` (falls to 0). Default `constant`.
+        lr_scheduler: LrScheduler = LrScheduler::Constant, Supported;
+        /// Steps in which the rate rises from 0: a number, or a share of all steps (`0.1`, `10%`).
+        /// Default 0.
+        lr_warmup_steps: IntOrFloat = IntOrFloat::Steps(0), Supported;
+        /// Steps in which the rate falls at the end.
+        lr_decay_steps: IntOrFloat = IntOrFloat::Steps(0), NotYet("");
+        /// Restarts of `cosine_with_restarts`. Default 1.
+        lr_scheduler_num_cycles: usize = 1, NotYet("");
+        /// Exponent of `polynomial`. Default 1.
+        lr_scheduler_power: f64 = 1.0, NotYet("");
+        /// Time scale of `inverse_sqrt`.
+        lr_scheduler_timescale: Option<usize> = None, NotYet("");
+        /// Lowest rate as a share of the first one.
+        lr_scheduler_min_lr_ratio: Option<f64> = None, NotYet("");
+        /// Python class of an own schedule.
+        lr_scheduler_type: String = String::new(), NotYet("choose one of the schedules of `--lr_scheduler`");
+        /// Settings of `--lr_scheduler_type`.
+        lr_scheduler_args: Option<Vec<String>> = None, NotYet("");
+        /// Step each weight as soon as its gradient is there.
+        fused_backward_pass: bool = false, NotYet("");
+    } } };
+}
+
+macro_rules! noise_options {
+    ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group NoiseAndLoss {
+        /// Shift the noise of each channel by a random amount of this size, so that very dark and
+        /// very bright images can be learned. About 0.05 to 0.1; more washes out.
+        noise_offset: Option<f64> = None, Supported;
+        /// Draw the offset's strength between 0 and `--noise_offset` for each image.
+        noise_offset_random_strength: bool = false, NotYet("");
+        /// Add the latent's mean times this value to `--noise_offset`, which it requires.
+        adaptive_noise_scale: Option<f64> = None, Supported;
+        /// Octaves of multi-resolution noise (6 to 10).
+        multires_noise_iterations: Option<usize> = None, NotYet("");
+        /// Fading of multi-resolution noise. Default 0.3.
+        multires_noise_discount: f64 = 0.3, NotYet("");
+        /// Strength of input perturbation noise (about 0.1).
+        ip_noise_gamma: Option<f64> = None, NotYet("");
+        /// Draw the perturbation's strength between 0 and `--ip_noise_gamma`.
+        ip_noise_gamma_random_strength: bool = false, NotYet("");
+        /// Rescale the noise schedule so that the last timestep is pure noise. Meant for models
+        /// with v prediction.
+        zero_terminal_snr: bool = false, Supported;
+        /// Lowest timestep to train (0 to 999). Default 0.
+        min_timestep: Option<usize> = None, Supported;
+        /// End of the timesteps to train, not included (1 to 1000). Default 1000.
+        max_timestep: Option<usize> = None, Supported;
+        /// Weigh timesteps by min(SNR, gamma) / SNR, which calms training. The paper uses 5; a
+        /// lower value acts stronger.
+        min_snr_gamma: Option<f64> = None, Supported;
+        /// Weigh timesteps by 1 / sqrt(SNR).
+        debiased_estimation_loss: bool = false, Supported;
+        /// Weigh the v-prediction loss as the noise-prediction loss would be; only with
+        /// `--v_parameterization`.
+        scale_v_pred_loss_like_noise_pred: bool = false, Supported;
+        /// Add this share of a v-prediction-like loss; not with `--v_parameterization`.
+        v_pred_like_loss: Option<f64> = None, Supported;
+        /// Error between prediction and target: `l2` (default), `l1`, `huber`, `smooth_l1`. The
+        /// last three mind outliers less.
+        loss_type: LossType = LossType::L2, Supported;
+        /// How the threshold of huber and smooth_l1 depends on the timestep. Default `snr`.
+        huber_schedule: HuberSchedule = HuberSchedule::Snr, Supported;
+        /// Threshold between the square and the linear part. Default 0.1.
+        huber_c: f64 = 0.1, Supported;
+        /// Factor on that threshold. Default 1.0.
+        huber_scale: f64 = 1.0, Supported;
+        /// Weight of regularization images in the loss. Default 1.0.
+        prior_loss_weight: f64 = 1.0, Supported;
+    } } };
+}
