@@ -1,1 +1,28 @@
-//! collectives
+//! Ranks talk: who am I (`env`), collectives between the ranks of one run, a stop flag for signals.
+//!
+//! Constraints:
+//! - no knowledge of models, tensors' meaning or files: this crate moves `f32` and bytes;
+//! - no call can wait for ever: every collective has a deadline, polls an abort flag and notices a
+//!   peer that is gone;
+//! - sums are taken in rank order (rank 0 + rank 1 + ...), whatever the timing, so that every rank
+//!   of every run holds the same bits;
+//! - nothing is left behind: the shared segment has no name in any file system.
+//!
+//! Read in this order: [`env`], [`Comm`] (`comm.rs`), `shm.rs` (the algorithms), `segment.rs` (the
+//! memory they work on).
+
+#![deny(missing_docs)]
+
+mod comm;
+pub mod env;
+mod error;
+mod futex;
+mod liveness;
+mod segment;
+mod shm;
+pub mod signals;
+
+pub use comm::{Comm, Pending};
+pub use env::{Env, EnvError};
+pub use error::{CollectiveError, Result};
+pub use segment::{AbortRecord, Author, Segment, SegmentError, report_failure};

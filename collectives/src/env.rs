@@ -1,0 +1,354 @@
+//! The environment contract: which rank of which run this process is.
+//!
+//! The names are torchrun's, so that any launcher that speaks them fits; our own begin with
+//! `LORARUN_`. This is the only file that reads these variables. Nothing is guessed: a malformed or
+//! contradictory value is an error that names the variable and the value.
+
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// Number of this rank among all, from 0.
+pub const RANK: &str = "RANK";
+/// Number of this rank among those of its host, from 0: the device it uses.
+pub const LOCAL_RANK: &str = "LOCAL_RANK";
+/// Number of ranks.
+pub const WORLD_SIZE: &str = "WORLD_SIZE";
+/// Number of ranks on this host.
+pub const LOCAL_WORLD_SIZE: &str = "LOCAL_WORLD_SIZE";
+/// Host of the coordinator.
+pub const MASTER_ADDR: &str = "MASTER_ADDR";
+/// TCP port of the coordinator.
+pub const MASTER_PORT: &str = "MASTER_PORT";
+/// Descriptor of the shared segment that the launcher passes on.
+pub const SEGMENT_FD: &str = "LORARUN_SEGMENT_FD";
+/// Number of the start of this run; everything stamped with another one is refused.
+pub const GENERATION: &str = "LORARUN_GENERATION";
+/// CPU threads this rank may use.
+pub const THREADS: &str = "LORARUN_THREADS";
+/// Deadline of one collective, in seconds.
+pub const COLLECTIVE_TIMEOUT: &str = "LORARUN_COLLECTIVE_TIMEOUT";
+
+/// Deadline of a collective when nothing else is said.
+pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// A variable that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EnvError {
+    /// The value does not parse or is out of range.
+    #[error("environment variable `{name}` should be {expected}, got: {value}")]
+    Malformed {
+        /// Variable.
+        name: &'static str,
+        /// What it should be.
+        expected: String,
+        /// Its value.
+        value: String,
+    },
+    /// One variable of the contract is set, another one is not.
+    #[error(
+        "environment variable `{missing}` is missing while `{present}` is set: {value}\n\
+         hint: start ranks with `lorarun --num_processes N`, or unset `{present}`"
+    )]
+    Incomplete {
+        /// Variable that is missing.
+        missing: &'static str,
+        /// Variable that is set.
+        present: &'static str,
+        /// Value of the one that is set.
+        value: String,
+    },
+}
+
+/// Which rank of which run this process is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Env {
+    /// Number of this rank among all, `0..world_size`.
+    pub rank: usize,
+    /// Number of this rank on its host, `0..local_world_size`.
+    pub local_rank: usize,
+    /// Number of ranks, at least 1.
+    pub world_size: usize,
+    /// Number of ranks on this host, at least 1.
+    pub local_world_size: usize,
+    /// Host of the coordinator.
+    pub master_addr: String,
+    /// TCP port of the coordinator.
+    pub master_port: u16,
+    /// Number of the start of this run.
+    pub generation: u64,
+    /// Descriptor of the shared segment, when a launcher made one.
+    pub segment_fd: Option<RawFd>,
+    /// CPU threads this rank may use; `None` leaves the choice to the thread pool.
+    pub threads: Option<usize>,
+    /// Deadline of one collective.
+    pub collective_timeout: Duration,
+}
+
+impl Env {
+    /// One rank on its own, no launcher.
+    pub fn single() -> Env {
+        Env {
+            rank: 0,
+            local_rank: 0,
+            world_size: 1,
+            local_world_size: 1,
+            master_addr: "127.0.0.1".to_owned(),
+            master_port: 29500,
+            generation: 0,
+            segment_fd: None,
+            threads: None,
+            collective_timeout: DEFAULT_TIMEOUT,
+        }
+    }
+
+    /// Reads the environment of this process. Without `RANK` and `WORLD_SIZE` it is [`single`].
+    ///
+    /// [`single`]: Env::single
+    pub fn from_process() -> Result<Env, EnvError> {
+        Env::from_lookup(|name| std::env::var_os(name))
+    }
+
+    /// Reads variables from `lookup`; [`from_process`](Env::from_process) with another source.
+    pub fn from_lookup(lookup: impl Fn(&str) -> Option<OsString>) -> Result<Env, EnvError> {
+        let read = Reader { lookup };
+        let alone = Env::single();
+        let rank = read.number::<usize>(RANK, "a whole number from 0")?;
+        let world = read.number::<usize>(WORLD_SIZE, "a whole number from 1")?;
+        let (rank, world_size) = match (rank, world) {
+            (None, None) => (0, 1),
+            (Some(rank), Some(world)) => (rank, world),
+            (Some(rank), None) => return Err(incomplete(WORLD_SIZE, RANK, rank)),
+            (None, Some(world)) => return Err(incomplete(RANK, WORLD_SIZE, world)),
+        };
+        at_least_one(WORLD_SIZE, world_size)?;
+        below(RANK, rank, WORLD_SIZE, world_size)?;
+        let local_world_size =
+            read.number(LOCAL_WORLD_SIZE, "a whole number from 1")?.unwrap_or(world_size);
+        at_least_one(LOCAL_WORLD_SIZE, local_world_size)?;
+        below(LOCAL_WORLD_SIZE, local_world_size - 1, WORLD_SIZE, world_size)
+            .map_err(|error| with_value(error, local_world_size))?;
+        let local_rank = match read.number(LOCAL_RANK, "a whole number from 0")? {
+            Some(local) => local,
+            // All ranks are on this host, so the two numberings are one.
+            None if local_world_size == world_size => rank,
+            None => return Err(incomplete(LOCAL_RANK, LOCAL_WORLD_SIZE, local_world_size)),
+        };
+        below(LOCAL_RANK, local_rank, LOCAL_WORLD_SIZE, local_world_size)?;
+        let threads = read.number(THREADS, "a whole number from 1")?;
+        if let Some(threads) = threads {
+            at_least_one(THREADS, threads)?;
+        }
+        Ok(Env {
+            rank,
+            local_rank,
+            world_size,
+            local_world_size,
+            master_addr: read.text(MASTER_ADDR, "a host name")?.unwrap_or(alone.master_addr),
+            master_port: read
+                .number(MASTER_PORT, "a port from 0 to 65535")?
+                .unwrap_or(alone.master_port),
+            generation: read.number(GENERATION, "a whole number from 0")?.unwrap_or(0),
+            segment_fd: read.descriptor()?,
+            threads,
+            collective_timeout: read.timeout()?.unwrap_or(DEFAULT_TIMEOUT),
+        })
+    }
+
+    /// The variables that make a child process this rank.
+    pub fn to_variables(&self) -> Vec<(&'static str, String)> {
+        let mut variables = vec![
+            (RANK, self.rank.to_string()),
+            (LOCAL_RANK, self.local_rank.to_string()),
+            (WORLD_SIZE, self.world_size.to_string()),
+            (LOCAL_WORLD_SIZE, self.local_world_size.to_string()),
+            (MASTER_ADDR, self.master_addr.clone()),
+            (MASTER_PORT, self.master_port.to_string()),
+            (GENERATION, self.generation.to_string()),
+            (COLLECTIVE_TIMEOUT, self.collective_timeout.as_secs_f64().to_string()),
+        ];
+        if let Some(fd) = self.segment_fd {
+            variables.push((SEGMENT_FD, fd.to_string()));
+        }
+        if let Some(threads) = self.threads {
+            variables.push((THREADS, threads.to_string()));
+        }
+        variables
+    }
+
+    /// Whether a launcher started this rank, watches it and prints its last words.
+    pub fn is_supervised(&self) -> bool {
+        self.segment_fd.is_some()
+    }
+}
+
+/// Reads and parses variables from one source.
+struct Reader<F> {
+    lookup: F,
+}
+
+impl<F: Fn(&str) -> Option<OsString>> Reader<F> {
+    fn text(&self, name: &'static str, expected: &str) -> Result<Option<String>, EnvError> {
+        match (self.lookup)(name) {
+            None => Ok(None),
+            Some(value) => match value.into_string() {
+                Ok(text) => Ok(Some(text)),
+                Err(raw) => Err(malformed(name, expected, raw.to_string_lossy().into_owned())),
+            },
+        }
+    }
+
+    fn number<T: FromStr>(
+        &self,
+        name: &'static str,
+        expected: &str,
+    ) -> Result<Option<T>, EnvError> {
+        let Some(text) = self.text(name, expected)? else { return Ok(None) };
+        match text.trim().parse() {
+            Ok(number) => Ok(Some(number)),
+            Err(_) => Err(malformed(name, expected, text)),
+        }
+    }
+
+    fn descriptor(&self) -> Result<Option<RawFd>, EnvError> {
+        let expected = "an open descriptor from 3";
+        match self.number::<RawFd>(SEGMENT_FD, expected)? {
+            Some(fd) if fd < 3 => Err(malformed(SEGMENT_FD, expected, fd.to_string())),
+            other => Ok(other),
+        }
+    }
+
+    fn timeout(&self) -> Result<Option<Duration>, EnvError> {
+        let expected = "a number of seconds above 0";
+        let Some(seconds) = self.number::<f64>(COLLECTIVE_TIMEOUT, expected)? else {
+            return Ok(None);
+        };
+        match Duration::try_from_secs_f64(seconds) {
+            Ok(timeout) if !timeout.is_zero() => Ok(Some(timeout)),
+            _ => Err(malformed(COLLECTIVE_TIMEOUT, expected, seconds.to_string())),
+        }
+    }
+}
+
+fn malformed(name: &'static str, expected: &str, value: String) -> EnvError {
+    EnvError::Malformed { name, expected: expected.to_owned(), value }
+}
+
+fn incomplete(missing: &'static str, present: &'static str, value: usize) -> EnvError {
+    EnvError::Incomplete { missing, present, value: value.to_string() }
+}
+
+fn at_least_one(name: &'static str, value: usize) -> Result<(), EnvError> {
+    if value == 0 { Err(malformed(name, "a whole number from 1", "0".to_owned())) } else { Ok(()) }
+}
+
+fn below(
+    name: &'static str,
+    value: usize,
+    bound_name: &'static str,
+    bound: usize,
+) -> Result<(), EnvError> {
+    if value < bound {
+        return Ok(());
+    }
+    Err(EnvError::Malformed {
+        name,
+        expected: format!("within `{bound_name}` {bound}"),
+        value: value.to_string(),
+    })
+}
+
+fn with_value(error: EnvError, value: usize) -> EnvError {
+    match error {
+        EnvError::Malformed { name, expected, .. } => {
+            EnvError::Malformed { name, expected, value: value.to_string() }
+        }
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(variables: &[(&str, &str)]) -> Result<Env, EnvError> {
+        Env::from_lookup(|name| {
+            variables.iter().find(|(key, _)| *key == name).map(|(_, value)| OsString::from(value))
+        })
+    }
+
+    #[test]
+    fn nothing_set_is_one_rank() {
+        assert_eq!(read(&[]).unwrap(), Env::single());
+    }
+
+    #[test]
+    fn torchrun_variables_are_understood() {
+        let env = read(&[
+            ("RANK", "5"),
+            ("LOCAL_RANK", "1"),
+            ("WORLD_SIZE", "8"),
+            ("LOCAL_WORLD_SIZE", "4"),
+            ("MASTER_ADDR", "node0"),
+            ("MASTER_PORT", "1234"),
+        ])
+        .unwrap();
+        assert_eq!((env.rank, env.local_rank, env.world_size, env.local_world_size), (5, 1, 8, 4));
+        assert_eq!((env.master_addr.as_str(), env.master_port), ("node0", 1234));
+    }
+
+    #[test]
+    fn variables_round_trip() {
+        let env = Env {
+            rank: 3,
+            local_rank: 3,
+            world_size: 4,
+            local_world_size: 4,
+            generation: 7,
+            segment_fd: Some(9),
+            threads: Some(2),
+            collective_timeout: Duration::from_millis(1500),
+            ..Env::single()
+        };
+        let variables = env.to_variables();
+        let again = Env::from_lookup(|name| {
+            variables.iter().find(|(key, _)| *key == name).map(|(_, value)| value.into())
+        });
+        assert_eq!(again.unwrap(), env);
+    }
+
+    #[test]
+    fn every_malformed_value_is_named() {
+        let two = [("RANK", "0"), ("WORLD_SIZE", "2")];
+        for (name, value) in [
+            ("RANK", "x"),
+            ("RANK", "-1"),
+            ("RANK", "2"),
+            ("WORLD_SIZE", "0"),
+            ("LOCAL_RANK", "2"),
+            ("LOCAL_WORLD_SIZE", "3"),
+            ("LOCAL_WORLD_SIZE", "0"),
+            ("MASTER_PORT", "65536"),
+            ("LORARUN_SEGMENT_FD", "2"),
+            ("LORARUN_GENERATION", "new"),
+            ("LORARUN_THREADS", "0"),
+            ("LORARUN_COLLECTIVE_TIMEOUT", "nan"),
+            ("LORARUN_COLLECTIVE_TIMEOUT", "0"),
+        ] {
+            let mut variables = vec![(name, value)];
+            variables.extend(two.iter().filter(|(key, _)| *key != name));
+            let message = read(&variables).unwrap_err().to_string();
+            assert!(message.contains(&format!("`{name}`")), "{message}");
+            assert!(message.to_lowercase().ends_with(value), "{message} should end with {value}");
+        }
+    }
+
+    #[test]
+    fn half_a_contract_is_refused() {
+        let error = read(&[("RANK", "1")]).unwrap_err().to_string();
+        assert!(error.contains("`WORLD_SIZE` is missing"), "{error}");
+        let error = read(&[("WORLD_SIZE", "4")]).unwrap_err().to_string();
+        assert!(error.contains("`RANK` is missing"), "{error}");
+    }
+}
