@@ -173,8 +173,10 @@ pub struct LossSpec {
 }
 
 /// AdamW with decoupled weight decay (Loshchilov & Hutter), PyTorch's order of operations.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct AdamWStep {
+    /// Elements of the flat tensor that move in this call; the others stay.
+    pub range: std::ops::Range<usize>,
     /// Learning rate of this step.
     pub lr: f32,
     /// Decay of the first moment.
@@ -294,10 +296,10 @@ pub trait Backend: Sync {
     /// Weighted mean loss of each sample (f32 `[B]`, the weight in it) and the gradient of `pred`
     /// of their sum, in the type of `pred`. `target` is f32; both are `[B,...]`.
     fn loss(&self, pred: &Tensor, target: &Tensor, spec: &LossSpec) -> Result<(Tensor, Tensor)>;
-    /// One optimizer step over flat f32 tensors; `param`, `m` and `v` change in place.
+    /// One optimizer step over `p.range` of flat f32 tensors; `param` and both moments change in place.
     fn adamw(
         &self,
-        p: AdamWStep,
+        p: &AdamWStep,
         param: &mut Tensor,
         grad: &[f32],
         moments: (&mut Tensor, &mut Tensor),

@@ -151,7 +151,7 @@ impl Backend for Cpu {
     }
     fn adamw(
         &self,
-        p: AdamWStep,
+        p: &AdamWStep,
         param: &mut Tensor,
         grad: &[f32],
         moments: (&mut Tensor, &mut Tensor),
