@@ -1,0 +1,160 @@
+//! Which files a run writes, when, and which old ones it removes. Names are sd-scripts'.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+
+use crate::options::{Options, SaveModelAs};
+
+/// The files of a run.
+#[derive(Clone, Debug)]
+pub struct Saving {
+    /// Folder of all files.
+    pub output_dir: PathBuf,
+    name: Option<String>,
+    suffix: &'static str,
+    every_n_epochs: Option<usize>,
+    every_n_steps: Option<usize>,
+    last_n_epochs: Option<usize>,
+    last_n_steps: Option<usize>,
+}
+
+/// What a file holds: the LoRA after an epoch, after a step, or at the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SavePoint {
+    /// After this epoch, counted from 1.
+    Epoch(usize),
+    /// After this optimizer step, counted from 1.
+    Step(usize),
+    /// After the run.
+    Last,
+}
+
+impl Saving {
+    /// Reads the saving options; `epochs` is the length of the run.
+    pub fn from_options(options: &Options, epochs: usize) -> Result<Self> {
+        let Some(output_dir) = options.output_dir.clone() else {
+            bail!("`output_dir` is missing\nhint: say where the LoRA goes, for example `output_dir = \"output\"`");
+        };
+        let ratio = options.save_n_epoch_ratio.filter(|n| *n > 0).map(|n| (epochs / n).max(1));
+        Ok(Self {
+            output_dir,
+            name: options.output_name.clone(),
+            suffix: match options.save_model_as {
+                SaveModelAs::Safetensors => "safetensors",
+                SaveModelAs::Ckpt => "ckpt",
+                SaveModelAs::Pt => "pt",
+            },
+            every_n_epochs: ratio.or(options.save_every_n_epochs).filter(|n| *n > 0),
+            every_n_steps: options.save_every_n_steps.filter(|n| *n > 0),
+            last_n_epochs: options.save_last_n_epochs,
+            last_n_steps: options.save_last_n_steps,
+        })
+    }
+
+    /// Path of a file.
+    pub fn path(&self, point: SavePoint) -> PathBuf {
+        let name = |default: &str| self.name.clone().unwrap_or_else(|| default.to_owned());
+        let stem = match point {
+            SavePoint::Epoch(n) => format!("{}-{n:06}", name("epoch")),
+            SavePoint::Step(n) => format!("{}-step{n:08}", name("at")),
+            SavePoint::Last => name("last"),
+        };
+        self.output_dir.join(format!("{stem}.{}", self.suffix))
+    }
+
+    /// Whether a file is due after `epoch` (from 1) of `epochs`; the last one is the final file.
+    pub fn due_after_epoch(&self, epoch: usize, epochs: usize) -> bool {
+        self.every_n_epochs.is_some_and(|n| epoch % n == 0) && epoch < epochs
+    }
+
+    /// Whether a file is due after `step` (from 1).
+    pub fn due_after_step(&self, step: usize) -> bool {
+        self.every_n_steps.is_some_and(|n| step % n == 0)
+    }
+
+    /// The older file that is no longer wanted once `point` is written.
+    pub fn outdated(&self, point: SavePoint) -> Option<PathBuf> {
+        let old = match point {
+            SavePoint::Epoch(epoch) => {
+                let kept = self.every_n_epochs? * self.last_n_epochs?;
+                SavePoint::Epoch(epoch.checked_sub(kept).filter(|n| *n > 0)?)
+            }
+            SavePoint::Step(step) => {
+                let every = self.every_n_steps?;
+                let before = step.checked_sub(self.last_n_steps? + 1)?;
+                SavePoint::Step(Some(before - before % every).filter(|n| *n > 0)?)
+            }
+            SavePoint::Last => return None,
+        };
+        Some(self.path(old))
+    }
+
+    /// Every file that a run of `steps` steps and `epochs` epochs will write, in order of name.
+    pub fn planned(&self, steps: usize, epochs: usize) -> Vec<PathBuf> {
+        let by_epoch = (1..=epochs).filter(|e| self.due_after_epoch(*e, epochs)).map(SavePoint::Epoch);
+        let by_step = (1..=steps).filter(|s| self.due_after_step(*s)).map(SavePoint::Step);
+        by_epoch.chain(by_step).chain([SavePoint::Last]).map(|point| self.path(point)).collect()
+    }
+}
+
+/// Makes the folder and finds out now, not after the first hours, whether files can be written.
+pub fn check_writable(folder: &Path) -> Result<()> {
+    let fail = |error: std::io::Error| {
+        anyhow::anyhow!(
+            "cannot write to `output_dir`: {error}: {}\nhint: choose a folder that you may write to",
+            folder.display()
+        )
+    };
+    std::fs::create_dir_all(folder).map_err(fail)?;
+    let probe = folder.join(format!(".lorarun-probe-{}", std::process::id()));
+    std::fs::write(&probe, b"probe").map_err(fail)?;
+    std::fs::remove_file(&probe).map_err(fail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn saving() -> Saving {
+        Saving {
+            output_dir: "out".into(),
+            name: Some("cat".into()),
+            suffix: "safetensors",
+            every_n_epochs: Some(2),
+            every_n_steps: Some(10),
+            last_n_epochs: Some(2),
+            last_n_steps: Some(20),
+        }
+    }
+
+    #[test]
+    fn names_are_those_of_the_reference() {
+        let saving = saving();
+        assert_eq!(saving.path(SavePoint::Epoch(2)), Path::new("out/cat-000002.safetensors"));
+        assert_eq!(saving.path(SavePoint::Step(100)), Path::new("out/cat-step00000100.safetensors"));
+        assert_eq!(saving.path(SavePoint::Last), Path::new("out/cat.safetensors"));
+        let unnamed = Saving { name: None, ..saving };
+        assert_eq!(unnamed.path(SavePoint::Last), Path::new("out/last.safetensors"));
+        assert_eq!(unnamed.path(SavePoint::Epoch(1)), Path::new("out/epoch-000001.safetensors"));
+        assert_eq!(unnamed.path(SavePoint::Step(1)), Path::new("out/at-step00000001.safetensors"));
+    }
+
+    #[test]
+    fn old_files_go_when_enough_newer_ones_exist() {
+        let saving = saving();
+        assert_eq!(saving.outdated(SavePoint::Epoch(4)), None);
+        assert_eq!(saving.outdated(SavePoint::Epoch(6)), Some(saving.path(SavePoint::Epoch(2))));
+        assert_eq!(saving.outdated(SavePoint::Step(30)), None);
+        assert_eq!(saving.outdated(SavePoint::Step(40)), Some(saving.path(SavePoint::Step(10))));
+        assert_eq!(saving.outdated(SavePoint::Last), None);
+    }
+
+    #[test]
+    fn the_last_epoch_is_the_final_file() {
+        let names: Vec<_> = saving().planned(20, 4);
+        assert_eq!(names.len(), 4);
+        assert_eq!(names[0], Path::new("out/cat-000002.safetensors"));
+        assert_eq!(names[3], Path::new("out/cat.safetensors"));
+    }
+}

@@ -1,0 +1,220 @@
+//! What one step asks of the U-Net: noised latents, the target, and how the error counts.
+//!
+//! Follows sd-scripts' order of operations. Noise and timesteps are keyed by the global sample
+//! index: they do not depend on the number of ranks, on the batch size or on what was drawn before.
+
+use anyhow::{Result, bail};
+use engine::{DType, Device, ElementLoss, LossSpec, Tensor};
+use models::NoiseSchedule;
+
+use crate::options::{HuberSchedule, LossType, Options};
+use crate::rng::{Purpose, stream};
+
+/// SNR above which the debiased and v-prediction scales do not grow any more (SNR is infinite at
+/// timestep 0 of some schedules); the reference's bound.
+const SNR_CEILING: f32 = 1000.;
+
+/// How much the loss of a timestep counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct TimestepWeighting {
+    min_snr_gamma: Option<f32>,
+    scale_v_pred_like_noise_pred: bool,
+    v_pred_like_loss: Option<f32>,
+    debiased: bool,
+}
+
+/// Threshold of the Huber losses as a function of the timestep.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct HuberThreshold {
+    schedule: HuberSchedule,
+    c: f32,
+    scale: f32,
+}
+
+/// The training objective of a run.
+#[derive(Clone, Debug)]
+pub struct Objective {
+    schedule: NoiseSchedule,
+    v_parameterization: bool,
+    weighting: TimestepWeighting,
+    element: ElementLoss,
+    huber: HuberThreshold,
+    noise_offset: Option<f32>,
+    adaptive_noise_scale: Option<f32>,
+    timesteps: std::ops::Range<usize>,
+}
+
+/// The random numbers of one sample.
+#[derive(Clone, Debug)]
+pub struct Draw {
+    /// Standard normal, as many as the sample's latents, `[h,w,4]`.
+    pub noise: Vec<f32>,
+    /// Standard normal, one per latent channel, for `noise_offset`.
+    pub offset: Vec<f32>,
+    /// Timestep in 0..1000.
+    pub timestep: usize,
+}
+
+/// One batch, ready for the U-Net.
+pub struct Noised {
+    /// f32 `[B,h,w,4]`.
+    pub noisy: Tensor,
+    /// f32 `[B,h,w,4]`: the noise, or v.
+    pub target: Tensor,
+    /// One per sample.
+    pub timesteps: Vec<f32>,
+    /// How the prediction is judged.
+    pub loss: LossSpec,
+}
+
+impl Objective {
+    /// Reads the objective from a run's options.
+    pub fn from_options(options: &Options) -> Result<Self> {
+        let schedule = NoiseSchedule::stable_diffusion(options.zero_terminal_snr);
+        let steps = schedule.len();
+        let timesteps = options.min_timestep.unwrap_or(0)..options.max_timestep.unwrap_or(steps);
+        if timesteps.is_empty() || timesteps.end > steps {
+            bail!("`min_timestep` and `max_timestep` leave no timestep within 0..{steps}: {timesteps:?}");
+        }
+        Ok(Self {
+            schedule,
+            v_parameterization: options.v_parameterization,
+            weighting: TimestepWeighting {
+                min_snr_gamma: options.min_snr_gamma.map(|x| x as f32).filter(|x| *x != 0.),
+                scale_v_pred_like_noise_pred: options.scale_v_pred_loss_like_noise_pred,
+                v_pred_like_loss: options.v_pred_like_loss.map(|x| x as f32).filter(|x| *x != 0.),
+                debiased: options.debiased_estimation_loss,
+            },
+            element: match options.loss_type {
+                LossType::L2 => ElementLoss::L2,
+                LossType::L1 => ElementLoss::L1,
+                LossType::Huber => ElementLoss::Huber,
+                LossType::SmoothL1 => ElementLoss::SmoothL1,
+            },
+            huber: HuberThreshold {
+                schedule: options.huber_schedule,
+                c: options.huber_c as f32,
+                scale: options.huber_scale as f32,
+            },
+            noise_offset: options.noise_offset.map(|x| x as f32).filter(|x| *x != 0.),
+            adaptive_noise_scale: options.adaptive_noise_scale.map(|x| x as f32),
+            timesteps,
+        })
+    }
+
+    /// The random numbers of sample `index` for latents of `len` elements in `channels` channels.
+    pub fn draw(&self, seed: u64, index: u64, len: usize, channels: usize) -> Draw {
+        let normals = |purpose, count| {
+            let mut rng = stream(seed, purpose, index, 0);
+            (0..count).map(|_| rng.normal()).collect()
+        };
+        let span = self.timesteps.len() as u64;
+        let timestep = stream(seed, Purpose::Timestep, index, 0).below(span) as usize;
+        Draw {
+            noise: normals(Purpose::Noise, len),
+            offset: normals(Purpose::NoiseOffset, channels),
+            timestep: self.timesteps.start + timestep,
+        }
+    }
+
+    /// Noises `latents` (f32 `[B,h,w,c]`, already scaled) and says what to predict.
+    ///
+    /// `weights` is the factor of each sample's loss in the total, `1/batch` included.
+    pub fn prepare(
+        &self,
+        latents: &[f32],
+        shape: [usize; 4],
+        draws: &[Draw],
+        weights: &[f32],
+    ) -> Result<Noised> {
+        let (len, channels) = (shape[1] * shape[2] * shape[3], shape[3]);
+        let fits = latents.len() == shape[0] * len
+            && draws.len() == shape[0]
+            && weights.len() == shape[0]
+            && draws.iter().all(|d| d.noise.len() == len && d.offset.len() == channels);
+        if !fits {
+            bail!("latents, draws and weights do not fit the batch shape: {shape:?}");
+        }
+        let mut noisy = Vec::with_capacity(latents.len());
+        let mut target = Vec::with_capacity(latents.len());
+        let mut loss = LossSpec { element: self.element, delta: Vec::new(), weight: Vec::new() };
+        for ((latents, draw), weight) in latents.chunks_exact(len).zip(draws).zip(weights) {
+            let noise = self.shifted_noise(latents, draw, channels);
+            let (a, s) = self.schedule.noise_coefficients(draw.timestep);
+            noisy.extend(latents.iter().zip(&noise).map(|(x, n)| a * x + s * n));
+            if self.v_parameterization {
+                target.extend(latents.iter().zip(&noise).map(|(x, n)| a * n - s * x));
+            } else {
+                target.extend(noise);
+            }
+            loss.delta.push(self.huber_threshold(draw.timestep));
+            loss.weight.push(weight * self.timestep_weight(draw.timestep));
+        }
+        let tensor = |data: &[f32]| Tensor::from_f32(Device::Cpu, &shape, data, DType::F32);
+        Ok(Noised {
+            noisy: tensor(&noisy)?,
+            target: tensor(&target)?,
+            timesteps: draws.iter().map(|d| d.timestep as f32).collect(),
+            loss,
+        })
+    }
+
+    /// The noise with a random shift per channel (`noise_offset`), which grows with the latents'
+    /// mean under `adaptive_noise_scale`.
+    fn shifted_noise(&self, latents: &[f32], draw: &Draw, channels: usize) -> Vec<f32> {
+        let mut noise = draw.noise.clone();
+        let Some(offset) = self.noise_offset else {
+            return noise;
+        };
+        let pixels = (latents.len() / channels) as f64;
+        for (channel, normal) in draw.offset.iter().enumerate() {
+            let mut strength = offset;
+            if let Some(adaptive) = self.adaptive_noise_scale {
+                let sum: f64 = latents[channel..].iter().step_by(channels).map(|x| f64::from(*x)).sum();
+                strength = (strength + adaptive * (sum / pixels).abs() as f32).max(0.);
+            }
+            noise[channel..].iter_mut().step_by(channels).for_each(|n| *n += strength * normal);
+        }
+        noise
+    }
+
+    /// Product of the weights that depend on the timestep only.
+    fn timestep_weight(&self, timestep: usize) -> f32 {
+        let snr = self.schedule.snr(timestep);
+        let capped = snr.min(SNR_CEILING);
+        let v_scale = capped / (capped + 1.);
+        let mut weight = 1.;
+        if let Some(gamma) = self.weighting.min_snr_gamma {
+            let clipped = snr.min(gamma);
+            weight *= clipped / if self.v_parameterization { snr + 1. } else { snr };
+        }
+        if self.weighting.scale_v_pred_like_noise_pred {
+            weight *= v_scale;
+        }
+        if let Some(share) = self.weighting.v_pred_like_loss {
+            weight *= 1. + share / v_scale;
+        }
+        if self.weighting.debiased {
+            weight *= if self.v_parameterization { 1. / (capped + 1.) } else { 1. / capped.sqrt() };
+        }
+        weight
+    }
+
+    /// `c` of the Huber losses at a timestep (Huggingface diffusers PR 7488, sd-scripts).
+    fn huber_threshold(&self, timestep: usize) -> f32 {
+        let HuberThreshold { schedule, c, scale } = self.huber;
+        let at = match schedule {
+            HuberSchedule::Constant => c,
+            HuberSchedule::Exponential => {
+                let rate = -c.ln() / self.schedule.len() as f32;
+                (-rate * timestep as f32).exp()
+            }
+            HuberSchedule::Snr => {
+                let alpha_bar = self.schedule.alpha_bar(timestep);
+                let sigma = ((1. - alpha_bar) / alpha_bar).sqrt();
+                (1. - c) / ((1. + sigma) * (1. + sigma)) + c
+            }
+        };
+        at * scale
+    }
+}
