@@ -1,0 +1,17 @@
+//! Index of the tests that cross crates; the process tests run the `lorarun` binary.
+//!
+//! - `harness`: small runs on drawn pictures
+//! - `layering`: direction of dependencies, size and promise of files
+//! - `equality`: world sizes agree, runs repeat to the byte, checkpointing changes nothing
+//! - `hostile_input`: every kind of bad input gives one clear error and no partial file
+//! - `interruption`: killed ranks, Ctrl-C, full disk
+//! - `quickstart`: the README's example
+//! - `selftest`: agreement with the PyTorch reference, and that a changed reference is noticed
+
+mod equality;
+mod harness;
+mod hostile_input;
+mod interruption;
+mod layering;
+mod quickstart;
+mod selftest;
