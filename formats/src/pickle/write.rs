@@ -1,0 +1,250 @@
+//! Writes a dictionary of tensors as torch does, so that `torch.load(weights_only=True)` reads it.
+//!
+//! The bytes depend on the tensors alone: no dates, no names of machines; entries in name order.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+
+use super::globals::storage_name;
+use crate::OwnedTensor;
+
+/// torch aligns tensor data to this many bytes by padding the entry's extra field.
+const ALIGNMENT: u64 = 64;
+/// Sizes and offsets from here on need the zip64 fields.
+const ZIP64_LIMIT: u64 = 0xffff_ffff;
+
+/// Writes `tensors` as a torch zip checkpoint holding an `OrderedDict`.
+///
+/// # Errors
+/// Those of `writer`, and [`io::ErrorKind::Unsupported`] for 8-bit floats.
+pub fn write_pickle(
+    writer: &mut dyn Write,
+    tensors: &BTreeMap<String, OwnedTensor>,
+) -> io::Result<()> {
+    write_with_limit(writer, tensors, ZIP64_LIMIT)
+}
+
+/// `limit`: from which size on zip64 fields are written; a parameter for the tests.
+pub(super) fn write_with_limit(
+    writer: &mut dyn Write,
+    tensors: &BTreeMap<String, OwnedTensor>,
+    limit: u64,
+) -> io::Result<()> {
+    let pickle = pickle_of(tensors)?;
+    let mut zip = ZipWriter { writer, position: 0, entries: Vec::new(), limit };
+    zip.entry("archive/data.pkl", &pickle)?;
+    zip.entry("archive/byteorder", b"little")?;
+    for (index, tensor) in tensors.values().enumerate() {
+        zip.entry(&format!("archive/data/{index}"), &tensor.data)?;
+    }
+    zip.entry("archive/version", b"3\n")?;
+    zip.finish()
+}
+
+/// Protocol 2, the one torch writes.
+fn pickle_of(tensors: &BTreeMap<String, OwnedTensor>) -> io::Result<Vec<u8>> {
+    let mut out = vec![0x80, 2];
+    ordered_dict(&mut out);
+    if !tensors.is_empty() {
+        out.push(b'(');
+        for (index, (name, tensor)) in tensors.iter().enumerate() {
+            text(&mut out, name)?;
+            tensor_value(&mut out, index, tensor)?;
+        }
+        out.push(b'u');
+    }
+    out.push(b'.');
+    Ok(out)
+}
+
+fn ordered_dict(out: &mut Vec<u8>) {
+    out.extend(b"ccollections\nOrderedDict\n)R");
+}
+
+fn tensor_value(out: &mut Vec<u8>, index: usize, tensor: &OwnedTensor) -> io::Result<()> {
+    let class = storage_name(tensor.dtype).ok_or_else(|| {
+        let reason = format!("a {} tensor has no place in a torch checkpoint", tensor.dtype);
+        io::Error::new(io::ErrorKind::Unsupported, reason)
+    })?;
+    let elements: usize = tensor.shape.iter().product();
+    out.extend(b"ctorch._utils\n_rebuild_tensor_v2\n(");
+    // The persistent id of the storage.
+    out.push(b'(');
+    text(out, "storage")?;
+    out.extend(format!("ctorch\n{class}\n").into_bytes());
+    text(out, &index.to_string())?;
+    text(out, "cpu")?;
+    integer(out, elements);
+    out.extend(b"tQ");
+    integer(out, 0);
+    tuple(out, &tensor.shape);
+    tuple(out, &row_major_strides(&tensor.shape));
+    // requires_grad = False, no hooks.
+    out.push(0x89);
+    ordered_dict(out);
+    out.extend(b"tR");
+    Ok(())
+}
+
+fn row_major_strides(shape: &[usize]) -> Vec<usize> {
+    let mut strides = vec![1; shape.len()];
+    for at in (1..shape.len()).rev() {
+        strides[at - 1] = strides[at] * shape[at].max(1);
+    }
+    strides
+}
+
+fn tuple(out: &mut Vec<u8>, values: &[usize]) {
+    out.push(b'(');
+    for value in values {
+        integer(out, *value);
+    }
+    out.push(b't');
+}
+
+fn integer(out: &mut Vec<u8>, value: usize) {
+    if let Ok(small) = i32::try_from(value) {
+        out.push(b'J');
+        out.extend(small.to_le_bytes());
+    } else {
+        // LONG1 with a ninth byte so that the sign stays positive.
+        out.extend([0x8a, 9]);
+        out.extend((value as u64).to_le_bytes());
+        out.push(0);
+    }
+}
+
+fn text(out: &mut Vec<u8>, text: &str) -> io::Result<()> {
+    let len = u32::try_from(text.len()).map_err(|_| io::Error::other("a name is too long"))?;
+    out.push(b'X');
+    out.extend(len.to_le_bytes());
+    out.extend(text.as_bytes());
+    Ok(())
+}
+
+struct Written {
+    name: String,
+    crc: u32,
+    size: u64,
+    offset: u64,
+}
+
+/// Stored entries only.
+struct ZipWriter<'w> {
+    writer: &'w mut dyn Write,
+    position: u64,
+    entries: Vec<Written>,
+    limit: u64,
+}
+
+impl ZipWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.writer.write_all(bytes)?;
+        self.position += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn entry(&mut self, name: &str, content: &[u8]) -> io::Result<()> {
+        let size = content.len() as u64;
+        let offset = self.position;
+        let crc = crc32fast::hash(content);
+        let mut extra = Vec::new();
+        if size >= self.limit {
+            extra.extend(zip64_extra(&[size, size]));
+        }
+        // A private extra field ("FB", as torch names it) pads up to the alignment.
+        let before = offset + 30 + name.len() as u64 + extra.len() as u64 + 4;
+        let padding = (before.next_multiple_of(ALIGNMENT) - before) as usize;
+        extra.extend(b"FB");
+        extra.extend((padding as u16).to_le_bytes());
+        extra.resize(extra.len() + padding, b'Z');
+
+        let mut header = b"PK\x03\x04".to_vec();
+        header.extend(self.shared_fields(crc, size));
+        header.extend((name.len() as u16).to_le_bytes());
+        header.extend((extra.len() as u16).to_le_bytes());
+        header.extend(name.as_bytes());
+        header.extend(extra);
+        self.write(&header)?;
+        self.write(content)?;
+        self.entries.push(Written { name: name.to_owned(), crc, size, offset });
+        Ok(())
+    }
+
+    /// Version needed, UTF-8 flag, method stored, 1980-01-01, checksum and both sizes.
+    fn shared_fields(&self, crc: u32, size: u64) -> Vec<u8> {
+        let version: u16 = if size >= self.limit { 45 } else { 20 };
+        let mut out = version.to_le_bytes().to_vec();
+        out.extend(0x0800_u16.to_le_bytes());
+        out.extend([0, 0, 0, 0, 0x21, 0]);
+        out.extend(crc.to_le_bytes());
+        out.extend(self.saturated(size).to_le_bytes());
+        out.extend(self.saturated(size).to_le_bytes());
+        out
+    }
+
+    fn saturated(&self, value: u64) -> u32 {
+        if value >= self.limit { u32::MAX } else { value as u32 }
+    }
+
+    fn finish(mut self) -> io::Result<()> {
+        let start = self.position;
+        for entry in std::mem::take(&mut self.entries) {
+            let mut wide = Vec::new();
+            if entry.size >= self.limit {
+                wide.extend([entry.size, entry.size]);
+            }
+            if entry.offset >= self.limit {
+                wide.push(entry.offset);
+            }
+            let extra = if wide.is_empty() { Vec::new() } else { zip64_extra(&wide) };
+            let mut record = b"PK\x01\x02".to_vec();
+            record.extend(45_u16.to_le_bytes());
+            record.extend(self.shared_fields(entry.crc, entry.size));
+            record.extend((entry.name.len() as u16).to_le_bytes());
+            record.extend((extra.len() as u16).to_le_bytes());
+            // Comment length, disk, internal and external attributes.
+            record.extend([0; 10]);
+            record.extend(self.saturated(entry.offset).to_le_bytes());
+            record.extend(entry.name.as_bytes());
+            record.extend(extra);
+            self.write(&record)?;
+            self.entries.push(entry);
+        }
+        self.write_end(start)
+    }
+
+    fn write_end(&mut self, start: u64) -> io::Result<()> {
+        let size = self.position - start;
+        let count = self.entries.len() as u64;
+        let wide = start >= self.limit || size >= self.limit || count >= 0xffff;
+        if wide {
+            let end_64 = self.position;
+            let mut record = b"PK\x06\x06".to_vec();
+            record.extend(44_u64.to_le_bytes());
+            record.extend([45, 0, 45, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+            for value in [count, count, size, start] {
+                record.extend(value.to_le_bytes());
+            }
+            record.extend(b"PK\x06\x07\0\0\0\0");
+            record.extend(end_64.to_le_bytes());
+            record.extend(1_u32.to_le_bytes());
+            self.write(&record)?;
+        }
+        let count = u16::try_from(count).unwrap_or(u16::MAX);
+        let mut end = b"PK\x05\x06\0\0\0\0".to_vec();
+        end.extend(count.to_le_bytes());
+        end.extend(count.to_le_bytes());
+        end.extend(self.saturated(size).to_le_bytes());
+        end.extend(self.saturated(start).to_le_bytes());
+        end.extend([0, 0]);
+        self.write(&end)
+    }
+}
+
+fn zip64_extra(values: &[u64]) -> Vec<u8> {
+    let mut out = 1_u16.to_le_bytes().to_vec();
+    out.extend(((values.len() * 8) as u16).to_le_bytes());
+    out.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+    out
+}

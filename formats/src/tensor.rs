@@ -1,0 +1,121 @@
+//! Tensors as they lie in files: type, shape, bytes; borrowed from the mapped file or owned.
+//!
+//! No arithmetic beyond conversion of number types.
+
+use std::borrow::Cow;
+
+use crate::dtype::{bytes_from_f32, extend_f32};
+use crate::{Dtype, FormatError};
+
+/// A tensor read from a file: row-major, little endian.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorView<'a> {
+    /// Number type of the elements.
+    pub dtype: Dtype,
+    /// Sizes, outermost first; empty for a scalar.
+    pub shape: Vec<usize>,
+    /// The elements; borrowed from the memory map wherever the file stores them contiguously.
+    /// No alignment is promised.
+    pub data: Cow<'a, [u8]>,
+}
+
+impl TensorView<'_> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.data.len() / self.dtype.size()
+    }
+
+    /// True when a dimension is 0.
+    pub fn is_empty(&self) -> bool {
+        self.data.is_empty()
+    }
+
+    /// All elements as f32, row-major.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = Vec::with_capacity(self.len());
+        extend_f32(self.dtype, &self.data, &mut out);
+        out
+    }
+
+    /// A copy that does not borrow the file.
+    pub fn to_owned_tensor(&self) -> OwnedTensor {
+        OwnedTensor { dtype: self.dtype, shape: self.shape.clone(), data: self.data.to_vec() }
+    }
+}
+
+/// A tensor in memory of its own: row-major, little endian.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OwnedTensor {
+    /// Number type of the elements.
+    pub dtype: Dtype,
+    /// Sizes, outermost first; empty for a scalar.
+    pub shape: Vec<usize>,
+    /// The elements.
+    pub data: Vec<u8>,
+}
+
+impl OwnedTensor {
+    /// A tensor of `shape` stored as `dtype`, rounded to nearest even.
+    ///
+    /// # Errors
+    /// [`FormatError::WrongDtype`] when `dtype` is not F64, F32, F16 or BF16.
+    ///
+    /// # Panics
+    /// When `values.len()` is not the product of `shape`.
+    pub fn from_f32(shape: &[usize], values: &[f32], dtype: Dtype) -> Result<Self, FormatError> {
+        assert_eq!(shape.iter().product::<usize>(), values.len(), "elements of shape {shape:?}");
+        Ok(Self { dtype, shape: shape.to_vec(), data: bytes_from_f32(values, dtype)? })
+    }
+
+    /// A scalar (0-dim) of `dtype`.
+    ///
+    /// # Errors
+    /// As [`Self::from_f32`].
+    pub fn scalar(value: f32, dtype: Dtype) -> Result<Self, FormatError> {
+        Self::from_f32(&[], &[value], dtype)
+    }
+
+    /// The same tensor, borrowed.
+    pub fn view(&self) -> TensorView<'_> {
+        TensorView { dtype: self.dtype, shape: self.shape.clone(), data: Cow::Borrowed(&self.data) }
+    }
+
+    /// All elements as f32, row-major.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = Vec::with_capacity(self.data.len() / self.dtype.size());
+        extend_f32(self.dtype, &self.data, &mut out);
+        out
+    }
+
+    /// The tensor in another float type (rounded to nearest even); itself when it is of that
+    /// type already or does not hold floats.
+    ///
+    /// # Errors
+    /// As [`Self::from_f32`].
+    pub fn cast(&self, dtype: Dtype) -> Result<Self, FormatError> {
+        if self.dtype == dtype || !self.dtype.is_float() {
+            return Ok(self.clone());
+        }
+        Self::from_f32(&self.shape, &self.to_f32(), dtype)
+    }
+}
+
+/// The weights of one component of a model, under the names of diffusers or transformers.
+pub trait Weights: Send + Sync {
+    /// All names, sorted.
+    fn names(&self) -> Vec<String>;
+
+    /// A tensor, borrowed from the mapped file where its layout allows.
+    ///
+    /// # Errors
+    /// [`FormatError::MissingTensor`] naming tensor and file.
+    fn get(&self, name: &str) -> Result<TensorView<'_>, FormatError>;
+
+    /// A tensor's shape without touching its data, `None` when there is no such tensor.
+    fn shape(&self, name: &str) -> Option<Vec<usize>>;
+
+    /// True when there is such a tensor.
+    fn contains(&self, name: &str) -> bool {
+        self.shape(name).is_some()
+    }
+}
