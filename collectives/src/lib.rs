@@ -16,6 +16,7 @@
 mod comm;
 pub mod env;
 mod error;
+pub mod exit_code;
 mod futex;
 mod liveness;
 mod segment;

@@ -348,12 +348,13 @@ impl Group {
     fn check_agreement(&self, call: &Call) -> Result<()> {
         let announced = |rank: usize| {
             let announcement = &self.segment.slot(rank).announcements[(call.seq % 2) as usize];
-            let length = match call.op {
-                Op::AllReduce => announcement.length.load(Ordering::Relaxed),
-                _ => 0,
+            let kind = announcement.kind.load(Ordering::Relaxed);
+            // Only a sum needs equal lengths.
+            let length = match kind == Op::AllReduce.code() {
+                true => announcement.length.load(Ordering::Relaxed),
+                false => 0,
             };
-            let seq = announcement.seq.load(Ordering::Relaxed);
-            (seq, announcement.kind.load(Ordering::Relaxed), length)
+            (announcement.seq.load(Ordering::Relaxed), kind, length)
         };
         let ours = announced(self.rank);
         for peer in 0..self.world_size {

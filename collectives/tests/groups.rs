@@ -213,6 +213,15 @@ fn a_mismatch_names_both_calls() {
         assert!(message.contains("`barrier`"), "{message}");
         assert!(message.contains("`broadcast from rank 1`"), "{message}");
     }
+    for error in on_all_ranks(2, |comm| {
+        if comm.rank() == 0 {
+            comm.barrier().unwrap_err()
+        } else {
+            comm.all_reduce(&mut [0.0; 3]).unwrap_err()
+        }
+    }) {
+        assert!(error.to_string().contains("`all_reduce of 3 floats`"), "{error}");
+    }
 }
 
 #[test]

@@ -1,1 +1,88 @@
-fn main() {}
+//! The `lorarun` binary: starts and watches one process per rank, and hands commands on.
+//!
+//! This file alone knows which command is served by which crate. The way of a command: the launcher
+//! (`cli`, `supervise`) starts this same binary once per rank with the environment contract of
+//! `collectives::env` set; each of those lands in [`run_as_rank`]. With one process there is no
+//! second one: the launcher becomes the rank.
+
+mod check_ranks;
+mod cli;
+mod fault;
+mod output;
+mod spawn;
+mod summary;
+mod supervise;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use collectives::{Env, exit_code, report_failure, signals};
+
+use crate::cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return cli::exit_after(&error),
+    };
+    let env = match Env::from_process() {
+        Ok(env) => env,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return exit(exit_code::CONFIGURATION);
+        }
+    };
+    let code = if env.is_supervised() {
+        run_as_rank(cli.command, &env)
+    } else {
+        match cli.check_against(&env) {
+            Err(message) => {
+                eprintln!("error: {message}");
+                exit_code::USAGE
+            }
+            Ok(()) if cli.launch.num_processes == 1 => run_alone(cli, env),
+            Ok(()) => supervise::run(&cli.launch, &cli.command).unwrap_or_else(|error| {
+                eprintln!("error: {error:#}");
+                exit_code::FAILURE
+            }),
+        }
+    };
+    exit(code)
+}
+
+/// Becomes the only rank.
+fn run_alone(cli: Cli, mut env: Env) -> i32 {
+    if cli.launch.num_cpu_threads_per_process.is_some() {
+        env.threads = cli.launch.num_cpu_threads_per_process;
+    }
+    run_as_rank(cli.command, &env)
+}
+
+/// Runs a command in this process, as the rank that `env` says.
+fn run_as_rank(command: Command, env: &Env) -> i32 {
+    if let Err(error) = prepare_process(env) {
+        report_failure(env, &format!("error: {error:#}"));
+        return exit_code::FAILURE;
+    }
+    match command {
+        Command::CheckRanks(options) => check_ranks::run(&options, env),
+    }
+}
+
+/// What holds for a rank whatever it does: its share of the processor, and a stop that is polite.
+fn prepare_process(env: &Env) -> Result<()> {
+    signals::install().context("cannot install signal handlers")?;
+    if let Some(threads) = env.threads {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build_global()
+            .with_context(|| format!("cannot start the pool of CPU threads: {threads}"))?;
+    }
+    Ok(())
+}
+
+/// The low byte is all that a parent process sees.
+fn exit(code: i32) -> ExitCode {
+    ExitCode::from(u8::try_from(code).unwrap_or(1))
+}

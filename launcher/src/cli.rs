@@ -1,0 +1,224 @@
+//! The launcher's command line: which ranks to start, and which command they run.
+//!
+//! Option names are those of `accelerate launch`, spelt with underscores; hyphens are taken too.
+//! What follows a command belongs to it and is passed on untouched.
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use collectives::{Env, exit_code};
+
+use crate::check_ranks;
+
+/// `--version` says what was built, from what, by what.
+const LONG_VERSION: &str = concat!(
+    env!("CARGO_PKG_VERSION"),
+    "\ncommit   ",
+    env!("BUILD_COMMIT"),
+    "\ntarget   ",
+    env!("BUILD_TARGET"),
+    "\nprofile  ",
+    env!("BUILD_PROFILE"),
+    "\ncompiler ",
+    env!("BUILD_COMPILER"),
+);
+
+const AFTER_HELP: &str = "\
+Examples:
+  lorarun train config.toml
+      one process, all CPU cores
+  lorarun --num_processes 2 train config.toml --max_train_steps 100
+      two processes on this machine that share the work; options after the config file win
+  lorarun --num_processes 4 --log_dir logs train config.toml
+      as above, with what each process says in logs/rank0.log, logs/rank1.log, ...
+  lorarun --num_processes 4 check-ranks
+      do the processes reach each other, and how fast
+
+Ctrl-C ends politely: the current step is finished and saved. A second Ctrl-C ends at once.
+When one process fails, the others are stopped and its exit code is returned.
+
+Exit codes:
+  0 done, 64 wrong usage, 75 saved, start me again, 78 wrong configuration,
+  128 + n ended by signal n, else the code of the first process that failed";
+
+/// Trains LoRAs for Stable Diffusion, on one process or several
+#[derive(Debug, Parser)]
+#[command(
+    name = "lorarun",
+    version,
+    long_version = LONG_VERSION,
+    after_help = AFTER_HELP,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    disable_help_subcommand = true
+)]
+pub struct Cli {
+    /// Which processes to start.
+    #[command(flatten)]
+    pub launch: Launch,
+    /// What they run.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of the launcher itself; they come before the command.
+#[derive(Debug, Args)]
+pub struct Launch {
+    /// Number of processes (ranks) on this machine
+    #[arg(long = "num_processes", alias = "num-processes", value_name = "N", default_value = "1",
+          value_parser = parse_count)]
+    pub num_processes: usize,
+
+    /// CPU threads of each process [default: CPU cores / processes]
+    #[arg(
+        long = "num_cpu_threads_per_process",
+        alias = "num-cpu-threads-per-process",
+        value_name = "T",
+        value_parser = parse_count
+    )]
+    pub num_cpu_threads_per_process: Option<usize>,
+
+    /// Folder for one log file per process, `rank0.log` and so on; lines are appended
+    #[arg(long = "log_dir", alias = "log-dir", value_name = "DIR")]
+    pub log_dir: Option<PathBuf>,
+
+    /// Seconds that one process waits for the others before it gives up
+    #[arg(
+        long = "collective_timeout",
+        alias = "collective-timeout",
+        value_name = "SECONDS",
+        default_value = "600",
+        value_parser = parse_seconds
+    )]
+    pub collective_timeout: f64,
+}
+
+/// What the ranks run.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Check that the processes of this machine reach each other, and measure how fast
+    #[command(name = "check-ranks", alias = "check_ranks")]
+    CheckRanks(check_ranks::Options),
+}
+
+impl Command {
+    /// The command line that makes a rank run this: everything from the command's name on, as it
+    /// was given.
+    pub fn arguments(&self) -> Vec<OsString> {
+        let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+        let start = command_position(&arguments);
+        arguments[start..].to_vec()
+    }
+}
+
+impl Cli {
+    /// What no single option can know: the environment may already say who this process is.
+    pub fn check_against(&self, env: &Env) -> Result<(), String> {
+        if self.launch.num_processes > 1 && env.world_size > 1 {
+            return Err(format!(
+                "`--num_processes` starts ranks, but the environment says that this process is \
+                 one: `RANK` {} of `WORLD_SIZE` {}\n\
+                 hint: unset `RANK` and `WORLD_SIZE`, or leave `--num_processes` out",
+                env.rank, env.world_size
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Prints what the parser has to say: help and version to stdout with code 0, errors to stderr.
+pub fn exit_after(error: &clap::Error) -> ExitCode {
+    // A closed stdout or stderr leaves nobody to tell.
+    drop(error.print());
+    if error.use_stderr() { ExitCode::from(exit_code::USAGE as u8) } else { ExitCode::SUCCESS }
+}
+
+/// Index of the command's name: the first argument that is neither a launcher option nor the value
+/// of one. Every launcher option takes a value, `--name value` or `--name=value`.
+fn command_position(arguments: &[OsString]) -> usize {
+    let mut index = 0;
+    while let Some(argument) = arguments.get(index) {
+        let text = argument.to_string_lossy();
+        match text.strip_prefix("--") {
+            None => break,
+            Some(option) if option.contains('=') => index += 1,
+            Some(_) => index += 2,
+        }
+    }
+    index.min(arguments.len())
+}
+
+fn parse_count(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("at least 1 is needed".to_owned()),
+        Ok(count) => Ok(count),
+        Err(_) => Err("a whole number from 1 is needed".to_owned()),
+    }
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if seconds > 0.0 && seconds <= 1e9 => Ok(seconds),
+        _ => Err("a number of seconds above 0 is needed".to_owned()),
+    }
+}
+
+/// Writes data to stdout. A reader that went away is no failure of ours.
+pub fn print_data(text: &str) {
+    drop(std::io::stdout().lock().write_all(text.as_bytes()));
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_command_is_found_behind_launcher_options() {
+        for (line, position) in [
+            ("train a.toml", 0),
+            ("--num_processes 2 train a.toml --seed 1", 2),
+            ("--num-processes=2 --log_dir logs train --help", 3),
+            ("", 0),
+        ] {
+            let arguments: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
+            assert_eq!(command_position(&arguments), position, "{line}");
+        }
+    }
+
+    #[test]
+    fn every_launcher_option_takes_a_value() {
+        // `command_position` relies on it.
+        for argument in Cli::command().get_arguments() {
+            let name = argument.get_id().as_str();
+            assert!(
+                matches!(name, "help" | "version") || argument.get_action().takes_values(),
+                "{name}"
+            );
+        }
+    }
+
+    #[test]
+    fn underscores_and_hyphens_are_one() {
+        for option in ["--num_processes", "--num-processes"] {
+            let cli = Cli::try_parse_from(["lorarun", option, "3", "check-ranks"]).unwrap();
+            assert_eq!(cli.launch.num_processes, 3);
+        }
+    }
+
+    #[test]
+    fn no_processes_are_refused() {
+        let error =
+            Cli::try_parse_from(["lorarun", "--num_processes", "0", "check-ranks"]).unwrap_err();
+        assert!(error.to_string().contains("at least 1 is needed"), "{error}");
+    }
+}

@@ -1,0 +1,91 @@
+//! Starts one rank: this binary again, with the environment contract set.
+//!
+//! A rank is in a process group of its own (Ctrl-C at the terminal reaches the launcher alone),
+//! and the kernel kills it when the launcher dies, however that happens.
+
+use std::ffi::OsString;
+use std::io::{PipeReader, pipe};
+use std::os::fd::RawFd;
+use std::process::Stdio;
+
+use anyhow::{Context, Result};
+use collectives::Env;
+use tokio::process::{Child, Command};
+
+/// Everything that makes a process a rank.
+pub struct WorkerSpec {
+    /// Its place in the run.
+    pub env: Env,
+    /// Command line behind the program's name.
+    pub arguments: Vec<OsString>,
+    /// Whether the launcher reads its stdout, or it writes to the launcher's.
+    pub capture_stdout: bool,
+    /// The same for stderr.
+    pub capture_stderr: bool,
+}
+
+/// A started rank.
+pub struct Worker {
+    /// The process.
+    pub child: Child,
+    /// Process id, which is also the id of its process group.
+    pub pid: i32,
+    /// Its stdout, if captured.
+    pub stdout: Option<PipeReader>,
+    /// Its stderr, if captured.
+    pub stderr: Option<PipeReader>,
+}
+
+impl WorkerSpec {
+    /// Starts the process. Must be called on the thread that lives as long as the launcher: the
+    /// kernel's "parent has died" is about the thread.
+    pub fn start(self) -> Result<Worker> {
+        let rank = self.env.rank;
+        // The path of the running program even when its file was replaced meanwhile.
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("lorarun").args(&self.arguments).envs(self.env.to_variables());
+        if let Some(threads) = self.env.threads {
+            command.env("RAYON_NUM_THREADS", threads.to_string());
+        }
+        let stream = |capture: bool, inherit: Stdio| -> Result<(Stdio, Option<PipeReader>)> {
+            if !capture {
+                return Ok((inherit, None));
+            }
+            let (reader, writer) = pipe().context("cannot make a pipe")?;
+            Ok((writer.into(), Some(reader)))
+        };
+        let (out, stdout) = stream(self.capture_stdout, Stdio::inherit())?;
+        let (err, stderr) = stream(self.capture_stderr, Stdio::inherit())?;
+        command.stdin(Stdio::null()).stdout(out).stderr(err).process_group(0).kill_on_drop(true);
+        let inherited = self.env.segment_fd;
+        let parent = std::process::id() as libc::pid_t;
+        // SAFETY: the closure runs between fork and exec and calls async-signal-safe functions only.
+        unsafe { command.pre_exec(move || prepare_child(parent, inherited)) };
+        let child = command.spawn().with_context(|| format!("cannot start rank {rank}"))?;
+        // A child that was not waited for has an id.
+        let pid = child.id().context("a rank ended before it was started")? as i32;
+        Ok(Worker { child, pid, stdout, stderr })
+    }
+}
+
+/// Runs in the child before the program is replaced.
+fn prepare_child(parent: libc::pid_t, inherited: Option<RawFd>) -> std::io::Result<()> {
+    // SAFETY: async-signal-safe calls with plain integers.
+    unsafe {
+        if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        // The launcher may have died before the line above; then nobody would kill this process.
+        if libc::getppid() != parent {
+            libc::_exit(128 + libc::SIGKILL);
+        }
+        if let Some(fd) = inherited
+            && libc::fcntl(fd, libc::F_SETFD, 0) != 0
+        {
+            return Err(std::io::Error::last_os_error());
+        }
+        // Its group is in the background; a terminal set to `tostop` would stop it at its first line.
+        libc::signal(libc::SIGTTOU, libc::SIG_IGN);
+    }
+    Ok(())
+}

@@ -1,0 +1,260 @@
+//! Watches the ranks of one run on this machine: starts them, passes stop requests on, stops all
+//! when one fails, and returns the exit code of the whole.
+//!
+//! Promises: the first failure ends every rank within [`STOP_GRACE`] and the time the kernel needs
+//! to kill; no rank outlives the launcher; one thread and one loop decide everything.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use collectives::{Author, Env, Segment, exit_code, signals};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use crate::cli::{Command, Launch};
+use crate::output::{Pumps, RankOutput, Target};
+use crate::spawn::WorkerSpec;
+use crate::summary::{
+    Ending, Status, describe_failure, exit_code_of, first_failure, is_failure, signal_name,
+};
+
+/// How long ranks have to end by themselves after a failure, before they are killed.
+const STOP_GRACE: Duration = Duration::from_secs(1);
+/// How long to read on what ended ranks have still to say.
+const OUTPUT_GRACE: Duration = Duration::from_millis(300);
+
+/// One rank as the launcher sees it.
+struct Rank {
+    pid: i32,
+    output: RankOutput,
+    /// The launcher has sent it a signal.
+    was_told: bool,
+    ended: bool,
+}
+
+/// A process has ended.
+struct Exit {
+    rank: usize,
+    status: std::io::Result<std::process::ExitStatus>,
+}
+
+/// The run under way.
+struct Run {
+    segment: Segment,
+    ranks: Vec<Rank>,
+    /// In the order in which they were noticed.
+    endings: Vec<Ending>,
+    start: Instant,
+    /// First polite request, and when it came.
+    asked: Option<Instant>,
+    /// When ranks that still run are killed.
+    kill_at: Option<Instant>,
+    /// Signal whose repetition made the launcher kill.
+    killed_by: Option<i32>,
+}
+
+/// Starts the ranks and returns the exit code when the last one has ended.
+pub fn run(launch: &Launch, command: &Command) -> Result<i32> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the launcher's event loop")?;
+    runtime.block_on(supervise(launch, command))
+}
+
+async fn supervise(launch: &Launch, command: &Command) -> Result<i32> {
+    // Listening comes first: a signal between the start of two ranks must not be lost.
+    let mut interrupts = signal(SignalKind::interrupt()).context("cannot listen to SIGINT")?;
+    let mut terminations = signal(SignalKind::terminate()).context("cannot listen to SIGTERM")?;
+    let mut hangups = signal(SignalKind::hangup()).context("cannot listen to SIGHUP")?;
+    let (exits, mut exited) = mpsc::unbounded_channel();
+    let mut pumps = Pumps::new();
+    let mut run = start(launch, command, &exits, &mut pumps)?;
+
+    while run.ranks.iter().any(|rank| !rank.ended) {
+        let kill_at = run.kill_at;
+        let deadline = async {
+            match kill_at {
+                Some(at) => tokio::time::sleep_until(at.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            Some(exit) = exited.recv() => {
+                run.note_exit(exit);
+                // Those that ended in the same moment, before their signals are sent.
+                while let Ok(exit) = exited.try_recv() {
+                    run.note_exit(exit);
+                }
+                run.stop_after_failure();
+            }
+            _ = interrupts.recv() => run.stop_politely(libc::SIGINT),
+            _ = terminations.recv() => run.stop_politely(libc::SIGTERM),
+            _ = hangups.recv() => run.stop_politely(libc::SIGHUP),
+            () = deadline => run.kill(),
+        }
+    }
+    pumps.finish(OUTPUT_GRACE);
+    Ok(run.conclude())
+}
+
+/// Starts all ranks. When one cannot be started, those before it are killed as their handles drop.
+fn start(
+    launch: &Launch,
+    command: &Command,
+    exits: &mpsc::UnboundedSender<Exit>,
+    pumps: &mut Pumps,
+) -> Result<Run> {
+    let world_size = launch.num_processes;
+    let generation = 1;
+    let segment = Segment::create(world_size, generation)?;
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    let threads = launch.num_cpu_threads_per_process.unwrap_or((cores / world_size).max(1));
+    let terminal = std::io::stderr().is_terminal();
+    let mut workers = Vec::new();
+    for rank in 0..world_size {
+        // Rank 0 draws its progress bar on the terminal itself; its stdout is the run's data.
+        let capture_stdout = rank > 0 || launch.log_dir.is_some();
+        let capture_stderr = rank > 0 || !terminal;
+        let output = RankOutput::new(rank, true, launch.log_dir.as_deref())?;
+        let worker = WorkerSpec {
+            env: Env {
+                rank,
+                local_rank: rank,
+                world_size,
+                local_world_size: world_size,
+                generation,
+                segment_fd: Some(segment.fd()),
+                threads: Some(threads),
+                collective_timeout: Duration::from_secs_f64(launch.collective_timeout),
+                ..Env::single()
+            },
+            arguments: command.arguments(),
+            capture_stdout,
+            capture_stderr,
+        }
+        .start()?;
+        workers.push((worker, output));
+    }
+    let mut ranks = Vec::new();
+    for (rank, (mut worker, output)) in workers.into_iter().enumerate() {
+        if let Some(stdout) = worker.stdout.take() {
+            let output = if rank == 0 { output.unprefixed() } else { output.clone() };
+            pumps.add(stdout, output, Target::Stdout)?;
+        }
+        if let Some(stderr) = worker.stderr.take() {
+            pumps.add(stderr, output.clone(), Target::Stderr)?;
+        }
+        ranks.push(Rank { pid: worker.pid, output, was_told: false, ended: false });
+        let exits = exits.clone();
+        tokio::spawn(async move {
+            let status = worker.child.wait().await;
+            // The receiver lives until all ranks have ended.
+            drop(exits.send(Exit { rank, status }));
+        });
+    }
+    Ok(Run {
+        segment,
+        ranks,
+        endings: Vec::new(),
+        start: Instant::now(),
+        asked: None,
+        kill_at: None,
+        killed_by: None,
+    })
+}
+
+impl Run {
+    fn note_exit(&mut self, exit: Exit) {
+        let rank = &mut self.ranks[exit.rank];
+        rank.ended = true;
+        // What the rank itself has started and left behind in its process group.
+        send(rank.pid, libc::SIGKILL);
+        self.endings.push(Ending {
+            rank: exit.rank,
+            pid: rank.pid,
+            status: exit.status.map_or(Status::Code(exit_code::FAILURE), Status::from),
+            after: self.start.elapsed(),
+            was_told: rank.was_told,
+            last_words: None,
+            last_lines: Vec::new(),
+            log: rank.output.log_path().map(Into::into),
+        });
+    }
+
+    /// Stops all ranks once one has failed.
+    fn stop_after_failure(&mut self) {
+        if self.kill_at.is_some() || self.killed_by.is_some() {
+            return;
+        }
+        let record = self.segment.abort_record();
+        let first = first_failure(&self.endings, record.as_ref())
+            .or_else(|| self.endings.iter().find(|ending| is_failure(ending.status)));
+        let Some(failure) = first else { return };
+        // The flag wakes ranks out of collectives, so that they end by themselves; the signal
+        // reaches those that compute.
+        let reason = format!("rank {} {}", failure.rank, failure.status.describe());
+        self.segment.abort(Author::Launcher, Some(failure.rank), &reason);
+        self.tell_all(libc::SIGTERM);
+        self.kill_at = Some(Instant::now() + STOP_GRACE);
+    }
+
+    /// A signal to the launcher: the first is passed on as a polite request, a second one kills.
+    fn stop_politely(&mut self, signal: i32) {
+        let name = signal_name(signal).unwrap_or("a signal");
+        let Some(asked) = self.asked else {
+            self.asked = Some(Instant::now());
+            eprintln!(
+                "{name}: asking all ranks to save and end\n\
+                 hint: press Ctrl-C again to end at once"
+            );
+            self.tell_all(libc::SIGTERM);
+            return;
+        };
+        // Schedulers deliver one SIGTERM several times.
+        let grace = Duration::from_secs(signals::REPEAT_GRACE_S.unsigned_abs());
+        if signal != libc::SIGINT && asked.elapsed() <= grace {
+            return;
+        }
+        if self.killed_by.is_none() {
+            eprintln!("{name} again: ending all ranks at once");
+            self.killed_by = Some(signal);
+        }
+        self.kill();
+    }
+
+    fn kill(&mut self) {
+        self.tell_all(libc::SIGKILL);
+        // Should the kernel need longer (a rank in uninterruptible sleep), ask again.
+        self.kill_at = Some(Instant::now() + STOP_GRACE);
+    }
+
+    fn tell_all(&mut self, signal: i32) {
+        for rank in self.ranks.iter_mut().filter(|rank| !rank.ended) {
+            rank.was_told = true;
+            send(rank.pid, signal);
+        }
+    }
+
+    /// Prints the summary of a failure and returns the exit code.
+    fn conclude(mut self) -> i32 {
+        for ending in &mut self.endings {
+            ending.last_words = self.segment.last_words(ending.rank);
+            ending.last_lines = self.ranks[ending.rank].output.last_lines();
+        }
+        let record = self.segment.abort_record();
+        if self.killed_by.is_none()
+            && let Some(failure) = first_failure(&self.endings, record.as_ref())
+        {
+            eprint!("{}", describe_failure(failure, &self.endings, record.as_ref()));
+        }
+        exit_code_of(&self.endings, record.as_ref(), self.killed_by)
+    }
+}
+
+/// Signals a rank's process group.
+fn send(pid: i32, signal: i32) {
+    // SAFETY: a plain system call. The group may be gone already; that is what was wanted.
+    unsafe { libc::kill(-pid, signal) };
+}
