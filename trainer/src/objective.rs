@@ -3,9 +3,9 @@
 //! Follows sd-scripts' order of operations. Noise and timesteps are keyed by the global sample
 //! index: they do not depend on the number of ranks, on the batch size or on what was drawn before.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use engine::{DType, Device, ElementLoss, LossSpec, Tensor};
-use models::NoiseSchedule;
+use models::{NoiseSchedule, ScheduleSettings};
 
 use crate::options::{HuberSchedule, LossType, Options};
 use crate::rng::{Purpose, stream};
@@ -70,8 +70,12 @@ pub struct Noised {
 impl Objective {
     /// Reads the objective from a run's options.
     pub fn from_options(options: &Options) -> Result<Self> {
-        let schedule = NoiseSchedule::stable_diffusion(options.zero_terminal_snr);
-        let steps = schedule.len();
+        let settings = ScheduleSettings {
+            zero_terminal_snr: options.zero_terminal_snr,
+            ..ScheduleSettings::default()
+        };
+        let schedule = NoiseSchedule::new(settings);
+        let steps = schedule.steps();
         let timesteps = options.min_timestep.unwrap_or(0)..options.max_timestep.unwrap_or(steps);
         if timesteps.is_empty() || timesteps.end > steps {
             bail!("`min_timestep` and `max_timestep` leave no timestep within 0..{steps}: {timesteps:?}");
@@ -140,10 +144,12 @@ impl Objective {
         let mut loss = LossSpec { element: self.element, delta: Vec::new(), weight: Vec::new() };
         for ((latents, draw), weight) in latents.chunks_exact(len).zip(draws).zip(weights) {
             let noise = self.shifted_noise(latents, draw, channels);
-            let (a, s) = self.schedule.noise_coefficients(draw.timestep);
-            noisy.extend(latents.iter().zip(&noise).map(|(x, n)| a * x + s * n));
+            let schedule = &self.schedule;
+            let mixed = schedule.add_noise(latents, &noise, draw.timestep);
+            noisy.extend(mixed.context("timestep outside the schedule")?);
             if self.v_parameterization {
-                target.extend(latents.iter().zip(&noise).map(|(x, n)| a * n - s * x));
+                let velocity = schedule.velocity(latents, &noise, draw.timestep);
+                target.extend(velocity.context("timestep outside the schedule")?);
             } else {
                 target.extend(noise);
             }
@@ -180,7 +186,7 @@ impl Objective {
 
     /// Product of the weights that depend on the timestep only.
     fn timestep_weight(&self, timestep: usize) -> f32 {
-        let snr = self.schedule.snr(timestep);
+        let snr = self.schedule.snr[timestep];
         let capped = snr.min(SNR_CEILING);
         let v_scale = capped / (capped + 1.);
         let mut weight = 1.;
@@ -206,11 +212,11 @@ impl Objective {
         let at = match schedule {
             HuberSchedule::Constant => c,
             HuberSchedule::Exponential => {
-                let rate = -c.ln() / self.schedule.len() as f32;
+                let rate = -c.ln() / self.schedule.steps() as f32;
                 (-rate * timestep as f32).exp()
             }
             HuberSchedule::Snr => {
-                let alpha_bar = self.schedule.alpha_bar(timestep);
+                let alpha_bar = self.schedule.alphas_cumprod[timestep];
                 let sigma = ((1. - alpha_bar) / alpha_bar).sqrt();
                 (1. - c) / ((1. + sigma) * (1. + sigma)) + c
             }

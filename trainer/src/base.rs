@@ -1,0 +1,85 @@
+//! The base model of a run: opened once, its parts loaded when they are needed.
+
+use anyhow::{Context, Result};
+use engine::{DType, Device};
+use formats::{BaseModel, Family, OpenOptions, open_base_model};
+use models::{ClipConfig, ClipTextModel, Preset, Unet, UnetConfig, Vae, VaeConfig, preset};
+
+use crate::options::{MixedPrecision, Options};
+
+/// An opened base model and the sizes of its parts.
+pub struct Base {
+    /// Mapped files.
+    pub files: BaseModel,
+    /// Facts of the family.
+    pub preset: &'static Preset,
+    /// Sizes of the U-Net.
+    pub unet: UnetConfig,
+    /// Sizes of the text encoder.
+    pub text_encoder: ClipConfig,
+    /// Sizes of the autoencoder.
+    pub vae: VaeConfig,
+    /// Where the arithmetic is done.
+    pub device: Device,
+    /// Type of the U-Net's and the text encoder's arithmetic.
+    pub dtype: DType,
+}
+
+impl Base {
+    /// Opens the model that the options name.
+    pub fn open(options: &Options) -> Result<Self> {
+        let name = options.pretrained_model_name_or_path.as_deref().context(
+            "`pretrained_model_name_or_path` is missing\nhint: name a `.safetensors` or `.ckpt` \
+             file, a diffusers folder or a hub id",
+        )?;
+        let open = OpenOptions {
+            v2: options.is_written("v2").then_some(options.v2),
+            variant: None,
+            vae: options.vae.as_ref().map(|path| path.display().to_string()),
+        };
+        let dtype = match options.mixed_precision {
+            MixedPrecision::Bf16 => DType::BF16,
+            MixedPrecision::No | MixedPrecision::Fp16 => DType::F32,
+        };
+        Self::from_files(open_base_model(name, &open)?, dtype)
+    }
+
+    /// Reads the sizes of an opened model.
+    pub fn from_files(files: BaseModel, dtype: DType) -> Result<Self> {
+        let preset = preset(files.family);
+        let unet = UnetConfig::resolve(files.unet_config.as_ref(), &*files.unet, preset)?;
+        let text = files.text_encoder_config.as_ref();
+        let text_encoder = ClipConfig::resolve(text, &*files.text_encoder, preset)?;
+        let vae = VaeConfig::resolve(files.vae_config.as_ref(), &*files.vae, preset)?;
+        Ok(Self { files, preset, unet, text_encoder, vae, device: Device::Cpu, dtype })
+    }
+
+    /// Loads the U-Net in the compute type.
+    pub fn load_unet(&self) -> Result<Unet> {
+        let unet = Unet::load(&*self.files.unet, &self.unet, self.device, self.dtype);
+        unet.with_context(|| format!("load the U-Net of {}", self.files.path.display()))
+    }
+
+    /// Loads the text encoder in the compute type.
+    pub fn load_text_encoder(&self) -> Result<ClipTextModel> {
+        let weights = &*self.files.text_encoder;
+        let model = ClipTextModel::load(weights, &self.text_encoder, self.device, self.dtype);
+        model.with_context(|| format!("load the text encoder of {}", self.files.path.display()))
+    }
+
+    /// Loads the autoencoder in f32: in half precision some autoencoders overflow.
+    pub fn load_vae(&self) -> Result<Vae> {
+        let vae = Vae::load(&*self.files.vae, &self.vae, self.device, DType::F32);
+        vae.with_context(|| format!("load the VAE of {}", self.files.path.display()))
+    }
+
+    /// `ss_base_model_version` of sd-scripts.
+    pub fn version_tag(&self, v_parameterization: bool) -> &'static str {
+        match (self.files.family, v_parameterization) {
+            (Family::Sd1, false) => "sd_v1",
+            (Family::Sd1, true) => "sd_v1_v",
+            (Family::Sd2, false) => "sd_v2",
+            (Family::Sd2, true) => "sd_v2_v",
+        }
+    }
+}
