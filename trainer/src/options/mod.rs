@@ -6,7 +6,8 @@
 //!
 //! - `value`, `choices`: types of values · `table`: the declaring macro and the row type
 //! - `list_*`: the options · `arguments`: `key=value` lists · `config_file`: TOML with places
-//! - `parse`: command line over file over default · `validate`: rules · `help`: printing
+//! - `parse`: command line over file over default · `validate`: rules · `suggest`: did-you-mean
+//! - `help`, `print`: options as help and as TOML
 
 #[macro_use]
 mod table;
@@ -20,10 +21,22 @@ mod list_model;
 mod list_output;
 #[macro_use]
 mod list_training;
+mod arguments;
 mod choices;
+mod config_file;
+mod help;
+mod parse;
+mod print;
+mod suggest;
+#[cfg(test)]
+mod tests;
+mod validate;
 mod value;
 
+pub use arguments::{AdamwArgs, NetworkArgs};
 pub use choices::*;
+pub use help::help_text;
+pub use parse::{Action, Parsed, find_option, parse, write_config};
 pub use table::{Group, OptionSpec, Origin, Support};
 pub use value::{CropRange, IntOrFloat, Kind, Mismatch, OptionValue, Resolution};
 

@@ -52,7 +52,8 @@ impl Kind {
             Kind::Range => "LOW,HIGH".into(),
             Kind::TextList => "TEXT ...".into(),
             Kind::FloatList => "NUMBER ...".into(),
-            Kind::Choice(words) => words.join("|"),
+            Kind::Choice(words) if words.len() <= 4 => words.join("|"),
+            Kind::Choice(_) => "WORD".into(),
         }
     }
 }
@@ -299,7 +300,7 @@ impl OptionValue for IntOrFloat {
         let number = f64::from_toml(value).map_err(|_| wrong())?;
         match number {
             number if number < 0.0 => Err(wrong()),
-            number if number == 0.0 => Ok(Self::Steps(0)),
+            0.0 => Ok(Self::Steps(0)),
             number if number < 1.0 => Ok(Self::Share(number)),
             number if number.fract() == 0.0 => Ok(Self::Steps(number as usize)),
             _ => Err(wrong()),

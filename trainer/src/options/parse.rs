@@ -1,0 +1,271 @@
+//! From the words of the command line and the config file to [`Options`].
+//!
+//! The command line wins over the file, the file over the defaults. Names are strict: an unknown
+//! one is refused with a suggestion. All faults of a file are reported at once.
+
+use super::config_file::{ConfigFile, add_toml_suffix, find_config, read_config};
+use super::suggest::closest;
+use super::{Kind, OPTIONS, OptionSpec, Options, Origin, validate};
+use anyhow::{Context, Result, bail};
+use std::ffi::OsString;
+use std::path::PathBuf;
+use toml::Value;
+
+/// What the command line asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Train, or with `dry_run` print the plan.
+    Train,
+    /// Print the help, all of it or what matches the word.
+    Help(Option<String>),
+    /// Write the options to this file.
+    WriteConfig(PathBuf),
+}
+
+/// The command line and the config file, read and checked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Parsed {
+    /// What to do.
+    pub action: Action,
+    /// Every option. Checked across options only for [`Action::Train`].
+    pub options: Options,
+    /// `[general]` and `[[datasets]]` of the config file, where it holds them.
+    pub datasets: Option<toml::Table>,
+    /// The config file that was read.
+    pub config_path: Option<PathBuf>,
+    /// Remarks for the user: options without effect, values changed or ignored.
+    pub notes: Vec<String>,
+}
+
+/// Finds an option by name.
+pub fn find_option(name: &str) -> Option<&'static OptionSpec> {
+    OPTIONS.iter().find(|spec| spec.name == name)
+}
+
+/// Reads the words after `train` and the config file they name.
+pub fn parse(args: &[OsString]) -> Result<Parsed> {
+    let line = CommandLine::read(args)?;
+    let mut parsed = Parsed {
+        action: Action::Train,
+        options: Options::default(),
+        datasets: None,
+        config_path: None,
+        notes: Vec::new(),
+    };
+    if let Some(search) = line.help {
+        parsed.action = Action::Help(search);
+        return Ok(parsed);
+    }
+    for (spec, value) in &line.values {
+        assign(&mut parsed.options, spec, value, Origin::CommandLine)?;
+    }
+    let config = config_name(line.positional, &parsed.options)?;
+    if parsed.options.output_config {
+        let Some(name) = config else {
+            bail!(
+                "`--output_config` needs the name of the file to write\nhint: add `--config_file NAME.toml`"
+            );
+        };
+        parsed.action = Action::WriteConfig(add_toml_suffix(&name));
+        return Ok(parsed);
+    }
+    if let Some(name) = config {
+        let path = find_config(&name)?;
+        let file = read_config(&path)?;
+        // The file comes first so that the command line, applied once more, wins.
+        parsed.options = Options::default();
+        apply_file(&mut parsed, &file)?;
+        for (spec, value) in &line.values {
+            assign(&mut parsed.options, spec, value, Origin::CommandLine)?;
+        }
+        parsed.options.config_file = Some(path.clone());
+        parsed.datasets = file.datasets;
+        parsed.config_path = Some(path);
+    }
+    let has_datasets = parsed.datasets.is_some();
+    parsed.notes.extend(validate::check_and_complete(&mut parsed.options, has_datasets)?);
+    Ok(parsed)
+}
+
+/// Writes the options that differ from their defaults to a new TOML file.
+pub fn write_config(path: &std::path::Path, options: &Options) -> Result<()> {
+    use std::io::Write;
+    let shown = path.display();
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .with_context(|| format!("cannot make the config file: `{shown}`"))?;
+    file.write_all(options.to_toml().as_bytes())
+        .and_then(|()| file.sync_all())
+        .with_context(|| format!("cannot write the config file: `{shown}`"))
+}
+
+/// The config file that is named, as first word or as option, but not as both.
+fn config_name(positional: Option<String>, options: &Options) -> Result<Option<PathBuf>> {
+    match (positional, &options.config_file) {
+        (Some(first), Some(second)) if first.as_str() != second.as_os_str() => bail!(
+            "two config files are named: `{first}` and `{}`\nhint: give one of them",
+            second.display()
+        ),
+        (Some(first), _) => Ok(Some(PathBuf::from(first))),
+        (None, second) => Ok(second.clone()),
+    }
+}
+
+/// Sets every option of a file; all faults are collected into one error.
+fn apply_file(parsed: &mut Parsed, file: &ConfigFile) -> Result<()> {
+    let mut faults = Vec::new();
+    for entry in &file.entries {
+        let origin = Origin::File { path: file.path.clone(), line: entry.line };
+        let place = format!("{}:{}", file.path.display(), entry.line);
+        match find_option(&entry.key.replace('-', "_")) {
+            None => faults.push(format!(
+                "{place}: unknown option: `{}`{}",
+                entry.key,
+                hint_for(&entry.key)
+            )),
+            Some(spec) if matches!(spec.name, "config_file" | "output_config") => {
+                parsed
+                    .notes
+                    .push(format!("{place}: `{}` has no effect inside a config file", spec.name));
+            }
+            Some(spec) => {
+                if let Err(fault) = assign(&mut parsed.options, spec, &entry.value, origin) {
+                    faults.push(fault.to_string());
+                }
+            }
+        }
+    }
+    if faults.is_empty() { Ok(()) } else { bail!(faults.join("\n")) }
+}
+
+/// Sets one option and remembers where it was written.
+fn assign(options: &mut Options, spec: &OptionSpec, value: &Value, origin: Origin) -> Result<()> {
+    if let Err(mismatch) = (spec.assign)(options, value) {
+        bail!(
+            "{} must be {}, not {}",
+            origin.name_option(spec.name),
+            mismatch.expected,
+            mismatch.got
+        );
+    }
+    options.written.insert(spec.name, origin);
+    Ok(())
+}
+
+/// Names that users bring from elsewhere, with where they belong.
+const ELSEWHERE: &[(&str, &str)] = &[
+    ("batch_size", "here it is `train_batch_size`; `batch_size` belongs into `[[datasets]]`"),
+    ("num_repeats", "it belongs into `[[datasets.subsets]]`"),
+    ("image_dir", "it belongs into `[[datasets.subsets]]`"),
+    ("class_tokens", "it belongs into `[[datasets.subsets]]`"),
+    ("is_reg", "it belongs into `[[datasets.subsets]]`"),
+    ("metadata_file", "it belongs into `[[datasets.subsets]]`, or use `in_json`"),
+    ("num_processes", "it belongs before `train`: `lorarun --num_processes N train ...`"),
+    ("num_machines", "it belongs before `train`"),
+    ("num_cpu_threads_per_process", "here it is `threads`"),
+    ("rank", "here it is `network_dim`"),
+    ("lora_rank", "here it is `network_dim`"),
+    ("lr", "here it is `learning_rate`"),
+    ("steps", "here it is `max_train_steps`"),
+    ("epochs", "here it is `max_train_epochs`"),
+    ("cache_text_encoder_outputs", "it is an option of the SDXL trainer"),
+    ("cache_text_encoder_outputs_to_disk", "it is an option of the SDXL trainer"),
+];
+
+/// The hint line for an unknown name, or nothing.
+fn hint_for(name: &str) -> String {
+    let plain = name.replace('-', "_").to_lowercase();
+    if let Some((_, advice)) = ELSEWHERE.iter().find(|(known, _)| *known == plain) {
+        return format!("\nhint: {advice}");
+    }
+    let names: Vec<&str> = OPTIONS.iter().map(|spec| spec.name).collect();
+    match closest(&plain, &names) {
+        Some(known) => format!("\nhint: did you mean `{known}`?"),
+        None => "\nhint: `lorarun train --help` lists the options".to_owned(),
+    }
+}
+
+/// The words of the command line, taken apart but not applied.
+struct CommandLine {
+    positional: Option<String>,
+    values: Vec<(&'static OptionSpec, Value)>,
+    help: Option<Option<String>>,
+}
+
+impl CommandLine {
+    fn read(args: &[OsString]) -> Result<Self> {
+        let mut words = Vec::with_capacity(args.len());
+        for arg in args {
+            let Some(word) = arg.to_str() else {
+                bail!("the command line is not valid UTF-8: `{}`", arg.to_string_lossy());
+            };
+            words.push(word.to_owned());
+        }
+        let mut line = CommandLine { positional: None, values: Vec::new(), help: None };
+        let mut rest = words.into_iter().peekable();
+        while let Some(word) = rest.next() {
+            if word == "-h" || word == "--help" {
+                line.help = Some(rest.next());
+                break;
+            }
+            let Some(name) = word.strip_prefix("--").filter(|name| !name.is_empty()) else {
+                line.take_positional(word)?;
+                continue;
+            };
+            let (name, inline) = match name.split_once('=') {
+                Some((name, value)) => (name, Some(value.to_owned())),
+                None => (name, None),
+            };
+            let Some(spec) = find_option(&name.replace('-', "_")) else {
+                bail!("unknown option: `--{name}`{}", hint_for(name));
+            };
+            let value = read_value(spec, inline, &mut rest)?;
+            line.values.retain(|(other, _)| other.name != spec.name);
+            line.values.push((spec, value));
+        }
+        Ok(line)
+    }
+
+    fn take_positional(&mut self, word: String) -> Result<()> {
+        if word.starts_with('-') && word.len() > 1 {
+            bail!("unknown option: `{word}`\nhint: options start with two dashes");
+        }
+        if let Some(first) = &self.positional {
+            bail!(
+                "more than one config file is named: `{first}` and `{word}`\nhint: put a value that contains spaces into quotes"
+            );
+        }
+        self.positional = Some(word);
+        Ok(())
+    }
+}
+
+/// Takes the value of an option from after its `=` or from the next words.
+fn read_value(
+    spec: &OptionSpec,
+    inline: Option<String>,
+    rest: &mut std::iter::Peekable<std::vec::IntoIter<String>>,
+) -> Result<Value> {
+    let text = Value::String;
+    if spec.kind.takes_many() {
+        let mut items: Vec<Value> = inline.into_iter().map(text).collect();
+        while let Some(word) = rest.next_if(|word| !word.starts_with("--")) {
+            items.push(text(word));
+        }
+        return Ok(Value::Array(items));
+    }
+    if let Some(value) = inline {
+        return Ok(text(value));
+    }
+    if spec.kind == Kind::Flag {
+        return Ok(Value::Boolean(true));
+    }
+    match rest.next_if(|word| !word.starts_with("--")) {
+        Some(word) => Ok(text(word)),
+        None => {
+            bail!("`--{}` needs a value: `--{} {}`", spec.name, spec.name, spec.kind.placeholder())
+        }
+    }
+}
