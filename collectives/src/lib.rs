@@ -26,4 +26,4 @@ pub mod signals;
 pub use comm::{Comm, Pending};
 pub use env::{Env, EnvError};
 pub use error::{CollectiveError, Result};
-pub use segment::{AbortRecord, Author, Segment, SegmentError, report_failure};
+pub use segment::{AbortRecord, Author, MAX_RANKS, Segment, SegmentError, report_failure};

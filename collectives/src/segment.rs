@@ -22,7 +22,7 @@ const MAGIC: u64 = u64::from_le_bytes(*b"LORARUN\xA5");
 /// Layout version; another one is refused.
 const VERSION: u32 = 1;
 /// Most ranks of one host.
-pub(crate) const MAX_RANKS: usize = 256;
+pub const MAX_RANKS: usize = 256;
 /// Data buffers per rank; `shm.rs` explains why three.
 pub(crate) const BUFFERS: usize = 3;
 /// Bytes of one data buffer. Measured with 2 and 4 ranks on 2 cores: see `benches/allreduce`.

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use collectives::{Env, exit_code};
+use collectives::{Env, MAX_RANKS, exit_code};
 
 use crate::check_ranks;
 
@@ -117,6 +117,12 @@ impl Command {
 impl Cli {
     /// What no single option can know: the environment may already say who this process is.
     pub fn check_against(&self, env: &Env) -> Result<(), String> {
+        if self.launch.num_processes > MAX_RANKS {
+            return Err(format!(
+                "ranks on one host should be 1 to {MAX_RANKS}, got: {}",
+                self.launch.num_processes
+            ));
+        }
         if self.launch.num_processes > 1 && env.world_size > 1 {
             return Err(format!(
                 "`--num_processes` starts ranks, but the environment says that this process is \
