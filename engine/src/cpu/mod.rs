@@ -9,6 +9,8 @@ mod layout;
 mod loss;
 mod norm;
 mod optimizer;
+mod simd;
+mod transcendental;
 
 use crate::backend::{
     Activation, AdamWStep, AttentionKind, AttentionOut, AttentionSaved, Backend, Conv,

@@ -1,1 +1,95 @@
-//! x
+//! AdamW in PyTorch's order of operations (Loshchilov & Hutter, arXiv:1711.05101).
+
+use rayon::prelude::*;
+
+use super::elementwise::CHUNK;
+use super::simd::vectorized;
+use crate::backend::AdamWStep;
+use crate::{EngineError, Result, Tensor};
+
+/// The scalars of one step, worked out in f64 and rounded once.
+#[derive(Clone, Copy)]
+struct Factors {
+    decay: f32,
+    keep1: f32,
+    take1: f32,
+    keep2: f32,
+    take2: f32,
+    root_correction2: f32,
+    step_size: f32,
+    eps: f32,
+}
+
+impl Factors {
+    fn new(p: &AdamWStep) -> Self {
+        let correction = |beta: f64| 1. - beta.powi(p.step.min(i32::MAX as u32) as i32);
+        let lr = f64::from(p.lr);
+        Self {
+            decay: (1. - lr * f64::from(p.weight_decay)) as f32,
+            keep1: p.beta1 as f32,
+            take1: (1. - p.beta1) as f32,
+            keep2: p.beta2 as f32,
+            take2: (1. - p.beta2) as f32,
+            root_correction2: correction(p.beta2).sqrt() as f32,
+            step_size: (lr / correction(p.beta1)) as f32,
+            eps: p.eps,
+        }
+    }
+}
+
+vectorized! {
+    fn update(f: Factors, param: &mut [f32], grad: &[f32], m: &mut [f32], v: &mut [f32]) {
+        for (((param, grad), m), v) in param.iter_mut().zip(grad).zip(m).zip(v) {
+            let decayed = *param * f.decay;
+            // PyTorch's `lerp` picks the end it is nearer to: exact for a zero distance.
+            *m = if f.take1 < 0.5 {
+                *m + f.take1 * (grad - *m)
+            } else {
+                grad - (grad - *m) * f.keep1
+            };
+            *v = *v * f.keep2 + f.take2 * grad * grad;
+            let denominator = v.sqrt() / f.root_correction2 + f.eps;
+            *param = decayed - f.step_size * (*m / denominator);
+        }
+    }
+}
+
+/// One optimizer step over `p.range` of flat f32 tensors of one length (`grad` too); `param` and the
+/// moments change in place.
+pub(super) fn adamw(
+    p: &AdamWStep,
+    param: &mut Tensor,
+    grad: &[f32],
+    moments: (&mut Tensor, &mut Tensor),
+) -> Result<()> {
+    let (m, v) = moments;
+    if [param.len(), m.len(), v.len()] != [grad.len(); 3]
+        || p.step == 0
+        || p.range.start > p.range.end
+        || p.range.end > grad.len()
+    {
+        let detail = format!(
+            "range {:?} of {} parameters, {} gradients, moments of {} and {}, step {}",
+            p.range,
+            param.len(),
+            grad.len(),
+            m.len(),
+            v.len(),
+            p.step
+        );
+        return Err(EngineError::shape("adamw", detail));
+    }
+    let (factors, range) = (Factors::new(p), p.range.clone());
+    param.with_mut::<f32, _>("adamw", |param| {
+        m.with_mut::<f32, _>("adamw", |m| {
+            v.with_mut::<f32, _>("adamw", |v| {
+                param[range.clone()]
+                    .par_chunks_mut(CHUNK)
+                    .zip(grad[range.clone()].par_chunks(CHUNK))
+                    .zip(m[range.clone()].par_chunks_mut(CHUNK))
+                    .zip(v[range].par_chunks_mut(CHUNK))
+                    .for_each(|(((param, grad), m), v)| update(factors, param, grad, m, v));
+            })
+        })
+    })??
+}
