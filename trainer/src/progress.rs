@@ -1,1 +1,344 @@
-//! Placeholder line replaced by the module's promise.
+//! What a person sees while a run goes on: messages, the start-up summary and the progress bar.
+//!
+//! Everything goes to stderr and comes from rank 0 alone. On a terminal there is a bar; elsewhere a
+//! plain line at most every ten seconds and at the end of each epoch.
+
+use crate::options::{LogLevel, Options};
+use anyhow::{Context, Result};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use std::fs::File;
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+/// Shortest time between two plain lines.
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Prints messages, above the bar while there is one.
+#[derive(Debug)]
+pub struct Console {
+    main: bool,
+    level: LogLevel,
+    file: Option<File>,
+    bars: MultiProgress,
+}
+
+impl Console {
+    /// Prints what the options ask for; on other ranks than 0 (`main` is false) nothing. Fails when
+    /// the log file cannot be opened.
+    pub fn new(options: &Options, main: bool) -> Result<Self> {
+        let file = match options.console_log_file.as_ref().filter(|_| main) {
+            None => None,
+            Some(path) => {
+                Some(File::options().append(true).create(true).open(path).with_context(|| {
+                    format!("cannot open the message log: `{}`", path.display())
+                })?)
+            }
+        };
+        let level = options.console_log_level.unwrap_or(LogLevel::Info);
+        Ok(Console { main, level, file, bars: MultiProgress::new() })
+    }
+
+    /// A remark that only helps to find faults.
+    pub fn debug(&self, message: &str) {
+        self.print(LogLevel::Debug, message);
+    }
+
+    /// What goes on.
+    pub fn info(&self, message: &str) {
+        self.print(LogLevel::Info, message);
+    }
+
+    /// What may not be as wanted.
+    pub fn warn(&self, message: &str) {
+        self.print(LogLevel::Warning, &format!("warning: {message}"));
+    }
+
+    /// Rows of names and values in two aligned columns under a title.
+    pub fn summary(&self, title: &str, rows: &[(&str, String)]) {
+        self.info(&format_summary(title, rows));
+    }
+
+    /// Starts the progress display of a run.
+    pub fn start_progress(&self, total_steps: usize, total_epochs: usize) -> Progress<'_> {
+        let bar = (self.main && std::io::stderr().is_terminal()).then(|| {
+            let bar = self.bars.add(ProgressBar::new(total_steps as u64));
+            bar.set_style(bar_style());
+            bar.enable_steady_tick(Duration::from_millis(500));
+            bar
+        });
+        Progress {
+            console: self,
+            bar,
+            total_steps,
+            total_epochs,
+            first_step: None,
+            started: Instant::now(),
+            last_line: Instant::now(),
+        }
+    }
+
+    fn print(&self, level: LogLevel, message: &str) {
+        if !self.main || (level as u8) < (self.level as u8) {
+            return;
+        }
+        if let Some(mut file) = self.file.as_ref() {
+            // A full disk must not stop the run for the sake of a remark.
+            let _ = writeln!(file, "{message}");
+            return;
+        }
+        self.bars.suspend(|| eprintln!("{message}"));
+    }
+}
+
+/// The bar, or the plain lines, of a run.
+#[derive(Debug)]
+pub struct Progress<'a> {
+    console: &'a Console,
+    bar: Option<ProgressBar>,
+    total_steps: usize,
+    total_epochs: usize,
+    /// Step count before the first step of this display; a resumed run does not start at 0.
+    first_step: Option<usize>,
+    started: Instant,
+    last_line: Instant,
+}
+
+impl Progress<'_> {
+    /// Shows that `step` optimizer steps are done, the last one in `epoch` (from 1).
+    pub fn step(&mut self, step: usize, epoch: usize, average_loss: f64) {
+        let status = self.status(step, epoch, average_loss);
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(step as u64);
+                bar.set_message(status.details());
+            }
+            None if self.last_line.elapsed() >= LINE_INTERVAL => self.print_line(&status),
+            None => {}
+        }
+    }
+
+    /// Shows the end of an epoch.
+    pub fn end_epoch(&mut self, step: usize, epoch: usize, average_loss: f64) {
+        let status = self.status(step, epoch, average_loss);
+        if self.bar.is_none() {
+            self.print_line(&status);
+        }
+    }
+
+    /// Ends the display and leaves its last state on the screen.
+    pub fn finish(self) {
+        if let Some(bar) = &self.bar {
+            bar.abandon();
+        }
+    }
+
+    fn print_line(&mut self, status: &Status) {
+        self.last_line = Instant::now();
+        self.console.info(&format!(
+            "step {}/{} {}",
+            status.step,
+            status.total_steps,
+            status.details()
+        ));
+    }
+
+    fn status(&mut self, step: usize, epoch: usize, average_loss: f64) -> Status {
+        let first = *self.first_step.get_or_insert(step.saturating_sub(1));
+        Status {
+            step,
+            steps_seen: step - first.min(step),
+            total_steps: self.total_steps,
+            epoch,
+            total_epochs: self.total_epochs,
+            average_loss,
+            elapsed: self.started.elapsed(),
+        }
+    }
+}
+
+/// The state of a run at one moment.
+#[derive(Clone, Copy, Debug)]
+struct Status {
+    step: usize,
+    steps_seen: usize,
+    total_steps: usize,
+    epoch: usize,
+    total_epochs: usize,
+    average_loss: f64,
+    elapsed: Duration,
+}
+
+impl Status {
+    /// Epoch, loss, speed and time left: the speed is the mean since the start, as the reference's.
+    fn details(&self) -> String {
+        let speed = self.steps_seen as f64 / self.elapsed.as_secs_f64().max(1e-9);
+        let left = self.total_steps.saturating_sub(self.step) as f64 / speed.max(1e-9);
+        let shown_speed = if speed >= 1.0 {
+            format!("{speed:.2} it/s")
+        } else {
+            format!("{:.2} s/it", 1.0 / speed.max(1e-9))
+        };
+        format!(
+            "epoch {}/{} avr_loss={:.4} {shown_speed}, {} left",
+            self.epoch,
+            self.total_epochs,
+            self.average_loss,
+            format_duration(left),
+        )
+    }
+}
+
+fn bar_style() -> ProgressStyle {
+    let style = ProgressStyle::with_template(
+        "steps {percent:>3}% |{bar:24}| {pos}/{len} [{elapsed}] {wide_msg}",
+    );
+    // The template is fixed and valid; the default bar would only look different.
+    style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("█▉▊▋▌▍▎▏ ")
+}
+
+/// `1:02:03`, or `02:03` below an hour; a dash for what cannot be told.
+pub fn format_duration(seconds: f64) -> String {
+    if !seconds.is_finite() || seconds >= 1e9 {
+        return "-".to_owned();
+    }
+    let seconds = seconds.max(0.0).round() as u64;
+    let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
+    if hours > 0 {
+        format!("{hours}:{minutes:02}:{seconds:02}")
+    } else {
+        format!("{minutes:02}:{seconds:02}")
+    }
+}
+
+/// A title and rows of two columns; the values start in one column.
+pub fn format_summary(title: &str, rows: &[(&str, String)]) -> String {
+    let width = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
+    let mut text = title.to_owned();
+    for (name, value) in rows {
+        let mut lines = value.lines();
+        text += &format!("\n  {name:<width$}  {}", lines.next().unwrap_or_default());
+        for line in lines {
+            text += &format!("\n  {:width$}  {line}", "");
+        }
+    }
+    text
+}
+
+/// Moving average of the loss over one epoch, as the reference computes it: from the second epoch
+/// on, each loss replaces the one of the same place in the epoch before.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LossRecorder {
+    losses: Vec<f64>,
+    total: f64,
+}
+
+impl LossRecorder {
+    /// Records a loss. `epoch` and `step`, the place within the epoch, count from 0.
+    pub fn add(&mut self, epoch: usize, step: usize, loss: f64) {
+        if epoch == 0 {
+            self.losses.push(loss);
+        } else {
+            if self.losses.len() <= step {
+                self.losses.resize(step + 1, 0.0);
+            }
+            self.total -= self.losses[step];
+            self.losses[step] = loss;
+        }
+        self.total += loss;
+    }
+
+    /// The average; 0 before the first loss.
+    pub fn moving_average(&self) -> f64 {
+        if self.losses.is_empty() { 0.0 } else { self.total / self.losses.len() as f64 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moving_average_replaces_the_epoch_before() {
+        let mut recorder = LossRecorder::default();
+        assert_eq!(recorder.moving_average(), 0.0);
+        for (step, loss) in [1.0, 2.0, 3.0].into_iter().enumerate() {
+            recorder.add(0, step, loss);
+        }
+        assert_eq!(recorder.moving_average(), 2.0);
+        recorder.add(1, 0, 4.0);
+        assert_eq!(recorder.moving_average(), 3.0);
+        recorder.add(1, 5, 6.0);
+        assert_eq!(recorder.moving_average(), 15.0 / 6.0);
+    }
+
+    #[test]
+    fn details_of_fast_and_slow_runs() {
+        let mut status = Status {
+            step: 30,
+            steps_seen: 20,
+            total_steps: 130,
+            epoch: 2,
+            total_epochs: 10,
+            average_loss: 0.123456,
+            elapsed: Duration::from_secs(10),
+        };
+        assert_eq!(status.details(), "epoch 2/10 avr_loss=0.1235 2.00 it/s, 00:50 left");
+        status.elapsed = Duration::from_secs(800);
+        assert_eq!(status.details(), "epoch 2/10 avr_loss=0.1235 40.00 s/it, 1:06:40 left");
+        status.steps_seen = 0;
+        assert!(status.details().ends_with("- left"));
+    }
+
+    #[test]
+    fn summary_is_aligned() {
+        let rows = [("images", "12".to_owned()), ("steps", "a\nb".to_owned())];
+        assert_eq!(format_summary("Plan", &rows), "Plan\n  images  12\n  steps   a\n          b");
+    }
+
+    #[test]
+    fn messages_follow_level_rank_and_file() {
+        let path = std::env::temp_dir().join(format!("lorarun-console-{}", std::process::id()));
+        let options = Options {
+            console_log_file: Some(path.clone()),
+            console_log_level: Some(LogLevel::Warning),
+            ..Options::default()
+        };
+        let other = Console::new(&options, false).unwrap();
+        other.warn("other rank");
+        assert!(!path.exists(), "only rank 0 opens the file");
+        let console = Console::new(&options, true).unwrap();
+        console.info("quiet");
+        console.warn("loud");
+        let mut progress = console.start_progress(10, 1);
+        progress.step(1, 1, 0.5);
+        progress.end_epoch(1, 1, 0.5);
+        progress.finish();
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(text, "warning: loud\n");
+        let missing =
+            Options { console_log_file: Some("/no/such/folder/x".into()), ..Options::default() };
+        assert!(
+            Console::new(&missing, true).unwrap_err().to_string().contains("/no/such/folder/x")
+        );
+    }
+
+    #[test]
+    fn plain_lines_keep_their_distance_but_epochs_always_show() {
+        let path = std::env::temp_dir().join(format!("lorarun-lines-{}", std::process::id()));
+        let options = Options { console_log_file: Some(path.clone()), ..Options::default() };
+        let console = Console::new(&options, true).unwrap();
+        let mut progress = console.start_progress(100, 2);
+        progress.bar = None; // as when stderr is no terminal
+        progress.step(1, 1, 0.5);
+        progress.last_line -= LINE_INTERVAL;
+        progress.step(2, 1, 0.5);
+        progress.step(3, 1, 0.5);
+        progress.end_epoch(4, 1, 0.25);
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let starts: Vec<&str> = text.lines().map(|line| &line[..10]).collect();
+        assert_eq!(starts, ["step 2/100", "step 4/100"]);
+        assert!(text.contains("avr_loss=0.2500"));
+    }
+}
