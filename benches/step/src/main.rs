@@ -1,0 +1,186 @@
+//! One training step of the full-size Stable Diffusion 1.5 U-Net on random weights, timed.
+//!
+//! The step is the product's own (`trainer::step`, gradients, clipping, AdamW). Options and the
+//! printed JSON are those of `pytorch_step.py` beside it, so that `run.sh` can put both side by side.
+#![expect(clippy::print_stdout, reason = "a benchmark prints its result")]
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use clap::{Parser, ValueEnum};
+use engine::{DType, Device, ParamId};
+use formats::{Dtype, FormatError, TensorView, Weights};
+use models::lora::{Algorithm, LoraNetwork, Rank, UniformRanks, text_encoder_targets, unet_targets};
+use models::{ClipConfig, ClipTextModel, Unet, UnetConfig};
+use trainer::gradients::Gradients;
+use trainer::memory::peak_resident;
+use trainer::objective::Objective;
+use trainer::optimizer::{AdamWSettings, Optimizer, OptimizerSettings, Stretch};
+use trainer::options::Options;
+use trainer::step::{Models, Prompts, Setting, forward_backward};
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Precision {
+    Fp32,
+    Bf16,
+}
+
+/// Times a training step; prints one JSON object.
+#[derive(Parser)]
+#[command(rename_all = "snake_case")]
+struct Args {
+    /// Type of the arithmetic.
+    #[arg(long, value_enum, default_value = "fp32")]
+    precision: Precision,
+    /// Recompute blocks in the backward pass.
+    #[arg(long)]
+    gradient_checkpointing: bool,
+    /// Train the text encoder too.
+    #[arg(long)]
+    text_encoder: bool,
+    /// Pixels, a multiple of 64.
+    #[arg(long, default_value_t = 512)]
+    resolution: usize,
+    /// Samples.
+    #[arg(long, default_value_t = 1)]
+    batch_size: usize,
+    /// LoRA rank.
+    #[arg(long, default_value_t = 4)]
+    rank: usize,
+    /// CPU threads.
+    #[arg(long, default_value_t = 2)]
+    threads: usize,
+    /// Steps that are not counted.
+    #[arg(long, default_value_t = 1)]
+    warmup: usize,
+    /// Steps that are.
+    #[arg(long, default_value_t = 5)]
+    steps: usize,
+}
+
+/// Weights made up on demand, in half precision: as large a file as the real one, without the file.
+struct RandomWeights {
+    shapes: BTreeMap<String, Vec<usize>>,
+}
+
+impl RandomWeights {
+    fn new(shapes: Vec<models::TensorShape>) -> Self {
+        Self { shapes: shapes.into_iter().map(|t| (t.name, t.shape)).collect() }
+    }
+}
+
+impl Weights for RandomWeights {
+    fn names(&self) -> Vec<String> {
+        self.shapes.keys().cloned().collect()
+    }
+
+    fn get(&self, name: &str) -> Result<TensorView<'_>, FormatError> {
+        let shape = self.shapes.get(name).cloned().unwrap_or_default();
+        let len: usize = shape.iter().product();
+        let fan_in = shape.iter().skip(1).product::<usize>().max(1) as f32;
+        let is_norm = shape.len() == 1 && name.ends_with(".weight");
+        let scale = if shape.len() == 1 { 0. } else { (3. / fan_in).sqrt() };
+        let mut state = name.bytes().fold(1_u64, |s, b| s.wrapping_mul(31).wrapping_add(b.into()));
+        let mut data = Vec::with_capacity(len * 2);
+        for _ in 0..len {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let unit = (state >> 40) as f32 / (1_u64 << 23) as f32 - 1.;
+            let value = if is_norm { 1. } else { unit * scale };
+            data.extend(half::f16::from_f32(value).to_le_bytes());
+        }
+        Ok(TensorView { dtype: Dtype::F16, shape, data: Cow::Owned(data) })
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.shapes.get(name).cloned()
+    }
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global()?;
+    let dtype = match args.precision {
+        Precision::Fp32 => DType::F32,
+        Precision::Bf16 => DType::BF16,
+    };
+    let (unet_config, text_config) = (UnetConfig::sd1(), ClipConfig::sd1());
+    let unet_weights = RandomWeights::new(Unet::tensor_shapes(&unet_config)?);
+    let text_weights = RandomWeights::new(ClipTextModel::tensor_shapes(&text_config)?);
+    let loading = Instant::now();
+    let mut models = Models {
+        text_encoder: ClipTextModel::load(&text_weights, &text_config, Device::Cpu, dtype)?,
+        unet: Unet::load(&unet_weights, &unet_config, Device::Cpu, dtype)?,
+    };
+    eprintln!("weights made in {:.1} s", loading.elapsed().as_secs_f64());
+
+    let mut targets = Vec::new();
+    if args.text_encoder {
+        targets.extend(text_encoder_targets(&text_weights));
+    }
+    targets.extend(unet_targets(&unet_weights));
+    let rule = UniformRanks { linear: Rank::new(args.rank, 1.), conv: None };
+    let network = LoraNetwork::new(targets, &rule, Algorithm::LowRank)?;
+    let mut state = 1_u64;
+    let values = network.initial_values(&mut |_, count| {
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 40) as f32 / (1_u64 << 24) as f32
+        };
+        (0..count).map(|_| next()).collect()
+    });
+    let mut params = network.parameters(Device::Cpu, values)?;
+    network.install(&mut models.text_encoder, &mut models.unet, 1.)?;
+    let settings = OptimizerSettings::AdamW(AdamWSettings::default());
+    let mut optimizer = Optimizer::new(settings, &params)?;
+    let stretches = [Stretch { range: 0..params.len(), lr: 1e-4 }];
+
+    let objective = Objective::from_options(&Options::default())?;
+    let side = args.resolution / 8;
+    let shape = [args.batch_size, side, side, 4];
+    let len = side * side * 4;
+    let ids: Vec<u32> = (0..77).map(|i| if i == 0 { 49406 } else { 49407 - (i % 5) * 900 }).collect();
+    let prompts = Prompts { ids: ids.repeat(args.batch_size), weights: None, chunks: 1 };
+    let setting = Setting { clip_skip: None, checkpointing: args.gradient_checkpointing };
+    let weights = vec![1. / args.batch_size as f32; args.batch_size];
+
+    let mut seconds = Vec::new();
+    let mut last_loss = 0.;
+    for step in 0..args.warmup + args.steps {
+        let started = Instant::now();
+        let draws: Vec<_> =
+            (0..args.batch_size).map(|b| objective.draw(1, (step * 64 + b) as u64, len, 4)).collect();
+        let latents: Vec<f32> = objective.draw(2, step as u64, len * args.batch_size, 4).noise;
+        let noised = objective.prepare(&latents, shape, &draws, &weights)?;
+        let mut gradients = Gradients::new(&params);
+        let mut ready = |id: ParamId, g: engine::Tensor| gradients.add(id, &g);
+        let forward = forward_backward((&models, &params), setting, &prompts, &noised, &mut ready)?;
+        last_loss = forward.losses.iter().sum();
+        drop(forward);
+        gradients.clip(1.);
+        optimizer.step(&mut params, gradients.flat(), &stretches)?;
+        let took = started.elapsed().as_secs_f64();
+        eprintln!("step {step}: {took:.2} s, loss {last_loss:.4}");
+        if step >= args.warmup {
+            seconds.push(took);
+        }
+    }
+    let mut sorted = seconds.clone();
+    sorted.sort_by(f64::total_cmp);
+    let median = sorted.get(sorted.len() / 2).context("no steps were timed")?;
+    let gib = |bytes: usize| bytes as f64 / (1 << 30) as f64;
+    let pool = engine::pool_stats();
+    println!(
+        "{}",
+        serde_json::json!({
+            "engine": "lorarun",
+            "median_step_s": median,
+            "step_s": seconds,
+            "peak_rss_gib": peak_resident().map(gib),
+            "peak_tensor_gib": gib(pool.peak),
+            "last_loss": last_loss,
+        })
+    );
+    Ok(())
+}
