@@ -40,7 +40,7 @@ impl LoraFile {
     /// # Errors
     /// [`FormatError::BadLora`] naming the key that breaks the rules.
     pub fn modules(&self) -> Result<Vec<LoraModule<'_>>, FormatError> {
-        group_modules(&self.path, &self.tensors)
+        group_modules(&self.tensors, &self.path)
     }
 }
 

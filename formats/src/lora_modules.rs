@@ -48,8 +48,8 @@ struct Parts<'a> {
 /// [`FormatError::BadLora`] naming the first key with an unknown suffix, without its other half,
 /// or whose shape contradicts it.
 pub fn group_modules<'a>(
-    path: &Path,
     tensors: &'a BTreeMap<String, OwnedTensor>,
+    path: &Path,
 ) -> Result<Vec<LoraModule<'a>>, FormatError> {
     let bad = |reason: String, key: &str| FormatError::BadLora {
         path: path.to_path_buf(),

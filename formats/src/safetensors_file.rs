@@ -293,10 +293,7 @@ pub(crate) fn header_bytes(
     let mut offset = 0_u64;
     let mut entries = BTreeMap::new();
     for (name, tensor) in order {
-        let elements: usize = tensor.shape.iter().product();
-        if elements * tensor.dtype.size() != tensor.data.len() {
-            return Err(io::Error::other(format!("tensor `{name}` does not fill its shape")));
-        }
+        tensor.check_filled(name)?;
         let end = offset + tensor.data.len() as u64;
         let entry = RawEntry {
             dtype: Cow::Borrowed(tensor.dtype.safetensors_name()),

@@ -75,6 +75,15 @@ impl OwnedTensor {
         Self::from_f32(&[], &[value], dtype)
     }
 
+    /// An error for writers when the data is not what type and shape say.
+    pub(crate) fn check_filled(&self, name: &str) -> std::io::Result<()> {
+        let size = self.shape.iter().try_fold(self.dtype.size(), |bytes, n| bytes.checked_mul(*n));
+        if size == Some(self.data.len()) {
+            return Ok(());
+        }
+        Err(std::io::Error::other(format!("tensor `{name}` does not fill its shape")))
+    }
+
     /// The same tensor, borrowed.
     pub fn view(&self) -> TensorView<'_> {
         TensorView { dtype: self.dtype, shape: self.shape.clone(), data: Cow::Borrowed(&self.data) }

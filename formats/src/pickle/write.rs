@@ -48,6 +48,7 @@ fn pickle_of(tensors: &BTreeMap<String, OwnedTensor>) -> io::Result<Vec<u8>> {
     if !tensors.is_empty() {
         out.push(b'(');
         for (index, (name, tensor)) in tensors.iter().enumerate() {
+            tensor.check_filled(name)?;
             text(&mut out, name)?;
             tensor_value(&mut out, index, tensor)?;
         }
@@ -66,7 +67,7 @@ fn tensor_value(out: &mut Vec<u8>, index: usize, tensor: &OwnedTensor) -> io::Re
         let reason = format!("a {} tensor has no place in a torch checkpoint", tensor.dtype);
         io::Error::new(io::ErrorKind::Unsupported, reason)
     })?;
-    let elements: usize = tensor.shape.iter().product();
+    let elements = tensor.data.len() / tensor.dtype.size();
     out.extend(b"ctorch._utils\n_rebuild_tensor_v2\n(");
     // The persistent id of the storage.
     out.push(b'(');
@@ -247,4 +248,54 @@ fn zip64_extra(values: &[u64]) -> Vec<u8> {
     out.extend(((values.len() * 8) as u16).to_le_bytes());
     out.extend(values.iter().flat_map(|value| value.to_le_bytes()));
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pickle::PickleFile;
+    use crate::{Dtype, TensorFile};
+
+    #[test]
+    fn zip64_fields_are_written_and_read_where_sizes_need_them() {
+        let tensor = |len: usize| {
+            let values: Vec<f32> = (0..len).map(|i| i as f32).collect();
+            OwnedTensor::from_f32(&[len], &values, Dtype::F32).unwrap()
+        };
+        let tensors = BTreeMap::from([("a".to_owned(), tensor(3)), ("b".to_owned(), tensor(400))]);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("wide.ckpt");
+        // From "every field" over "some" to "none".
+        for limit in [0, 100, 1500, ZIP64_LIMIT] {
+            let mut bytes = Vec::new();
+            write_with_limit(&mut bytes, &tensors, limit).unwrap();
+            let wide = bytes.windows(4).any(|four| four == b"PK\x06\x06");
+            assert_eq!(wide, limit < 2000, "{limit}");
+            std::fs::write(&path, bytes).unwrap();
+            let file = PickleFile::open(&path).unwrap();
+            for (name, tensor) in &tensors {
+                assert_eq!(file.view(name).unwrap(), tensor.view(), "{limit} {name}");
+            }
+        }
+    }
+
+    #[test]
+    fn tensor_data_is_aligned() {
+        let tensor = OwnedTensor::from_f32(&[2], &[1.0, 2.0], Dtype::F32).unwrap();
+        let tensors = ["x", "yy", "zzz"].map(|name| (name.to_owned(), tensor.clone())).into();
+        let mut bytes = Vec::new();
+        write_pickle(&mut bytes, &tensors).unwrap();
+        let places: Vec<usize> =
+            (0..bytes.len() - 8).filter(|at| bytes[*at..*at + 8] == tensor.data).collect();
+        assert_eq!(places.len(), 3);
+        assert!(places.iter().all(|at| at % ALIGNMENT as usize == 0), "{places:?}");
+    }
+
+    #[test]
+    fn a_tensor_that_does_not_fill_its_shape_is_refused() {
+        let tensor = OwnedTensor { dtype: Dtype::F32, shape: vec![3], data: vec![0; 4] };
+        let tensors = BTreeMap::from([("x".to_owned(), tensor)]);
+        let error = write_pickle(&mut Vec::new(), &tensors).unwrap_err();
+        assert!(error.to_string().contains("`x` does not fill its shape"), "{error}");
+    }
 }

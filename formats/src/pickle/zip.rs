@@ -127,20 +127,22 @@ impl Record {
     /// Replaces the saturated 32-bit fields by those of the zip64 extra field, in its order.
     fn apply_zip64(&mut self, mut extra: &[u8]) -> Result<(), String> {
         const SATURATED: u64 = 0xffff_ffff;
+        let mut wide: &[u8] = &[];
         while extra.len() >= 4 {
             let (id, len) = (u16_at(extra, 0), u16_at(extra, 2));
             let Some(body) = extra.get(4..4 + len) else { break };
             if id == 1 {
-                let mut values = body.chunks_exact(8).map(|chunk| u64_at(chunk, 0));
-                for field in [&mut self.size, &mut self.stored_size, &mut self.local_offset] {
-                    if *field == SATURATED {
-                        *field = values.next().ok_or_else(|| {
-                            format!("its zip64 sizes are missing for entry: `{}`", self.name)
-                        })?;
-                    }
-                }
+                wide = body;
             }
             extra = &extra[4 + len..];
+        }
+        let mut values = wide.chunks_exact(8).map(|chunk| u64_at(chunk, 0));
+        for field in [&mut self.size, &mut self.stored_size, &mut self.local_offset] {
+            if *field == SATURATED {
+                *field = values.next().ok_or_else(|| {
+                    format!("its zip64 sizes are missing for entry: `{}`", self.name)
+                })?;
+            }
         }
         Ok(())
     }
