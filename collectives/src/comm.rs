@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use crate::env::{DEFAULT_TIMEOUT, Env};
 use crate::error::{CollectiveError, Result};
+use crate::group::Group;
 use crate::segment::{Author, Segment};
-use crate::shm::Group;
 
 /// This rank's membership in the group of all ranks of a run. Dropping it leaves the group; peers
 /// that still wait for this rank then fail.

@@ -8,8 +8,8 @@
 //!   of every run holds the same bits;
 //! - nothing is left behind: the shared segment has no name in any file system.
 //!
-//! Read in this order: [`env`], [`Comm`] (`comm.rs`), `shm.rs` (the algorithms), `segment.rs` (the
-//! memory they work on).
+//! Read in this order: [`env`], [`Comm`] (`comm.rs`), `group.rs` (ranks in lockstep),
+//! `shm.rs` (the algorithms), `segment.rs` (the memory they work on).
 
 #![deny(missing_docs)]
 
@@ -18,6 +18,7 @@ pub mod env;
 mod error;
 pub mod exit_code;
 mod futex;
+mod group;
 mod liveness;
 mod segment;
 mod shm;

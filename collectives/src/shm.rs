@@ -1,10 +1,8 @@
 //! Collectives between ranks of one host through the shared segment.
 //!
 //! # Phases
-//! Work proceeds in numbered *phases* that all ranks pass in lockstep. A rank finishes a phase by
-//! adding one to its `progress` word and may then wait until every peer has finished it too. Phase
-//! `t` writes data buffer `t % 3` of the own rank, and reads the peers' buffers only after having
-//! waited for the phase that wrote them.
+//! All ranks pass numbered phases in lockstep (`group.rs`). Phase `t` writes data buffer `t % 3` of
+//! the own rank, and peers' buffers are read only after having waited for the phase that wrote them.
 //!
 //! # All-reduce
 //! Chunk `k` of the vector is cut into one shard per rank. Phase `k`: copy the shards of the other
@@ -19,14 +17,11 @@
 //! peers have finished phase `k + 2` and so are done reading. The count runs on from one collective
 //! to the next, so that no gap between collectives is needed.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::error::{CollectiveError, Result};
-use crate::futex;
-use crate::liveness::Watch;
-use crate::segment::{ABORT_BIT, ABSENT, Author, BUFFER_BYTES, BUFFERS, JOINED, LEFT, Segment};
+use crate::group::{Group, Op};
+use crate::segment::BUFFER_BYTES;
 
 /// Floats in one buffer.
 const CHUNK: usize = BUFFER_BYTES / size_of::<f32>();
@@ -34,96 +29,8 @@ const CHUNK: usize = BUFFER_BYTES / size_of::<f32>();
 const BLOCK: usize = 4096;
 /// Shards begin at multiples of a cache line.
 const LINE: usize = 64 / size_of::<f32>();
-/// How often a waiting rank looks whether its peers still live.
-const LIVENESS_INTERVAL: Duration = Duration::from_millis(100);
-
-/// What a rank calls; equal on all ranks, or the call is refused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Op {
-    /// First meeting of all ranks.
-    Connect,
-    Barrier,
-    /// Lengths must be equal.
-    AllReduce,
-    /// From this rank; the others learn the length.
-    Broadcast(usize),
-    /// Lengths may differ.
-    AllGather,
-}
-
-impl Op {
-    /// What is announced: the kind in the low byte, the root above.
-    fn code(self) -> u64 {
-        match self {
-            Op::Connect => 1,
-            Op::Barrier => 2,
-            Op::AllReduce => 3,
-            Op::AllGather => 4,
-            Op::Broadcast(root) => 5 | (root as u64) << 8,
-        }
-    }
-
-    /// Words for an announcement, also for one that this rank did not make.
-    fn describe(code: u64, length: u64) -> String {
-        match code & 0xff {
-            1 => "connect".to_owned(),
-            2 => "barrier".to_owned(),
-            3 => format!("all_reduce of {length} floats"),
-            4 => "all_gather".to_owned(),
-            5 => format!("broadcast from rank {}", code >> 8),
-            _ => format!("unknown collective {code}"),
-        }
-    }
-}
-
-/// One collective under way.
-struct Call {
-    op: Op,
-    seq: u64,
-    start: Instant,
-    deadline: Duration,
-    agreed: bool,
-}
-
-/// One rank's end of the group. Used by one thread at a time.
-pub(crate) struct Group {
-    segment: Arc<Segment>,
-    rank: usize,
-    world_size: usize,
-    /// Phases finished.
-    phase: u64,
-    /// Collectives begun.
-    seq: u64,
-    watches: Vec<Option<Watch>>,
-    last_look: Instant,
-    spins: u32,
-    failed: Option<CollectiveError>,
-}
 
 impl Group {
-    /// Joins the group and waits until all ranks have joined.
-    pub(crate) fn join(segment: Arc<Segment>, rank: usize, deadline: Duration) -> Result<Group> {
-        let world_size = segment.world_size();
-        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        let slot = segment.slot(rank);
-        slot.pid.store(std::process::id(), Ordering::Relaxed);
-        slot.state.store(JOINED, Ordering::Release);
-        let mut group = Group {
-            rank,
-            world_size,
-            phase: 0,
-            seq: 0,
-            watches: (0..world_size).map(|_| None).collect(),
-            last_look: Instant::now(),
-            // Spinning pays only where every rank has a core to itself.
-            spins: if world_size <= cores { 2000 } else { 20 },
-            failed: None,
-            segment,
-        };
-        group.call(Op::Connect, 0, deadline, Group::meet)?;
-        Ok(group)
-    }
-
     /// Waits until all ranks have called it.
     pub(crate) fn barrier(&mut self, deadline: Duration) -> Result<()> {
         self.call(Op::Barrier, 0, deadline, Group::meet)
@@ -212,182 +119,6 @@ impl Group {
         })
     }
 
-    /// Runs one collective: announces it, and on failure tells the peers and closes the group.
-    fn call<T>(
-        &mut self,
-        op: Op,
-        length: usize,
-        deadline: Duration,
-        run: impl FnOnce(&mut Group, &mut Call) -> Result<T>,
-    ) -> Result<T> {
-        if let Some(error) = &self.failed {
-            return Err(error.clone());
-        }
-        self.seq += 1;
-        let announcement = &self.segment.slot(self.rank).announcements[(self.seq % 2) as usize];
-        announcement.seq.store(self.seq, Ordering::Relaxed);
-        announcement.kind.store(op.code(), Ordering::Relaxed);
-        announcement.length.store(length as u64, Ordering::Relaxed);
-        let mut call = Call { op, seq: self.seq, start: Instant::now(), deadline, agreed: false };
-        run(self, &mut call).inspect_err(|error| {
-            let culprit = match error {
-                CollectiveError::PeerLost { rank, .. } => Some(*rank),
-                CollectiveError::Deadline { missing_ranks, .. } => missing_ranks.first().copied(),
-                _ => None,
-            };
-            if !matches!(error, CollectiveError::Aborted { .. }) {
-                self.segment.abort(Author::Rank(self.rank), culprit, &error.to_string());
-            }
-            self.failed = Some(error.clone());
-        })
-    }
-
-    /// Finishes this rank's phase and waits for the peers to finish theirs.
-    fn meet(&mut self, call: &mut Call) -> Result<()> {
-        self.phase += 1;
-        let slot = self.segment.slot(self.rank);
-        slot.progress.fetch_add(ABORT_BIT << 1, Ordering::SeqCst);
-        // Either the sleeper sees the new count before it sleeps, or it is counted here.
-        if slot.sleepers.load(Ordering::SeqCst) > 0 {
-            futex::wake_all(&slot.progress);
-        }
-        for peer in 0..self.world_size {
-            self.wait_for(peer, call)?;
-        }
-        if !call.agreed {
-            self.check_agreement(call)?;
-            call.agreed = true;
-        }
-        Ok(())
-    }
-
-    /// Waits until `peer` has finished the phase that this rank has finished last.
-    fn wait_for(&mut self, peer: usize, call: &Call) -> Result<()> {
-        let segment = self.segment.clone();
-        let slot = segment.slot(peer);
-        for _ in 0..self.spins {
-            if self.has_arrived(peer)? {
-                return Ok(());
-            }
-            std::hint::spin_loop();
-        }
-        loop {
-            slot.sleepers.fetch_add(1, Ordering::SeqCst);
-            let seen = slot.progress.load(Ordering::SeqCst);
-            let arrived = self.has_arrived(peer);
-            let waited = call.start.elapsed();
-            if let Ok(false) = arrived {
-                let left = call.deadline.saturating_sub(waited);
-                futex::wait(&slot.progress, seen, left.min(LIVENESS_INTERVAL));
-            }
-            slot.sleepers.fetch_sub(1, Ordering::SeqCst);
-            if arrived? || self.has_arrived(peer)? {
-                return Ok(());
-            }
-            self.look_for_lost_peers(call)?;
-            if waited >= call.deadline {
-                return Err(CollectiveError::Deadline {
-                    op: self.describe(call),
-                    seq: call.seq,
-                    waited,
-                    missing_ranks: self.missing_ranks(),
-                });
-            }
-        }
-    }
-
-    /// Whether `peer` has come as far as this rank; an abort is an error.
-    fn has_arrived(&self, peer: usize) -> Result<bool> {
-        let word = self.segment.slot(peer).progress.load(Ordering::SeqCst);
-        if word & ABORT_BIT != 0 {
-            let record = self.segment.await_abort_record();
-            return Err(CollectiveError::Aborted {
-                by: record.by,
-                culprit: record.culprit,
-                reason: record.reason,
-            });
-        }
-        let own = (self.phase as u32) << 1;
-        Ok(word.wrapping_sub(own) as i32 >= 0)
-    }
-
-    /// Ranks that have not come as far as this one.
-    fn missing_ranks(&self) -> Vec<usize> {
-        (0..self.world_size).filter(|&peer| matches!(self.has_arrived(peer), Ok(false))).collect()
-    }
-
-    /// Fails when a rank that is still missing will never arrive.
-    fn look_for_lost_peers(&mut self, call: &Call) -> Result<()> {
-        if self.last_look.elapsed() < LIVENESS_INTERVAL {
-            return Ok(());
-        }
-        self.last_look = Instant::now();
-        for peer in self.missing_ranks() {
-            let slot = self.segment.slot(peer);
-            let how = match slot.state.load(Ordering::Acquire) {
-                ABSENT => continue,
-                LEFT => "it left the group",
-                _ => {
-                    let pid = slot.pid.load(Ordering::Relaxed);
-                    if !self.watches[peer].get_or_insert_with(|| Watch::on(pid)).is_gone() {
-                        continue;
-                    }
-                    "its process has ended"
-                }
-            };
-            // It may have finished this phase before it went.
-            if !self.has_arrived(peer)? {
-                let op = self.describe(call);
-                return Err(CollectiveError::PeerLost { rank: peer, op, seq: call.seq, how });
-            }
-        }
-        Ok(())
-    }
-
-    /// Checks that all ranks have announced this collective.
-    fn check_agreement(&self, call: &Call) -> Result<()> {
-        let announced = |rank: usize| {
-            let announcement = &self.segment.slot(rank).announcements[(call.seq % 2) as usize];
-            let kind = announcement.kind.load(Ordering::Relaxed);
-            // Only a sum needs equal lengths.
-            let length = match kind == Op::AllReduce.code() {
-                true => announcement.length.load(Ordering::Relaxed),
-                false => 0,
-            };
-            (announcement.seq.load(Ordering::Relaxed), kind, length)
-        };
-        let ours = announced(self.rank);
-        for peer in 0..self.world_size {
-            let theirs = announced(peer);
-            if theirs != ours {
-                return Err(CollectiveError::Mismatch {
-                    seq: call.seq,
-                    rank: self.rank,
-                    ours: self.describe(call),
-                    peer,
-                    theirs: Op::describe(theirs.1, theirs.2),
-                });
-            }
-        }
-        Ok(())
-    }
-
-    /// Words for the collective under way.
-    fn describe(&self, call: &Call) -> String {
-        Op::describe(call.op.code(), self.announced_length(call, self.rank) as u64)
-    }
-
-    /// The length that `rank` has announced for the collective under way.
-    fn announced_length(&self, call: &Call, rank: usize) -> usize {
-        let announcement = &self.segment.slot(rank).announcements[(call.seq % 2) as usize];
-        announcement.length.load(Ordering::Relaxed) as usize
-    }
-
-    /// The buffer that this rank writes in the phase it is in.
-    fn writable_buffer(&self) -> usize {
-        (self.phase % BUFFERS as u64) as usize
-    }
-
     /// Copies a chunk into the own buffer, except for the own shard, which nobody else reads.
     fn put_shards(&self, buffer: usize, chunk: &[f32]) {
         let own = shard(chunk.len(), self.rank, self.world_size);
@@ -473,14 +204,6 @@ impl Group {
         // SAFETY: within bounds by the check; `rank` has finished the phase that wrote it and
         // writes this buffer again only after this rank has finished another phase.
         into.extend_from_slice(unsafe { std::slice::from_raw_parts(source, length) });
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        let slot = self.segment.slot(self.rank);
-        slot.state.store(LEFT, Ordering::Release);
-        futex::wake_all(&slot.progress);
     }
 }
 

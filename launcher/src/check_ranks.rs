@@ -134,31 +134,40 @@ fn sum_in_parts(comm: &Comm, values: &mut [f32], round: u64) -> Result<()> {
     verify(comm, values, round)
 }
 
+/// After this many values, a prime number, they begin again.
+const PERIOD: usize = 1021;
+
 /// Eighths below 128: their sums over up to 256 ranks are exact in `f32`.
 fn value(rank: usize, index: usize, round: u64) -> f32 {
-    ((index + 31 * rank + 7 * (round % 1000) as usize) % 1021) as f32 / 8.0
+    ((index + 31 * rank + 7 * (round % 1000) as usize) % PERIOD) as f32 / 8.0
 }
 
 fn fill(values: &mut [f32], rank: usize, round: u64) {
-    for (index, place) in values.iter_mut().enumerate() {
-        *place = value(rank, index, round);
+    let period: Vec<f32> = (0..PERIOD).map(|index| value(rank, index, round)).collect();
+    for part in values.chunks_mut(PERIOD) {
+        part.copy_from_slice(&period[..part.len()]);
     }
 }
 
 /// Checks every sum, and that all ranks hold the same bits.
 fn verify(comm: &Comm, values: &[f32], round: u64) -> Result<()> {
+    let sum = |index| (0..comm.world_size()).map(|rank| value(rank, index, round)).sum();
+    let period: Vec<f32> = (0..PERIOD).map(sum).collect();
     let mut mark = 0u64;
-    for (index, &got) in values.iter().enumerate() {
-        let expected: f32 = (0..comm.world_size()).map(|rank| value(rank, index, round)).sum();
-        if got != expected {
+    for (count, part) in values.chunks(PERIOD).enumerate() {
+        let wrong = part.iter().zip(&period).position(|(got, expected)| got != expected);
+        if let Some(index) = wrong {
             bail!(
-                "wrong sum in round {round} at element {index} of {} on rank {}, expected \
-                 {expected}, got: {got}",
+                "wrong sum in round {round} at element {} of {} on rank {}, expected {}, got: {}",
+                count * PERIOD + index,
                 values.len(),
-                comm.rank()
+                comm.rank(),
+                period[index],
+                part[index]
             );
         }
-        mark = mark.rotate_left(5) ^ u64::from(got.to_bits());
+        // Equal values may still differ in the sign of zero.
+        mark = part.iter().fold(mark, |mark, got| mark.rotate_left(5) ^ u64::from(got.to_bits()));
     }
     let marks = comm.all_gather(&mark.to_le_bytes())?;
     for (rank, other) in marks.iter().enumerate() {
@@ -223,11 +232,12 @@ mod tests {
     #[test]
     fn a_wrong_sum_is_found_and_placed() {
         let comm = Comm::single();
-        let mut values = vec![0.0; 100];
+        let mut values = vec![0.0; 3000];
         fill(&mut values, 0, 3);
+        assert_eq!(values[2500], value(0, 2500, 3));
         verify(&comm, &values, 3).unwrap();
-        values[42] += 0.125;
+        values[2500] += 0.125;
         let message = verify(&comm, &values, 3).unwrap_err().to_string();
-        assert!(message.contains("element 42 of 100 on rank 0"), "{message}");
+        assert!(message.contains("element 2500 of 3000 on rank 0"), "{message}");
     }
 }

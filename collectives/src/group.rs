@@ -1,0 +1,290 @@
+//! One rank's membership in the group of its host: joining, passing phases in lockstep, agreeing on
+//! what is called, and noticing that a peer is late, lost or calls for a stop.
+//!
+//! Work proceeds in numbered *phases* that all ranks pass together. A rank finishes a phase by adding
+//! one to its `progress` word, and may then wait until every peer has finished it too. What is done
+//! in a phase is the business of `shm.rs`. No wait is without a deadline, and none is deaf.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::error::{CollectiveError, Result};
+use crate::futex;
+use crate::liveness::Watch;
+use crate::segment::{ABORT_BIT, ABSENT, Author, BUFFERS, JOINED, LEFT, Segment};
+
+/// How often a waiting rank looks whether its peers still live.
+const LIVENESS_INTERVAL: Duration = Duration::from_millis(100);
+
+/// What a rank calls; equal on all ranks, or the call is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Op {
+    /// First meeting of all ranks.
+    Connect,
+    Barrier,
+    /// Lengths must be equal.
+    AllReduce,
+    /// From this rank; the others learn the length.
+    Broadcast(usize),
+    /// Lengths may differ.
+    AllGather,
+}
+
+impl Op {
+    /// What is announced: the kind in the low byte, the root above.
+    fn code(self) -> u64 {
+        match self {
+            Op::Connect => 1,
+            Op::Barrier => 2,
+            Op::AllReduce => 3,
+            Op::AllGather => 4,
+            Op::Broadcast(root) => 5 | (root as u64) << 8,
+        }
+    }
+
+    /// Words for an announcement, also for one that this rank did not make.
+    fn describe(code: u64, length: u64) -> String {
+        match code & 0xff {
+            1 => "connect".to_owned(),
+            2 => "barrier".to_owned(),
+            3 => format!("all_reduce of {length} floats"),
+            4 => "all_gather".to_owned(),
+            5 => format!("broadcast from rank {}", code >> 8),
+            _ => format!("unknown collective {code}"),
+        }
+    }
+}
+
+/// One collective under way.
+pub(crate) struct Call {
+    op: Op,
+    seq: u64,
+    start: Instant,
+    deadline: Duration,
+    agreed: bool,
+}
+
+/// One rank's end of the group. Used by one thread at a time.
+pub(crate) struct Group {
+    pub(crate) segment: Arc<Segment>,
+    pub(crate) rank: usize,
+    pub(crate) world_size: usize,
+    /// Phases finished.
+    phase: u64,
+    /// Collectives begun.
+    seq: u64,
+    watches: Vec<Option<Watch>>,
+    last_look: Instant,
+    spins: u32,
+    failed: Option<CollectiveError>,
+}
+
+impl Group {
+    /// Joins the group and waits until all ranks have joined.
+    pub(crate) fn join(segment: Arc<Segment>, rank: usize, deadline: Duration) -> Result<Group> {
+        let world_size = segment.world_size();
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+        let slot = segment.slot(rank);
+        slot.pid.store(std::process::id(), Ordering::Relaxed);
+        slot.state.store(JOINED, Ordering::Release);
+        let mut group = Group {
+            rank,
+            world_size,
+            phase: 0,
+            seq: 0,
+            watches: (0..world_size).map(|_| None).collect(),
+            last_look: Instant::now(),
+            // Spinning pays only where every rank has a core to itself.
+            spins: if world_size <= cores { 2000 } else { 20 },
+            failed: None,
+            segment,
+        };
+        group.call(Op::Connect, 0, deadline, Group::meet)?;
+        Ok(group)
+    }
+
+    /// Runs one collective: announces it, and on failure tells the peers and closes the group.
+    pub(crate) fn call<T>(
+        &mut self,
+        op: Op,
+        length: usize,
+        deadline: Duration,
+        run: impl FnOnce(&mut Group, &mut Call) -> Result<T>,
+    ) -> Result<T> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        self.seq += 1;
+        let announcement = &self.segment.slot(self.rank).announcements[(self.seq % 2) as usize];
+        announcement.seq.store(self.seq, Ordering::Relaxed);
+        announcement.kind.store(op.code(), Ordering::Relaxed);
+        announcement.length.store(length as u64, Ordering::Relaxed);
+        let mut call = Call { op, seq: self.seq, start: Instant::now(), deadline, agreed: false };
+        run(self, &mut call).inspect_err(|error| {
+            let culprit = match error {
+                CollectiveError::PeerLost { rank, .. } => Some(*rank),
+                CollectiveError::Deadline { missing_ranks, .. } => missing_ranks.first().copied(),
+                _ => None,
+            };
+            if !matches!(error, CollectiveError::Aborted { .. }) {
+                self.segment.abort(Author::Rank(self.rank), culprit, &error.to_string());
+            }
+            self.failed = Some(error.clone());
+        })
+    }
+
+    /// Finishes this rank's phase and waits for the peers to finish theirs.
+    pub(crate) fn meet(&mut self, call: &mut Call) -> Result<()> {
+        self.phase += 1;
+        let slot = self.segment.slot(self.rank);
+        slot.progress.fetch_add(ABORT_BIT << 1, Ordering::SeqCst);
+        // Either the sleeper sees the new count before it sleeps, or it is counted here.
+        if slot.sleepers.load(Ordering::SeqCst) > 0 {
+            futex::wake_all(&slot.progress);
+        }
+        for peer in 0..self.world_size {
+            self.wait_for(peer, call)?;
+        }
+        if !call.agreed {
+            self.check_agreement(call)?;
+            call.agreed = true;
+        }
+        Ok(())
+    }
+
+    /// Waits until `peer` has finished the phase that this rank has finished last.
+    fn wait_for(&mut self, peer: usize, call: &Call) -> Result<()> {
+        let segment = self.segment.clone();
+        let slot = segment.slot(peer);
+        for _ in 0..self.spins {
+            if self.has_arrived(peer)? {
+                return Ok(());
+            }
+            std::hint::spin_loop();
+        }
+        loop {
+            slot.sleepers.fetch_add(1, Ordering::SeqCst);
+            let seen = slot.progress.load(Ordering::SeqCst);
+            let arrived = self.has_arrived(peer);
+            let waited = call.start.elapsed();
+            if let Ok(false) = arrived {
+                let left = call.deadline.saturating_sub(waited);
+                futex::wait(&slot.progress, seen, left.min(LIVENESS_INTERVAL));
+            }
+            slot.sleepers.fetch_sub(1, Ordering::SeqCst);
+            if arrived? || self.has_arrived(peer)? {
+                return Ok(());
+            }
+            self.look_for_lost_peers(call)?;
+            if waited >= call.deadline {
+                return Err(CollectiveError::Deadline {
+                    op: self.describe(call),
+                    seq: call.seq,
+                    waited,
+                    missing_ranks: self.missing_ranks(),
+                });
+            }
+        }
+    }
+
+    /// Whether `peer` has come as far as this rank; an abort is an error.
+    fn has_arrived(&self, peer: usize) -> Result<bool> {
+        let word = self.segment.slot(peer).progress.load(Ordering::SeqCst);
+        if word & ABORT_BIT != 0 {
+            let record = self.segment.await_abort_record();
+            return Err(CollectiveError::Aborted {
+                by: record.by,
+                culprit: record.culprit,
+                reason: record.reason,
+            });
+        }
+        let own = (self.phase as u32) << 1;
+        Ok(word.wrapping_sub(own) as i32 >= 0)
+    }
+
+    /// Ranks that have not come as far as this one.
+    fn missing_ranks(&self) -> Vec<usize> {
+        (0..self.world_size).filter(|&peer| matches!(self.has_arrived(peer), Ok(false))).collect()
+    }
+
+    /// Fails when a rank that is still missing will never arrive.
+    fn look_for_lost_peers(&mut self, call: &Call) -> Result<()> {
+        if self.last_look.elapsed() < LIVENESS_INTERVAL {
+            return Ok(());
+        }
+        self.last_look = Instant::now();
+        for peer in self.missing_ranks() {
+            let slot = self.segment.slot(peer);
+            let how = match slot.state.load(Ordering::Acquire) {
+                ABSENT => continue,
+                LEFT => "it left the group",
+                _ => {
+                    let pid = slot.pid.load(Ordering::Relaxed);
+                    if !self.watches[peer].get_or_insert_with(|| Watch::on(pid)).is_gone() {
+                        continue;
+                    }
+                    "its process has ended"
+                }
+            };
+            // It may have finished this phase before it went.
+            if !self.has_arrived(peer)? {
+                let op = self.describe(call);
+                return Err(CollectiveError::PeerLost { rank: peer, op, seq: call.seq, how });
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that all ranks have announced this collective.
+    fn check_agreement(&self, call: &Call) -> Result<()> {
+        let announced = |rank: usize| {
+            let announcement = &self.segment.slot(rank).announcements[(call.seq % 2) as usize];
+            let kind = announcement.kind.load(Ordering::Relaxed);
+            // Only a sum needs equal lengths.
+            let length = match kind == Op::AllReduce.code() {
+                true => announcement.length.load(Ordering::Relaxed),
+                false => 0,
+            };
+            (announcement.seq.load(Ordering::Relaxed), kind, length)
+        };
+        let ours = announced(self.rank);
+        for peer in 0..self.world_size {
+            let theirs = announced(peer);
+            if theirs != ours {
+                return Err(CollectiveError::Mismatch {
+                    seq: call.seq,
+                    rank: self.rank,
+                    ours: self.describe(call),
+                    peer,
+                    theirs: Op::describe(theirs.1, theirs.2),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Words for the collective under way.
+    fn describe(&self, call: &Call) -> String {
+        Op::describe(call.op.code(), self.announced_length(call, self.rank) as u64)
+    }
+
+    /// The length that `rank` has announced for the collective under way.
+    pub(crate) fn announced_length(&self, call: &Call, rank: usize) -> usize {
+        let announcement = &self.segment.slot(rank).announcements[(call.seq % 2) as usize];
+        announcement.length.load(Ordering::Relaxed) as usize
+    }
+
+    /// The buffer that this rank writes in the phase it is in.
+    pub(crate) fn writable_buffer(&self) -> usize {
+        (self.phase % BUFFERS as u64) as usize
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let slot = self.segment.slot(self.rank);
+        slot.state.store(LEFT, Ordering::Release);
+        futex::wake_all(&slot.progress);
+    }
+}
