@@ -1,0 +1,340 @@
+//! CLIP's text encoder (transformers' `CLIPTextModel`): ViT-L of SD1 and OpenCLIP-H of SD2.
+//!
+//! A prompt longer than 77 tokens comes as several chunks along the batch axis; see [`join_chunks`].
+
+use engine::{
+    Activation, AttentionShape, DType, Device, Embedding, EngineError, LayerNorm, Linear,
+    Result as EngineResult, Tape, Value,
+};
+use formats::Weights;
+use serde_json::{Value as Json, json};
+
+use crate::config_value::ConfigValue;
+use crate::preset::Preset;
+use crate::reader::{Reader, SlotVisitor, TensorShape};
+use crate::{ModelError, Result};
+
+const COMPONENT: &str = "text encoder";
+const TOKENS: &str = "text_model.embeddings.token_embedding";
+const POSITIONS: &str = "text_model.embeddings.position_embedding";
+const LAYERS: &str = "text_model.encoder.layers";
+
+/// Sizes of a text encoder.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClipConfig {
+    /// Rows of the token table.
+    pub vocabulary: usize,
+    /// Longest sequence.
+    pub positions: usize,
+    /// Width of the output.
+    pub width: usize,
+    /// Width inside the feed-forward.
+    pub inner: usize,
+    /// Transformer layers.
+    pub layers: usize,
+    /// Heads of each layer.
+    pub heads: usize,
+    /// Activation of the feed-forward.
+    pub activation: Activation,
+    /// Epsilon of the layer normalisations.
+    pub norm_eps: f32,
+}
+
+impl ClipConfig {
+    /// Sizes from the shapes of `weights`; heads, activation and epsilon from `config` where the
+    /// model has one, else from the family.
+    pub fn resolve(config: Option<&Json>, weights: &dyn Weights, preset: &Preset) -> Result<Self> {
+        let shape = |name: String| {
+            let shape = weights.shape(&name).filter(|shape| shape.len() == 2);
+            shape.ok_or(ModelError::Unsized { component: COMPONENT, name })
+        };
+        let tokens = shape(format!("{TOKENS}.weight"))?;
+        let layers = (0..)
+            .take_while(|i| weights.contains(&format!("{LAYERS}.{i}.self_attn.q_proj.weight")))
+            .count();
+        let width = tokens[1];
+        let mut clip = Self {
+            vocabulary: tokens[0],
+            positions: shape(format!("{POSITIONS}.weight"))?[0],
+            width,
+            inner: shape(format!("{LAYERS}.0.mlp.fc1.weight"))?[0],
+            layers,
+            heads: (width / preset.text_head_width).max(1),
+            activation: preset.text_activation,
+            norm_eps: 1e-5,
+        };
+        if let Some(json) = config {
+            clip.apply(&ConfigValue { component: COMPONENT, json })?;
+        }
+        Ok(clip)
+    }
+
+    fn apply(&mut self, config: &ConfigValue) -> Result<()> {
+        self.heads = config.count("num_attention_heads")?.unwrap_or(self.heads);
+        if self.width % self.heads != 0 {
+            let reason = format!("the heads must divide the width {}", self.width);
+            return Err(config.error("num_attention_heads", &reason));
+        }
+        self.norm_eps = config.float("layer_norm_eps")?.unwrap_or(self.norm_eps);
+        config.require("hidden_size", &[json!(self.width)])?;
+        config.require("intermediate_size", &[json!(self.inner)])?;
+        self.activation = match config.text("hidden_act") {
+            Some("quick_gelu") => Activation::QuickGelu,
+            Some("gelu") => Activation::Gelu,
+            None => self.activation,
+            Some(_) => {
+                return Err(config.error("hidden_act", "`quick_gelu` or `gelu` is needed"));
+            }
+        };
+        Ok(())
+    }
+
+    /// The text encoder of SD1 (CLIP ViT-L/14) in full size.
+    pub fn sd1() -> Self {
+        Self {
+            vocabulary: 49408,
+            positions: 77,
+            width: 768,
+            inner: 3072,
+            layers: 12,
+            heads: 12,
+            activation: Activation::QuickGelu,
+            norm_eps: 1e-5,
+        }
+    }
+
+    /// The text encoder of SD2 (OpenCLIP-H without its last layer) in full size.
+    pub fn sd2() -> Self {
+        Self {
+            width: 1024,
+            inner: 4096,
+            layers: 23,
+            heads: 16,
+            activation: Activation::Gelu,
+            ..Self::sd1()
+        }
+    }
+}
+
+/// A text encoder on one device, its weights frozen.
+pub struct ClipTextModel {
+    config: ClipConfig,
+    tokens: Embedding,
+    positions: Embedding,
+    layers: Vec<Layer>,
+    final_norm: LayerNorm,
+}
+
+struct Layer {
+    norm1: LayerNorm,
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    out_proj: Linear,
+    norm2: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+    heads: usize,
+    activation: Activation,
+}
+
+impl ClipTextModel {
+    /// Reads a text encoder; `dtype` is the type of its arithmetic.
+    pub fn load(
+        weights: &dyn Weights,
+        config: &ClipConfig,
+        device: Device,
+        dtype: DType,
+    ) -> Result<Self> {
+        Self::read(&Reader::new(weights, device, dtype), config)
+    }
+
+    /// Names and shapes of all tensors of a text encoder of this config.
+    pub fn tensor_shapes(config: &ClipConfig) -> Result<Vec<TensorShape>> {
+        let reader = Reader::listing();
+        Self::read(&reader, config)?;
+        Ok(reader.into_list())
+    }
+
+    fn read(reader: &Reader, config: &ClipConfig) -> Result<Self> {
+        let layer = |i| Layer::load(reader, &format!("{LAYERS}.{i}"), config);
+        let final_norm = "text_model.final_layer_norm";
+        Ok(Self {
+            tokens: reader.embedding(TOKENS, config.vocabulary, config.width)?,
+            positions: reader.embedding(POSITIONS, config.positions, config.width)?,
+            layers: (0..config.layers).map(layer).collect::<Result<_>>()?,
+            final_norm: reader.layer_norm(final_norm, config.width, config.norm_eps)?,
+            config: config.clone(),
+        })
+    }
+
+    /// Its sizes.
+    pub fn config(&self) -> &ClipConfig {
+        &self.config
+    }
+
+    /// Hidden states of sequences of `length` tokens that follow each other in `ids`:
+    /// `[ids.len()/length, length, width]`, after the final layer norm.
+    ///
+    /// With `clip_skip` 2 the last layer is not run, with 3 the last two, and so on; `None` and 1
+    /// run all. More than the model has is an error.
+    pub fn forward<'m>(
+        &'m self,
+        tape: &Tape<'m>,
+        ids: &[u32],
+        length: usize,
+        clip_skip: Option<usize>,
+    ) -> EngineResult<Value> {
+        if length == 0 || length > self.config.positions || ids.len() % length != 0 {
+            let detail = format!(
+                "{} ids in sequences of {length}, the model has {} positions",
+                ids.len(),
+                self.config.positions
+            );
+            return Err(EngineError::shape("text encoder", detail));
+        }
+        let used = self.used_layers(clip_skip)?;
+        let places: Vec<u32> = (0..ids.len()).map(|i| (i % length) as u32).collect();
+        let mut h = tape.add(&self.tokens.forward(ids)?, &self.positions.forward(&places)?)?;
+        h = tape.reshape(&h, &[ids.len() / length, length, self.config.width])?;
+        for layer in &self.layers[..used] {
+            h = tape.segment(&[&h], move |tape, inputs| layer.forward(tape, &inputs[0]))?;
+        }
+        self.final_norm.forward(tape, &h)
+    }
+
+    fn used_layers(&self, clip_skip: Option<usize>) -> EngineResult<usize> {
+        let skip = clip_skip.unwrap_or(1);
+        let used = (self.config.layers + 1).checked_sub(skip).filter(|used| skip > 0 && *used > 0);
+        used.ok_or_else(|| {
+            EngineError::Unsupported(format!(
+                "`clip_skip` must lie between 1 and the text encoder's {} layers, it is: {skip}",
+                self.config.layers
+            ))
+        })
+    }
+
+    /// Visits every layer that can carry an adapter.
+    pub fn visit_slots(&mut self, visit: SlotVisitor) {
+        for (i, layer) in self.layers.iter_mut().enumerate() {
+            layer.visit(&format!("{LAYERS}.{i}"), visit);
+        }
+    }
+}
+
+impl Layer {
+    fn load(reader: &Reader, path: &str, config: &ClipConfig) -> Result<Self> {
+        let ClipConfig { width, inner, heads, activation, norm_eps, .. } = *config;
+        let square = |part| reader.linear(&format!("{path}.self_attn.{part}"), width, width);
+        let norm = |part| reader.layer_norm(&format!("{path}.{part}"), width, norm_eps);
+        Ok(Self {
+            norm1: norm("layer_norm1")?,
+            k_proj: square("k_proj")?,
+            v_proj: square("v_proj")?,
+            q_proj: square("q_proj")?,
+            out_proj: square("out_proj")?,
+            norm2: norm("layer_norm2")?,
+            fc1: reader.linear(&format!("{path}.mlp.fc1"), inner, width)?,
+            fc2: reader.linear(&format!("{path}.mlp.fc2"), width, inner)?,
+            heads,
+            activation,
+        })
+    }
+
+    fn forward<'m>(&self, tape: &Tape<'m>, x: &Value) -> EngineResult<Value> {
+        let mut h = self.norm1.forward(tape, x)?;
+        let q = self.q_proj.forward(tape, &h)?;
+        let k = self.k_proj.forward(tape, &h)?;
+        let v = self.v_proj.forward(tape, &h)?;
+        h = tape.attention(&q, &k, &v, AttentionShape { heads: self.heads, causal: true })?;
+        let x = self.out_proj.forward_add(tape, &h, x)?;
+        h = self.norm2.forward(tape, &x)?;
+        h = self.fc1.forward(tape, &h)?;
+        h = tape.activation(self.activation, &h)?;
+        self.fc2.forward_add(tape, &h, &x)
+    }
+
+    /// In the order in which transformers registers them, which sd-scripts follows.
+    fn visit(&mut self, path: &str, visit: SlotVisitor) {
+        visit(&format!("{path}.self_attn.k_proj"), &mut self.k_proj.adapter);
+        visit(&format!("{path}.self_attn.v_proj"), &mut self.v_proj.adapter);
+        visit(&format!("{path}.self_attn.q_proj"), &mut self.q_proj.adapter);
+        visit(&format!("{path}.self_attn.out_proj"), &mut self.out_proj.adapter);
+        visit(&format!("{path}.mlp.fc1"), &mut self.fc1.adapter);
+        visit(&format!("{path}.mlp.fc2"), &mut self.fc2.adapter);
+    }
+}
+
+/// Joins the chunks of long prompts: `[B·chunks,L,C]` becomes `[B, chunks·(L-2)+2, C]`.
+///
+/// Each prompt keeps the start token of its first chunk, the bodies of all chunks, and the last
+/// token of its last chunk, as in sd-scripts' `get_hidden_states`. (sd-scripts means to treat empty
+/// chunks of SD2 otherwise, but compares ids with the end token's text, so that never happens.)
+pub fn join_chunks(tape: &Tape, hidden: &Value, chunks: usize) -> EngineResult<Value> {
+    let [sequences, length, width] = *hidden.shape() else {
+        let detail = format!("hidden states are {:?}", hidden.shape());
+        return Err(EngineError::shape("join_chunks", detail));
+    };
+    if chunks == 0 || sequences == 0 || sequences % chunks != 0 || length < 2 {
+        let detail = format!("{chunks} chunks a prompt in {:?}", hidden.shape());
+        return Err(EngineError::shape("join_chunks", detail));
+    }
+    if chunks == 1 {
+        return Ok(hidden.clone());
+    }
+    let rows = joined_rows(sequences / chunks, chunks, length);
+    let joined = tape.gather_rows(hidden, &rows)?;
+    tape.reshape(&joined, &[sequences / chunks, rows.len() * chunks / sequences, width])
+}
+
+fn joined_rows(prompts: usize, chunks: usize, length: usize) -> Vec<u32> {
+    let mut rows = Vec::with_capacity(prompts * (chunks * (length - 2) + 2));
+    for prompt in 0..prompts {
+        let start = prompt * chunks * length;
+        rows.push(start as u32);
+        for chunk in 0..chunks {
+            let body = start + chunk * length;
+            rows.extend((body + 1..body + length - 1).map(|row| row as u32));
+        }
+        rows.push((start + chunks * length - 1) as u32);
+    }
+    rows
+}
+
+/// Multiplies joined hidden states `[B,T,C]` by a weight per token (`weighted_captions`).
+///
+/// `weights` has one entry per token of every chunk, `[B,chunks,L]` row-major. The first and the
+/// last token of a prompt of several chunks keep their value, as in sd-scripts.
+pub fn scale_tokens(
+    tape: &Tape,
+    hidden: &Value,
+    weights: &[f32],
+    chunks: usize,
+) -> EngineResult<Value> {
+    if chunks <= 1 {
+        return tape.scale_rows(hidden, weights);
+    }
+    let prompts = hidden.shape()[0];
+    let length = weights.len() / (prompts * chunks).max(1);
+    if length < 2 || weights.len() != prompts * chunks * length {
+        let detail = format!("{} weights for {:?}", weights.len(), hidden.shape());
+        return Err(EngineError::shape("scale_tokens", detail));
+    }
+    let mut factors = Vec::with_capacity(hidden.tensor().rows());
+    for prompt in weights.chunks(chunks * length) {
+        factors.push(1.);
+        prompt.chunks(length).for_each(|chunk| factors.extend(&chunk[1..length - 1]));
+        factors.push(1.);
+    }
+    tape.scale_rows(hidden, &factors)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_are_joined_as_sd_scripts_does() {
+        assert_eq!(joined_rows(2, 2, 4), [0, 1, 2, 5, 6, 7, 8, 9, 10, 13, 14, 15]);
+    }
+}

@@ -1,0 +1,39 @@
+//! LoRA proper: `up·down` of rank `dim`, `up` a 1x1 window (Hu et al., arXiv:2106.09685).
+
+use engine::{Adapter, ParamId};
+
+use super::target::{LayerKind, Target};
+use super::{Init, TensorPlan};
+
+/// `lora_down`, filled as PyTorch fills a layer (kaiming uniform with a = √5), and `lora_up`, zeros.
+pub(super) fn tensors(target: &Target, dim: usize) -> Vec<TensorPlan> {
+    let (out, input) = (target.out, target.input);
+    let (down, down_file, up_file, fan_in) = match target.kind {
+        LayerKind::Linear => (vec![dim, input], vec![dim, input], vec![out, dim], input),
+        LayerKind::Conv { kernel: (height, width) } => {
+            let pointwise = height * width == 1;
+            let engine = if pointwise { vec![dim, input] } else { vec![dim, height, width, input] };
+            let fan_in = input * height * width;
+            (engine, vec![dim, input, height, width], vec![out, dim, 1, 1], fan_in)
+        }
+    };
+    let bound = 1. / (fan_in.max(1) as f32).sqrt();
+    vec![
+        TensorPlan {
+            suffix: "lora_down.weight",
+            shape: down,
+            file_shape: down_file,
+            init: Init::Uniform(bound),
+        },
+        TensorPlan {
+            suffix: "lora_up.weight",
+            shape: vec![out, dim],
+            file_shape: up_file,
+            init: Init::Zeros,
+        },
+    ]
+}
+
+pub(super) fn adapter(first: ParamId, scale: f32) -> Adapter {
+    Adapter { down: first, up: ParamId(first.0 + 1), scale }
+}

@@ -1,0 +1,182 @@
+//! The layers of a base model that can carry an adapter, in the order of sd-scripts.
+//!
+//! They follow from names and shapes alone: matrices and kernels inside transformers, residual blocks
+//! and resamplers of the U-Net, inside attention and feed-forward of a text encoder.
+
+use std::cmp::Ordering;
+
+use formats::Weights;
+
+/// Parts of a model that are trained with a learning rate of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Part {
+    /// The text encoder.
+    TextEncoder,
+    /// The U-Net.
+    Unet,
+}
+
+impl Part {
+    /// Start of the module names in files.
+    pub fn prefix(self) -> &'static str {
+        match self {
+            Part::TextEncoder => "lora_te",
+            Part::Unet => "lora_unet",
+        }
+    }
+
+    /// Name of its learning rate in sd-scripts' logs.
+    pub fn group_name(self) -> &'static str {
+        match self {
+            Part::TextEncoder => "textencoder",
+            Part::Unet => "unet",
+        }
+    }
+}
+
+/// How files keep the weight of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayerKind {
+    /// `[out,in]`.
+    Linear,
+    /// `[out,in,height,width]`.
+    Conv {
+        /// Height and width.
+        kernel: (usize, usize),
+    },
+}
+
+/// A layer that can carry an adapter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Part of the model.
+    pub part: Part,
+    /// Name in diffusers or transformers.
+    pub path: String,
+    /// Name in files: `lora_unet_down_blocks_0_...`.
+    pub name: String,
+    /// Form of its weight.
+    pub kind: LayerKind,
+    /// Outputs.
+    pub out: usize,
+    /// Inputs.
+    pub input: usize,
+    /// Whether it lies in a transformer (or text encoder): these are trained without `conv_dim`.
+    pub in_transformer: bool,
+}
+
+impl Target {
+    /// Whether it is linear or a 1x1 convolution: these have `network_dim`, others `conv_dim`.
+    pub fn is_pointwise(&self) -> bool {
+        matches!(self.kind, LayerKind::Linear | LayerKind::Conv { kernel: (1, 1) })
+    }
+}
+
+/// All layers of a U-Net that can carry an adapter.
+pub fn unet_targets(weights: &dyn Weights) -> Vec<Target> {
+    targets(weights, Part::Unet, |path| {
+        let has = |part: &str| path.split('.').any(|segment| segment == part);
+        if has("attentions") {
+            Some(true)
+        } else {
+            (has("resnets") || has("downsamplers") || has("upsamplers")).then_some(false)
+        }
+    })
+}
+
+/// All layers of a text encoder that can carry an adapter.
+pub fn text_encoder_targets(weights: &dyn Weights) -> Vec<Target> {
+    targets(weights, Part::TextEncoder, |path| {
+        let has = |part: &str| path.split('.').any(|segment| segment == part);
+        (has("layers") && (has("self_attn") || has("mlp"))).then_some(true)
+    })
+}
+
+/// `place` says for a path whether it lies in a transformer, `None` if it carries no adapter.
+fn targets(weights: &dyn Weights, part: Part, place: impl Fn(&str) -> Option<bool>) -> Vec<Target> {
+    let mut found = Vec::new();
+    for name in weights.names() {
+        let Some(path) = name.strip_suffix(".weight") else { continue };
+        let Some(in_transformer) = place(path) else { continue };
+        let (kind, out, input) = match weights.shape(&name).as_deref() {
+            Some(&[out, input]) => (LayerKind::Linear, out, input),
+            Some(&[out, input, h, w]) => (LayerKind::Conv { kernel: (h, w) }, out, input),
+            _ => continue,
+        };
+        let name = format!("{}_{}", part.prefix(), path.replace('.', "_"));
+        let path = path.to_owned();
+        found.push(Target { part, path, name, kind, out, input, in_transformer });
+    }
+    found.sort_by(|a, b| compare_paths(&a.path, &b.path));
+    found
+}
+
+/// Siblings in the order in which diffusers and transformers register them.
+const SIBLINGS: [&str; 29] = [
+    "down_blocks",
+    "up_blocks",
+    "mid_block",
+    "attentions",
+    "resnets",
+    "downsamplers",
+    "upsamplers",
+    "proj_in",
+    "transformer_blocks",
+    "proj_out",
+    "attn1",
+    "ff",
+    "attn2",
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out",
+    "conv1",
+    "time_emb_proj",
+    "conv2",
+    "conv_shortcut",
+    "self_attn",
+    "mlp",
+    "k_proj",
+    "v_proj",
+    "q_proj",
+    "out_proj",
+    "fc1",
+    "fc2",
+];
+
+/// Orders two paths segment by segment: numbers by value, names by [`SIBLINGS`].
+fn compare_paths(a: &str, b: &str) -> Ordering {
+    let key = |segment: &str| match segment.parse::<usize>() {
+        Ok(number) => (0, number),
+        Err(_) => (1, SIBLINGS.iter().position(|name| *name == segment).unwrap_or(SIBLINGS.len())),
+    };
+    for (left, right) in a.split('.').zip(b.split('.')) {
+        let order = key(left).cmp(&key(right)).then_with(|| left.cmp(right));
+        if order != Ordering::Equal {
+            return order;
+        }
+    }
+    a.len().cmp(&b.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_ordered_by_value_and_names_as_registered() {
+        let sorted = [
+            "down_blocks.0.attentions.0.proj_in",
+            "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2",
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q",
+            "down_blocks.0.resnets.0.time_emb_proj",
+            "down_blocks.0.resnets.0.conv2",
+            "down_blocks.10.resnets.0.conv1",
+            "up_blocks.0.resnets.0.conv1",
+            "mid_block.resnets.0.conv1",
+        ];
+        for pair in sorted.windows(2) {
+            assert_eq!(compare_paths(pair[0], pair[1]), Ordering::Less, "{pair:?}");
+        }
+    }
+}

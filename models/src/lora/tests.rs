@@ -1,0 +1,216 @@
+//! Networks over models in full size, from shapes alone, against what sd-scripts made of them.
+
+use std::collections::BTreeMap;
+
+use engine::Device;
+use formats::{Dtype, FormatError, OwnedTensor, TensorView, Weights};
+use serde_json::Value;
+
+use super::*;
+use crate::{ClipConfig, ClipTextModel, ModelError, Unet, UnetConfig};
+
+/// Shapes of a model without its numbers.
+struct Shapes(BTreeMap<String, Vec<usize>>);
+
+impl Weights for Shapes {
+    fn names(&self) -> Vec<String> {
+        self.0.keys().cloned().collect()
+    }
+
+    fn get(&self, name: &str) -> Result<TensorView<'_>, FormatError> {
+        Err(FormatError::MissingTensor { path: "shapes".into(), name: name.to_owned() })
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.0.get(name).cloned()
+    }
+}
+
+fn text_encoder(config: &ClipConfig) -> Shapes {
+    Shapes(ClipTextModel::tensor_shapes(config).unwrap().into_iter().collect())
+}
+
+fn unet(config: &UnetConfig) -> Shapes {
+    Shapes(Unet::tensor_shapes(config).unwrap().into_iter().collect())
+}
+
+fn sd1_targets() -> Vec<Target> {
+    let mut targets = text_encoder_targets(&text_encoder(&ClipConfig::sd1()));
+    targets.extend(unet_targets(&unet(&UnetConfig::sd1())));
+    targets
+}
+
+fn network(targets: Vec<Target>, dim: usize, conv: bool) -> LoraNetwork {
+    let linear = Rank::new(dim, 1.);
+    let rule = UniformRanks { linear, conv: conv.then_some(linear) };
+    LoraNetwork::new(targets, &rule, Algorithm::LowRank).unwrap()
+}
+
+/// A file of `n` thousandths, so that every number is told apart.
+fn filled(network: &LoraNetwork) -> BTreeMap<String, OwnedTensor> {
+    let values = (0..network.param_count())
+        .map(|id| {
+            let len = network.file_shape(ParamId(id)).iter().product();
+            (0..len).map(|n| n as f32 / 1000.).collect()
+        })
+        .collect();
+    let params = network.parameters(Device::Cpu, values).unwrap();
+    network.export(&params, Dtype::F32).unwrap()
+}
+
+fn compare_with_sd_scripts(file: &str, conv: bool) {
+    let path = format!("{}/../tests/data/keys/{file}.json", env!("CARGO_MANIFEST_DIR"));
+    let want: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let network = network(sd1_targets(), 4, conv);
+    let count = |key: &str| want[key].as_u64().unwrap() as usize;
+    assert_eq!(network.module_count(Part::TextEncoder), count("n_te_modules"));
+    assert_eq!(network.module_count(Part::Unet), count("n_unet_modules"));
+    assert_eq!(network.element_count(), count("n_params"));
+
+    // The dump keeps the order in which sd-scripts made the modules.
+    let order: Vec<&String> = want["alphas"].as_object().unwrap().keys().collect();
+    assert_eq!(network.modules().iter().map(|m| &m.target.name).collect::<Vec<_>>(), order);
+
+    for (group, want) in network.groups().iter().zip(want["optimizer_groups"].as_array().unwrap()) {
+        assert_eq!(want[0], group.part.group_name());
+        assert_eq!(want[2], group.params.len());
+    }
+    let shapes = want["shapes"].as_object().unwrap();
+    let mut seen = 0;
+    for id in (0..network.param_count()).map(ParamId) {
+        let want: Vec<usize> = serde_json::from_value(shapes[&network.key(id)].clone()).unwrap();
+        assert_eq!(network.file_shape(id), want, "{}", network.key(id));
+        seen += 1;
+    }
+    assert_eq!(seen + network.modules().len(), shapes.len());
+}
+
+#[test]
+fn lierla_of_sd1_is_that_of_sd_scripts() {
+    compare_with_sd_scripts("lierla_r4", false);
+}
+
+#[test]
+fn c3lier_of_sd1_is_that_of_sd_scripts() {
+    compare_with_sd_scripts("c3lier_r4_conv4", true);
+}
+
+#[test]
+fn sd2_has_as_many_modules_with_linear_projections() {
+    let mut targets = text_encoder_targets(&text_encoder(&ClipConfig::sd2()));
+    targets.extend(unet_targets(&unet(&UnetConfig::sd2())));
+    let network = network(targets, 4, false);
+    assert_eq!(network.module_count(Part::TextEncoder), 138);
+    assert_eq!(network.module_count(Part::Unet), 192);
+    let projection = |m: &&LoraModule| m.target.path.ends_with("proj_in");
+    let module = network.modules().iter().find(projection).unwrap();
+    assert_eq!(network.file_shape(ParamId(module.params().start)), [4, 320]);
+}
+
+#[test]
+fn sizes_follow_from_the_shapes_of_full_size_models() {
+    let row = crate::preset(formats::Family::Sd1);
+    let shapes = unet(&UnetConfig::sd1());
+    assert_eq!(UnetConfig::from_shapes(&shapes, row).unwrap(), UnetConfig::sd1());
+    let shapes = text_encoder(&ClipConfig::sd1());
+    assert_eq!(ClipConfig::resolve(None, &shapes, row).unwrap(), ClipConfig::sd1());
+    let row = crate::preset(formats::Family::Sd2);
+    let shapes = unet(&UnetConfig::sd2());
+    assert_eq!(UnetConfig::from_shapes(&shapes, row).unwrap(), UnetConfig::sd2());
+    let shapes = text_encoder(&ClipConfig::sd2());
+    assert_eq!(ClipConfig::resolve(None, &shapes, row).unwrap(), ClipConfig::sd2());
+}
+
+/// A text encoder of two small layers.
+fn small_targets() -> Vec<Target> {
+    let config = ClipConfig { vocabulary: 8, width: 16, inner: 32, layers: 2, ..ClipConfig::sd1() };
+    text_encoder_targets(&text_encoder(&config))
+}
+
+#[test]
+fn new_values_are_uniform_below_and_zero_above() {
+    let network = network(small_targets(), 4, false);
+    let mut asked = Vec::new();
+    let values = network.initial_values(&mut |key, n| {
+        asked.push(key.to_owned());
+        (0..n).map(|i| i as f32 / n as f32).collect()
+    });
+    assert_eq!(asked.len(), network.modules().len());
+    assert!(asked.iter().all(|key| key.ends_with(".lora_down.weight")));
+    // 16 inputs: the bound is a quarter.
+    assert_eq!(values[0][0], -0.25);
+    assert_eq!(values[0][32], 0.);
+    assert!(values[1].iter().all(|x| *x == 0.));
+}
+
+#[test]
+fn another_shape_in_a_file_is_named() {
+    let mut tensors = filled(&network(small_targets(), 8, false));
+    let mut network = network(small_targets(), 4, false);
+    let mut values = network.initial_values(&mut |_, n| vec![0.; n]);
+    let error = network.load_values(&mut values, &tensors).unwrap_err();
+    let ModelError::LoraShape { key, expected, got } = error else { panic!("{error}") };
+    assert!(key.ends_with("k_proj.lora_down.weight"), "{key}");
+    assert_eq!((expected, got), (vec![4, 16], vec![8, 16]));
+
+    tensors.retain(|key, _| !key.ends_with("lora_up.weight"));
+    let error = network.load_values(&mut values, &tensors).unwrap_err();
+    assert!(matches!(error, ModelError::LoraHalf { .. }), "{error}");
+}
+
+#[test]
+fn a_file_of_another_architecture_is_refused() {
+    let mut network = network(small_targets(), 4, false);
+    let mut values = network.initial_values(&mut |_, n| vec![0.; n]);
+    let tensor = OwnedTensor::from_f32(&[1], &[0.], Dtype::F32).unwrap();
+    let foreign = BTreeMap::from([("lora_te1_x.lora_down.weight".to_owned(), tensor)]);
+    for tensors in [foreign, BTreeMap::new()] {
+        let error = network.load_values(&mut values, &tensors).unwrap_err();
+        assert!(matches!(error, ModelError::LoraForeign { .. }), "{error}");
+    }
+}
+
+#[test]
+fn missing_unused_and_other_alphas_are_reported() {
+    let whole = network(small_targets(), 4, false);
+    let mut tensors = filled(&whole);
+    let (first, second) = (&whole.modules()[0].target.name, &whole.modules()[1].target.name);
+    let alpha = OwnedTensor::scalar(2., Dtype::F32).unwrap();
+    tensors.insert(format!("{first}.alpha"), alpha.clone());
+    tensors.retain(|key, _| !key.starts_with(second.as_str()));
+    tensors.insert("lora_unet_x.alpha".to_owned(), alpha);
+    let mut network = network(small_targets(), 4, false);
+    let mut values = network.initial_values(&mut |_, n| vec![0.; n]);
+    let report = network.load_values(&mut values, &tensors).unwrap();
+    assert_eq!(report.loaded, 11);
+    assert_eq!(report.missing, [second.clone()]);
+    assert_eq!(report.unused, ["lora_unet_x"]);
+    assert_eq!(report.alphas, [(first.clone(), 1., 2.)]);
+    assert_eq!(network.modules()[0].rank, Rank::new(4, 2.));
+    assert_eq!(values[0][7], 0.007);
+}
+
+#[test]
+fn ranks_of_a_file_make_the_same_network() {
+    let whole = network(small_targets(), 4, false);
+    let mut tensors = filled(&whole);
+    let (first, second) = (&whole.modules()[0].target.name, &whole.modules()[1].target.name);
+    tensors.retain(|key, _| !key.starts_with(second.as_str()));
+    // Without an alpha the update is not scaled.
+    tensors.remove(&format!("{first}.alpha"));
+    let ranks = FileRanks::new(&tensors).unwrap();
+    assert_eq!(ranks.names().count(), 11);
+    let network = LoraNetwork::new(small_targets(), &ranks, Algorithm::LowRank).unwrap();
+    assert_eq!(network.modules().len(), 11);
+    assert_eq!(network.modules()[0].rank, Rank::new(4, 4.));
+    assert_eq!(network.modules()[0].rank.scale(), 1.);
+    assert!(FileRanks::new(&BTreeMap::new()).is_err());
+}
+
+#[test]
+fn a_rank_of_zero_and_an_empty_network_are_errors() {
+    let zero = UniformRanks { linear: Rank::new(0, 1.), conv: None };
+    assert!(LoraNetwork::new(small_targets(), &zero, Algorithm::LowRank).is_err());
+    let some = UniformRanks { linear: Rank::new(4, 1.), conv: None };
+    assert!(LoraNetwork::new(Vec::new(), &some, Algorithm::LowRank).is_err());
+}

@@ -1,0 +1,223 @@
+//! Turns the tensors of a file into layers, one tensor at a time.
+//!
+//! Every tensor is asked for with the shape that the model expects; another shape is an error that
+//! names it. Matrices are stored in the compute type, norms and biases in f32, convolutions are
+//! turned from OIHW to OHWI. With [`Reader::listing`] nothing is read: the reader writes down what
+//! the model would ask for, so that names and shapes of a model have one source.
+
+use std::cell::RefCell;
+
+use engine::{
+    Adapter, Conv2d, ConvGeometry, DType, Device, Embedding, GroupNorm, LayerNorm, Linear, Tensor,
+};
+use formats::Weights;
+use rayon::prelude::*;
+
+use crate::{ModelError, Result};
+
+/// Called with the diffusers name of each layer that can carry an adapter, and its place.
+pub type SlotVisitor<'a> = &'a mut dyn FnMut(&str, &mut Option<Adapter>);
+
+/// Name and shape of a tensor of a model, as in a diffusers file.
+pub type TensorShape = (String, Vec<usize>);
+
+enum Source<'w> {
+    Weights(&'w dyn Weights),
+    Listing(RefCell<Vec<TensorShape>>),
+}
+
+/// Reads one component of a model.
+pub(crate) struct Reader<'w> {
+    source: Source<'w>,
+    device: Device,
+    dtype: DType,
+}
+
+/// Channels and window of a convolution to be read.
+#[derive(Clone, Copy)]
+pub(crate) struct ConvShape {
+    pub out: usize,
+    pub input: usize,
+    pub geometry: ConvGeometry,
+}
+
+impl ConvShape {
+    /// A 3x3 convolution that keeps height and width.
+    pub(crate) fn same3(out: usize, input: usize) -> Self {
+        Self { out, input, geometry: ConvGeometry::square(3, 1, 1) }
+    }
+}
+
+impl<'w> Reader<'w> {
+    pub(crate) fn new(weights: &'w dyn Weights, device: Device, dtype: DType) -> Self {
+        Self { source: Source::Weights(weights), device, dtype }
+    }
+
+    /// A reader that only writes down what it is asked for.
+    pub(crate) fn listing() -> Self {
+        let source = Source::Listing(RefCell::default());
+        Self { source, device: Device::Cpu, dtype: DType::F32 }
+    }
+
+    /// What a listing reader was asked for, in that order.
+    pub(crate) fn into_list(self) -> Vec<TensorShape> {
+        match self.source {
+            Source::Weights(_) => Vec::new(),
+            Source::Listing(list) => list.into_inner(),
+        }
+    }
+
+    pub(crate) fn contains(&self, name: &str) -> bool {
+        match &self.source {
+            Source::Weights(weights) => weights.contains(name),
+            Source::Listing(_) => false,
+        }
+    }
+
+    /// Reads `name` if it has one of `shapes` (the first is the usual one) as f32.
+    fn read(&self, name: &str, shapes: &[&[usize]]) -> Result<Option<Vec<f32>>> {
+        match &self.source {
+            Source::Listing(list) => {
+                list.borrow_mut().push((name.to_owned(), shapes[0].to_vec()));
+                Ok(None)
+            }
+            Source::Weights(weights) => {
+                let view = weights.get(name)?;
+                if !shapes.contains(&view.shape.as_slice()) {
+                    let (name, expected) = (name.to_owned(), shapes[0].to_vec());
+                    return Err(ModelError::Shape { name, expected, got: view.shape });
+                }
+                Ok(Some(view.to_f32()))
+            }
+        }
+    }
+
+    fn place(&self, shape: &[usize], data: Option<Vec<f32>>, dtype: DType) -> Result<Tensor> {
+        match data {
+            Some(data) => Ok(Tensor::from_f32(self.device, shape, &data, dtype)?),
+            None => Ok(Tensor::zeros(self.device, &[0], dtype)?),
+        }
+    }
+
+    /// A vector kept in f32.
+    fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
+        let data = self.read(name, &[&[len]])?;
+        self.place(&[len], data, DType::F32)
+    }
+
+    fn bias(&self, name: &str, len: usize, has_bias: bool) -> Result<Option<Tensor>> {
+        has_bias.then(|| self.vector(&format!("{name}.bias"), len)).transpose()
+    }
+
+    /// A linear layer `[out,in]`.
+    pub(crate) fn linear(&self, name: &str, out: usize, input: usize) -> Result<Linear> {
+        self.matrix(name, &[&[out, input]], true)
+    }
+
+    /// A linear layer without bias.
+    pub(crate) fn linear_without_bias(
+        &self,
+        name: &str,
+        out: usize,
+        input: usize,
+    ) -> Result<Linear> {
+        self.matrix(name, &[&[out, input]], false)
+    }
+
+    /// A projection of channels that files keep as a linear layer or as a 1x1 convolution; in NHWC
+    /// both are the same product.
+    pub(crate) fn projection(
+        &self,
+        name: &str,
+        (out, input): (usize, usize),
+        as_conv: bool,
+    ) -> Result<Linear> {
+        let (flat, window): (&[usize], &[usize]) = (&[out, input], &[out, input, 1, 1]);
+        let shapes = if as_conv { [window, flat] } else { [flat, window] };
+        self.matrix(name, &shapes, true)
+    }
+
+    fn matrix(&self, name: &str, shapes: &[&[usize]], has_bias: bool) -> Result<Linear> {
+        let data = self.read(&format!("{name}.weight"), shapes)?;
+        let (out, input) = (shapes[0][0], shapes[0][1]);
+        Ok(Linear {
+            weight: self.place(&[out, input], data, self.dtype)?,
+            bias: self.bias(name, out, has_bias)?,
+            adapter: None,
+        })
+    }
+
+    /// A convolution.
+    pub(crate) fn conv(&self, name: &str, shape: ConvShape) -> Result<Conv2d> {
+        let ConvShape { out, input, geometry } = shape;
+        let (kh, kw) = geometry.kernel;
+        let data = self.read(&format!("{name}.weight"), &[&[out, input, kh, kw]])?;
+        let data = data.map(|oihw| inner_axis_last(&oihw, input, kh * kw));
+        Ok(Conv2d {
+            weight: self.place(&[out, kh, kw, input], data, self.dtype)?,
+            bias: self.bias(name, out, true)?,
+            geometry,
+            adapter: None,
+        })
+    }
+
+    pub(crate) fn group_norm(
+        &self,
+        name: &str,
+        channels: usize,
+        groups: usize,
+        eps: f32,
+    ) -> Result<GroupNorm> {
+        let gamma = self.vector(&format!("{name}.weight"), channels)?;
+        let beta = self.vector(&format!("{name}.bias"), channels)?;
+        Ok(GroupNorm { gamma, beta, groups, eps })
+    }
+
+    pub(crate) fn layer_norm(&self, name: &str, width: usize, eps: f32) -> Result<LayerNorm> {
+        let gamma = self.vector(&format!("{name}.weight"), width)?;
+        let beta = self.vector(&format!("{name}.bias"), width)?;
+        Ok(LayerNorm { gamma, beta, eps })
+    }
+
+    pub(crate) fn embedding(&self, name: &str, rows: usize, width: usize) -> Result<Embedding> {
+        let data = self.read(&format!("{name}.weight"), &[&[rows, width]])?;
+        Ok(Embedding { table: self.place(&[rows, width], data, self.dtype)? })
+    }
+}
+
+/// `[rows,inner,window]` to `[rows,window,inner]`: OIHW to OHWI.
+pub(crate) fn inner_axis_last(data: &[f32], inner: usize, window: usize) -> Vec<f32> {
+    let mut out = vec![0.; data.len()];
+    if inner * window == 0 {
+        return out;
+    }
+    out.par_chunks_mut(inner * window).zip(data.par_chunks(inner * window)).for_each(
+        |(to, from)| {
+            for (pixel, to) in to.chunks_mut(inner).enumerate() {
+                for (channel, to) in to.iter_mut().enumerate() {
+                    *to = from[channel * window + pixel];
+                }
+            }
+        },
+    );
+    out
+}
+
+/// `[rows,window,inner]` to `[rows,inner,window]`: OHWI to OIHW.
+pub(crate) fn inner_axis_second(data: &[f32], inner: usize, window: usize) -> Vec<f32> {
+    inner_axis_last(data, window, inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn axes_move_and_move_back() {
+        // Two rows of 3 channels by 2 pixels.
+        let oihw: Vec<f32> = (0..12).map(|x| x as f32).collect();
+        let ohwi = inner_axis_last(&oihw, 3, 2);
+        assert_eq!(ohwi, [0., 2., 4., 1., 3., 5., 6., 8., 10., 7., 9., 11.]);
+        assert_eq!(inner_axis_second(&ohwi, 3, 2), oihw);
+    }
+}

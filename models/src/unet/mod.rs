@@ -1,0 +1,163 @@
+//! The U-Net of Stable Diffusion 1.x and 2.x (diffusers' `UNet2DConditionModel`).
+//!
+//! Each pair of residual block and transformer is a segment of the tape, so that checkpointing keeps
+//! one feature map per pair.
+
+mod blocks;
+mod config;
+mod time;
+mod transformer;
+
+use engine::{
+    Conv2d, DType, Device, GroupNorm, Linear, Result as EngineResult, Tape, Tensor, Value,
+};
+use formats::Weights;
+
+use self::blocks::{DownBlock, MidBlock, Pass, UpBlock};
+pub use self::config::UnetConfig;
+pub use self::time::timestep_embedding;
+use crate::Result;
+use crate::reader::{ConvShape, Reader, SlotVisitor, TensorShape};
+
+/// A U-Net on one device, its weights frozen.
+pub struct Unet {
+    config: UnetConfig,
+    dtype: DType,
+    time_1: Linear,
+    time_2: Linear,
+    conv_in: Conv2d,
+    down: Vec<DownBlock>,
+    mid: MidBlock,
+    up: Vec<UpBlock>,
+    norm_out: GroupNorm,
+    conv_out: Conv2d,
+}
+
+/// What a U-Net is asked about.
+#[derive(Clone, Copy, Debug)]
+pub struct UnetInput<'a> {
+    /// Noisy latents `[B,h,w,4]`, f32 or the compute type.
+    pub latents: &'a Tensor,
+    /// One per image.
+    pub timesteps: &'a [f32],
+    /// Text encoder output `[B,T,C]`.
+    pub context: &'a Value,
+}
+
+impl Unet {
+    /// Reads a U-Net; `dtype` is the type of its arithmetic.
+    pub fn load(
+        weights: &dyn Weights,
+        config: &UnetConfig,
+        device: Device,
+        dtype: DType,
+    ) -> Result<Self> {
+        Self::read(&Reader::new(weights, device, dtype), config, dtype)
+    }
+
+    /// Names and shapes of all tensors of a U-Net of this config.
+    pub fn tensor_shapes(config: &UnetConfig) -> Result<Vec<TensorShape>> {
+        let reader = Reader::listing();
+        Self::read(&reader, config, DType::F32)?;
+        Ok(reader.into_list())
+    }
+
+    fn read(reader: &Reader, config: &UnetConfig, dtype: DType) -> Result<Self> {
+        let first = config.channels[0];
+        let time = config.time_width();
+        let (in_channels, out_channels) = (config.in_channels, config.out_channels);
+        Ok(Self {
+            config: config.clone(),
+            dtype,
+            conv_in: reader.conv("conv_in", ConvShape::same3(first, in_channels))?,
+            time_1: reader.linear("time_embedding.linear_1", time, first)?,
+            time_2: reader.linear("time_embedding.linear_2", time, time)?,
+            down: (0..config.levels())
+                .map(|level| DownBlock::load(reader, config, level))
+                .collect::<Result<_>>()?,
+            mid: MidBlock::load(reader, config)?,
+            up: (0..config.levels())
+                .map(|level| UpBlock::load(reader, config, level))
+                .collect::<Result<_>>()?,
+            norm_out: reader.group_norm("conv_norm_out", first, config.groups, config.norm_eps)?,
+            conv_out: reader.conv("conv_out", ConvShape::same3(out_channels, first))?,
+        })
+    }
+
+    /// Its sizes.
+    pub fn config(&self) -> &UnetConfig {
+        &self.config
+    }
+
+    /// The noise (or v) that the model sees in the latents, `[B,h,w,4]`, in the compute type.
+    pub fn forward<'m>(&'m self, tape: &Tape<'m>, input: UnetInput) -> EngineResult<Value> {
+        self.check(&input)?;
+        let time = self.time_signal(tape, input.timesteps, input.latents.device())?;
+        let context = tape.cast(input.context, self.dtype)?;
+        let pass = Pass { tape, time: &time, context: &context };
+        let latents = Value::constant(input.latents.to_dtype(self.dtype)?);
+
+        let mut h = self.conv_in.forward(tape, &latents)?;
+        let mut skips = vec![h.clone()];
+        for block in &self.down {
+            h = block.forward(&pass, h, &mut skips)?;
+        }
+        h = self.mid.forward(&pass, h)?;
+        for block in &self.up {
+            h = block.forward(&pass, h, &mut skips)?;
+        }
+        h = self.norm_out.forward_silu(tape, &h)?;
+        self.conv_out.forward(tape, &h)
+    }
+
+    fn check(&self, input: &UnetInput) -> EngineResult<()> {
+        let (latents, context) = (input.latents.shape(), input.context.shape());
+        let fits = match (latents, context) {
+            ([batch, _, _, channels], [contexts, _, width]) => {
+                *channels == self.config.in_channels
+                    && *width == self.config.context_width
+                    && batch == contexts
+                    && *batch == input.timesteps.len()
+            }
+            _ => false,
+        };
+        if fits {
+            return Ok(());
+        }
+        let detail = format!(
+            "latents {latents:?}, text {context:?}, {} timesteps; the model takes {} channels and \
+             text of width {}",
+            input.timesteps.len(),
+            self.config.in_channels,
+            self.config.context_width
+        );
+        Err(engine::EngineError::shape("unet", detail))
+    }
+
+    /// SiLU of the time embedding `[B,time]`: what every residual block projects.
+    fn time_signal<'m>(
+        &self,
+        tape: &Tape<'m>,
+        timesteps: &[f32],
+        device: Device,
+    ) -> EngineResult<Value> {
+        let width = self.config.channels[0];
+        let waves = timestep_embedding(timesteps, width);
+        let waves = Tensor::from_f32(device, &[timesteps.len(), width], &waves, self.dtype)?;
+        let mut h = self.time_1.forward(tape, &Value::constant(waves))?;
+        h = tape.activation(engine::Activation::Silu, &h)?;
+        h = self.time_2.forward(tape, &h)?;
+        tape.activation(engine::Activation::Silu, &h)
+    }
+
+    /// Visits every layer that can carry an adapter.
+    pub fn visit_slots(&mut self, visit: SlotVisitor) {
+        for (level, block) in self.down.iter_mut().enumerate() {
+            block.visit(&format!("down_blocks.{level}"), visit);
+        }
+        self.mid.visit("mid_block", visit);
+        for (level, block) in self.up.iter_mut().enumerate() {
+            block.visit(&format!("up_blocks.{level}"), visit);
+        }
+    }
+}
