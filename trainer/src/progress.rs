@@ -1,99 +1,19 @@
-//! What a person sees while a run goes on: messages, the start-up summary and the progress bar.
+//! How far a run is: the progress bar, the loss average it shows, and the start-up summary's layout.
 //!
-//! Everything goes to stderr and comes from rank 0 alone. On a terminal there is a bar; elsewhere a
-//! plain line at most every ten seconds and at the end of each epoch.
+//! Everything goes to stderr through [`crate::console`] and comes from rank 0 alone. On a terminal
+//! there is a bar; elsewhere a plain line at most every ten seconds and at the end of each epoch.
 
-use crate::options::{LogLevel, Options};
-use anyhow::{Context, Result};
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use std::fs::File;
-use std::io::{IsTerminal, Write};
+use crate::console;
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 /// Shortest time between two plain lines.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Prints messages, above the bar while there is one.
-#[derive(Debug)]
-pub struct Console {
-    main: bool,
-    level: LogLevel,
-    file: Option<File>,
-    bars: MultiProgress,
-}
-
-impl Console {
-    /// Prints what the options ask for; on other ranks than 0 (`main` is false) nothing. Fails when
-    /// the log file cannot be opened.
-    pub fn new(options: &Options, main: bool) -> Result<Self> {
-        let file = match options.console_log_file.as_ref().filter(|_| main) {
-            None => None,
-            Some(path) => {
-                Some(File::options().append(true).create(true).open(path).with_context(|| {
-                    format!("cannot open the message log: `{}`", path.display())
-                })?)
-            }
-        };
-        let level = options.console_log_level.unwrap_or(LogLevel::Info);
-        Ok(Console { main, level, file, bars: MultiProgress::new() })
-    }
-
-    /// A remark that only helps to find faults.
-    pub fn debug(&self, message: &str) {
-        self.print(LogLevel::Debug, message);
-    }
-
-    /// What goes on.
-    pub fn info(&self, message: &str) {
-        self.print(LogLevel::Info, message);
-    }
-
-    /// What may not be as wanted.
-    pub fn warn(&self, message: &str) {
-        self.print(LogLevel::Warning, &format!("warning: {message}"));
-    }
-
-    /// Rows of names and values in two aligned columns under a title.
-    pub fn summary(&self, title: &str, rows: &[(&str, String)]) {
-        self.info(&format_summary(title, rows));
-    }
-
-    /// Starts the progress display of a run.
-    pub fn start_progress(&self, total_steps: usize, total_epochs: usize) -> Progress<'_> {
-        let bar = (self.main && std::io::stderr().is_terminal()).then(|| {
-            let bar = self.bars.add(ProgressBar::new(total_steps as u64));
-            bar.set_style(bar_style());
-            bar.enable_steady_tick(Duration::from_millis(500));
-            bar
-        });
-        Progress {
-            console: self,
-            bar,
-            total_steps,
-            total_epochs,
-            first_step: None,
-            started: Instant::now(),
-            last_line: Instant::now(),
-        }
-    }
-
-    fn print(&self, level: LogLevel, message: &str) {
-        if !self.main || (level as u8) < (self.level as u8) {
-            return;
-        }
-        if let Some(mut file) = self.file.as_ref() {
-            // A full disk must not stop the run for the sake of a remark.
-            let _ = writeln!(file, "{message}");
-            return;
-        }
-        self.bars.suspend(|| eprintln!("{message}"));
-    }
-}
-
 /// The bar, or the plain lines, of a run.
 #[derive(Debug)]
-pub struct Progress<'a> {
-    console: &'a Console,
+pub struct Progress {
     bar: Option<ProgressBar>,
     total_steps: usize,
     total_epochs: usize,
@@ -103,7 +23,26 @@ pub struct Progress<'a> {
     last_line: Instant,
 }
 
-impl Progress<'_> {
+impl Progress {
+    /// Starts the display of a run. On other ranks than 0 (`main` is false) it shows nothing.
+    pub fn start(total_steps: usize, total_epochs: usize, main: bool) -> Self {
+        let bar = (main && std::io::stderr().is_terminal()).then(|| {
+            let bar = ProgressBar::new(total_steps as u64);
+            bar.set_style(bar_style());
+            bar.enable_steady_tick(Duration::from_millis(500));
+            console::attach_bar(Some(bar.clone()));
+            bar
+        });
+        Progress {
+            bar,
+            total_steps,
+            total_epochs,
+            first_step: None,
+            started: Instant::now(),
+            last_line: Instant::now(),
+        }
+    }
+
     /// Shows that `step` optimizer steps are done, the last one in `epoch` (from 1).
     pub fn step(&mut self, step: usize, epoch: usize, average_loss: f64) {
         let status = self.status(step, epoch, average_loss);
@@ -112,7 +51,7 @@ impl Progress<'_> {
                 bar.set_position(step as u64);
                 bar.set_message(status.details());
             }
-            None if self.last_line.elapsed() >= LINE_INTERVAL => self.print_line(&status),
+            None if self.last_line.elapsed() >= LINE_INTERVAL => self.note_line(&status),
             None => {}
         }
     }
@@ -121,25 +60,13 @@ impl Progress<'_> {
     pub fn end_epoch(&mut self, step: usize, epoch: usize, average_loss: f64) {
         let status = self.status(step, epoch, average_loss);
         if self.bar.is_none() {
-            self.print_line(&status);
+            self.note_line(&status);
         }
     }
 
-    /// Ends the display and leaves its last state on the screen.
-    pub fn finish(self) {
-        if let Some(bar) = &self.bar {
-            bar.abandon();
-        }
-    }
-
-    fn print_line(&mut self, status: &Status) {
+    fn note_line(&mut self, status: &Status) {
         self.last_line = Instant::now();
-        self.console.info(&format!(
-            "step {}/{} {}",
-            status.step,
-            status.total_steps,
-            status.details()
-        ));
+        console::note(&status.line());
     }
 
     fn status(&mut self, step: usize, epoch: usize, average_loss: f64) -> Status {
@@ -152,6 +79,16 @@ impl Progress<'_> {
             total_epochs: self.total_epochs,
             average_loss,
             elapsed: self.started.elapsed(),
+        }
+    }
+}
+
+/// Leaves the last state of the bar on the screen.
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            console::attach_bar(None);
+            bar.abandon();
         }
     }
 }
@@ -169,6 +106,11 @@ struct Status {
 }
 
 impl Status {
+    /// All of it in one plain line.
+    fn line(&self) -> String {
+        format!("step {}/{} {}", self.step, self.total_steps, self.details())
+    }
+
     /// Epoch, loss, speed and time left: the speed is the mean since the start, as the reference's.
     fn details(&self) -> String {
         let speed = self.steps_seen as f64 / self.elapsed.as_secs_f64().max(1e-9);
@@ -296,49 +238,27 @@ mod tests {
     }
 
     #[test]
-    fn messages_follow_level_rank_and_file() {
-        let path = std::env::temp_dir().join(format!("lorarun-console-{}", std::process::id()));
-        let options = Options {
-            console_log_file: Some(path.clone()),
-            console_log_level: Some(LogLevel::Warning),
-            ..Options::default()
-        };
-        let other = Console::new(&options, false).unwrap();
-        other.warn("other rank");
-        assert!(!path.exists(), "only rank 0 opens the file");
-        let console = Console::new(&options, true).unwrap();
-        console.info("quiet");
-        console.warn("loud");
-        let mut progress = console.start_progress(10, 1);
+    fn plain_lines_keep_their_distance() {
+        let mut progress = Progress::start(100, 2, false);
+        assert!(progress.bar.is_none());
+        let started = progress.last_line;
         progress.step(1, 1, 0.5);
-        progress.end_epoch(1, 1, 0.5);
-        progress.finish();
-        let text = std::fs::read_to_string(&path).unwrap();
-        std::fs::remove_file(&path).unwrap();
-        assert_eq!(text, "warning: loud\n");
-        let missing =
-            Options { console_log_file: Some("/no/such/folder/x".into()), ..Options::default() };
+        assert_eq!(progress.last_line, started, "too early for a line");
+        progress.last_line -= LINE_INTERVAL;
+        progress.step(2, 1, 0.5);
+        assert!(progress.last_line >= started, "a line was due");
+        let second = progress.last_line;
+        progress.end_epoch(3, 1, 0.25);
+        assert!(progress.last_line > second, "the end of an epoch always shows");
         assert!(
-            Console::new(&missing, true).unwrap_err().to_string().contains("/no/such/folder/x")
+            progress.status(3, 1, 0.25).line().starts_with("step 3/100 epoch 1/2 avr_loss=0.2500")
         );
     }
 
     #[test]
-    fn plain_lines_keep_their_distance_but_epochs_always_show() {
-        let path = std::env::temp_dir().join(format!("lorarun-lines-{}", std::process::id()));
-        let options = Options { console_log_file: Some(path.clone()), ..Options::default() };
-        let console = Console::new(&options, true).unwrap();
-        let mut progress = console.start_progress(100, 2);
-        progress.bar = None; // as when stderr is no terminal
-        progress.step(1, 1, 0.5);
-        progress.last_line -= LINE_INTERVAL;
-        progress.step(2, 1, 0.5);
-        progress.step(3, 1, 0.5);
-        progress.end_epoch(4, 1, 0.25);
-        let text = std::fs::read_to_string(&path).unwrap();
-        std::fs::remove_file(&path).unwrap();
-        let starts: Vec<&str> = text.lines().map(|line| &line[..10]).collect();
-        assert_eq!(starts, ["step 2/100", "step 4/100"]);
-        assert!(text.contains("avr_loss=0.2500"));
+    fn speed_counts_only_the_steps_of_this_process() {
+        let mut progress = Progress::start(100, 2, false);
+        assert_eq!(progress.status(51, 1, 0.5).steps_seen, 1);
+        assert_eq!(progress.status(53, 1, 0.5).steps_seen, 3);
     }
 }

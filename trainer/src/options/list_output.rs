@@ -94,9 +94,9 @@ macro_rules! logging_options {
         /// Key for Weights & Biases.
         wandb_api_key: Option<String> = None, NotYet("TensorBoard logs are written with `--logging_dir`");
         /// How much is printed: DEBUG, INFO (default), WARNING, ERROR or CRITICAL.
-        console_log_level: Option<LogLevel> = None, Supported;
+        console_log_level: Option<LogLevel> = None, NoEffect("all messages are shown; warnings begin with `warning:`");
         /// Write messages to this file instead of the terminal.
-        console_log_file: Option<PathBuf> = None, Supported;
+        console_log_file: Option<PathBuf> = None, NotYet("send standard error to a file: `lorarun train ... 2> FILE`");
         /// Print messages without colours and columns.
         console_log_simple: bool = false, NoEffect("messages are always plain lines");
     } } };
