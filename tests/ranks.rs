@@ -5,7 +5,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -359,6 +361,49 @@ fn output_is_prefixed_and_logged_by_rank() {
     assert!(end.stdout.starts_with("ranks: 2, host: "), "{}", end.stdout);
     assert!(first.unwrap().starts_with("ranks: 2, host: "));
     assert!(second.unwrap().contains("asked to panic in round 1"));
+}
+
+#[test]
+fn rank_0_draws_on_a_terminal_and_is_logged() {
+    let folder = std::env::temp_dir().join(format!("lorarun-terminal-{}", std::process::id()));
+    let (mut ours, mut theirs) = (-1, -1);
+    let none = std::ptr::null_mut();
+    // SAFETY: two valid places for descriptors, which nobody else owns afterwards.
+    let (mut screen, terminal) = unsafe {
+        let opened =
+            libc::openpty(&raw mut ours, &raw mut theirs, none, std::ptr::null(), std::ptr::null());
+        assert_eq!(opened, 0);
+        (File::from_raw_fd(ours), OwnedFd::from_raw_fd(theirs))
+    };
+    let (mut command, mark) = lorarun(&format!(
+        "--num_processes 2 --log_dir {} check-ranks --rounds 0 --sizes 4kB --pause_ms 2 \
+         --fault 0:50:panic",
+        folder.display()
+    ));
+    let mut child = command.stdout(Stdio::piped()).stderr(terminal).spawn().unwrap();
+    // The launcher's copy alone must keep the terminal open, so that its end is noticed.
+    drop(command);
+    let stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut run = Run { child, stdout, mark };
+    run.wait_for("round 0 done");
+    for (rank, kind) in [(0, "/dev/pts/"), (1, "pipe:")] {
+        let stderr = std::fs::read_link(format!("/proc/{}/fd/2", run.pid_of(rank))).unwrap();
+        assert!(stderr.to_string_lossy().starts_with(kind), "{}", stderr.display());
+    }
+    let mut shown = Vec::new();
+    let mut part = [0; 4096];
+    // A terminal that nobody writes to any more says so by an error.
+    while let Ok(count @ 1..) = screen.read(&mut part) {
+        shown.extend_from_slice(&part[..count]);
+    }
+    assert_eq!(run.child.wait().unwrap().code(), Some(101));
+    let log = std::fs::read_to_string(folder.join("rank0.log"));
+    std::fs::remove_dir_all(&folder).unwrap();
+    let shown = String::from_utf8_lossy(&shown).into_owned();
+    assert!(shown.contains("\nasked to panic in round 50"), "{shown}");
+    assert!(!shown.contains("[rank 0]"), "{shown}");
+    assert!(log.unwrap().contains("\nasked to panic in round 50\n"));
+    assert_nothing_left(&run.mark);
 }
 
 #[test]

@@ -12,6 +12,7 @@ mod output;
 mod spawn;
 mod summary;
 mod supervise;
+mod terminal;
 
 use std::process::ExitCode;
 

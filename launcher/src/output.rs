@@ -6,12 +6,15 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{Read, Write, stderr, stdout};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+
+use crate::terminal::visible;
 
 /// Lines kept of each rank for the summary.
 const KEPT_LINES: usize = 12;
@@ -27,10 +30,21 @@ pub enum Target {
     Stderr,
 }
 
+/// How a captured stream is passed on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Style {
+    /// Lines with this before them.
+    Prefixed(String),
+    /// Lines as they are.
+    Plain,
+    /// Every byte at once; the log gets what a terminal would show in the end.
+    Raw,
+}
+
 /// The streams of one rank.
 #[derive(Clone)]
 pub struct RankOutput {
-    prefix: Option<String>,
+    style: Style,
     log: Option<Arc<Log>>,
     last_lines: Arc<Mutex<VecDeque<String>>>,
 }
@@ -42,20 +56,22 @@ struct Log {
 }
 
 impl RankOutput {
-    /// Output of `rank`, each line with `[rank n] ` before it if `prefixed`, and copied to
-    /// `log_dir/rank<n>.log` if there is a folder.
-    pub fn new(rank: usize, prefixed: bool, log_dir: Option<&Path>) -> Result<RankOutput> {
+    /// Output of `rank`, each line with `[rank n] ` before it, and copied to `log_dir/rank<n>.log`
+    /// if there is a folder.
+    pub fn new(rank: usize, log_dir: Option<&Path>) -> Result<RankOutput> {
         let log = log_dir.map(|folder| Log::open(folder, rank).map(Arc::new)).transpose()?;
-        Ok(RankOutput {
-            prefix: prefixed.then(|| format!("[rank {rank}] ")),
-            log,
-            last_lines: Arc::default(),
-        })
+        let style = Style::Prefixed(format!("[rank {rank}] "));
+        Ok(RankOutput { style, log, last_lines: Arc::default() })
     }
 
-    /// The same rank's other stream, whose lines stay as they are.
-    pub fn unprefixed(&self) -> RankOutput {
-        RankOutput { prefix: None, ..self.clone() }
+    /// The same rank's stream whose lines stay as they are.
+    pub fn plain(&self) -> RankOutput {
+        RankOutput { style: Style::Plain, ..self.clone() }
+    }
+
+    /// The same rank's stream that is drawn on a terminal.
+    pub fn raw(&self) -> RankOutput {
+        RankOutput { style: Style::Raw, ..self.clone() }
     }
 
     /// Path of the log file.
@@ -69,17 +85,25 @@ impl RankOutput {
         lines.iter().cloned().collect()
     }
 
+    /// Passes on what was just read.
+    fn pass_on_bytes(&self, bytes: &[u8], target: Target) {
+        if self.style == Style::Raw {
+            target.write(bytes);
+        }
+    }
+
     /// Passes one complete line on, without its line end.
-    fn pass_on(&self, line: &[u8], target: Target) {
-        let mut bytes = self.prefix.clone().unwrap_or_default().into_bytes();
-        bytes.extend_from_slice(line);
-        bytes.push(b'\n');
-        // One write under the stream's lock, so that lines of several ranks do not mix. A reader
-        // that went away does not concern the ranks.
-        drop(match target {
-            Target::Stdout => stdout().lock().write_all(&bytes),
-            Target::Stderr => stderr().lock().write_all(&bytes),
-        });
+    fn pass_on_line(&self, line: &[u8], target: Target) {
+        let shown;
+        let mut line = line;
+        match &self.style {
+            Style::Raw => {
+                shown = visible(line);
+                line = &shown;
+            }
+            Style::Plain => target.write(&[line, b"\n"].concat()),
+            Style::Prefixed(prefix) => target.write(&[prefix.as_bytes(), line, b"\n"].concat()),
+        }
         if let Some(log) = &self.log {
             log.append(line);
         }
@@ -88,6 +112,17 @@ impl RankOutput {
             lines.pop_front();
         }
         lines.push_back(String::from_utf8_lossy(line).into_owned());
+    }
+}
+
+impl Target {
+    /// One write under the stream's lock, so that lines of several ranks do not mix. A reader that
+    /// went away does not concern the ranks.
+    fn write(self, bytes: &[u8]) {
+        drop(match self {
+            Target::Stdout => stdout().lock().write_all(bytes),
+            Target::Stderr => stderr().lock().write_all(bytes),
+        });
     }
 }
 
@@ -133,17 +168,16 @@ impl Pumps {
     }
 
     /// Reads `stream` to its end on a thread of its own.
-    pub fn add(
-        &mut self,
-        mut stream: impl Read + Send + 'static,
-        output: RankOutput,
-        target: Target,
-    ) -> Result<()> {
+    pub fn add(&mut self, stream: OwnedFd, output: RankOutput, target: Target) -> Result<()> {
         let end = self.end.clone();
         std::thread::Builder::new()
             .name("output".to_owned())
             .spawn(move || {
-                pump(&mut stream, &mut |line| output.pass_on(line, target));
+                pump(
+                    &mut File::from(stream),
+                    &mut |bytes| output.pass_on_bytes(bytes, target),
+                    &mut |line| output.pass_on_line(line, target),
+                );
                 // The launcher may have stopped listening.
                 let _ = end.send(());
             })
@@ -164,8 +198,8 @@ impl Pumps {
     }
 }
 
-/// Cuts a stream into lines.
-fn pump(stream: &mut impl Read, pass_on: &mut impl FnMut(&[u8])) {
+/// Reads a stream to its end: hands on all that was read, and complete lines.
+fn pump(stream: &mut impl Read, on_bytes: &mut impl FnMut(&[u8]), on_line: &mut impl FnMut(&[u8])) {
     let mut buffer = vec![0; LINE_BYTES];
     let mut line = Vec::new();
     loop {
@@ -173,22 +207,24 @@ fn pump(stream: &mut impl Read, pass_on: &mut impl FnMut(&[u8])) {
             Ok(0) => break,
             Ok(count) => count,
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            // A pseudo terminal whose other end is closed says so by an error.
             Err(_) => break,
         };
+        on_bytes(&buffer[..count]);
         for part in buffer[..count].split_inclusive(|&byte| byte == b'\n') {
             line.extend_from_slice(part);
             if line.ends_with(b"\n") {
                 line.pop();
-                pass_on(&line);
+                on_line(&line);
                 line.clear();
             } else if line.len() >= LINE_BYTES {
-                pass_on(&line);
+                on_line(&line);
                 line.clear();
             }
         }
     }
     if !line.is_empty() {
-        pass_on(&line);
+        on_line(&line);
     }
 }
 
@@ -198,7 +234,9 @@ mod tests {
 
     fn lines_of(bytes: &[u8]) -> Vec<String> {
         let mut lines = Vec::new();
-        pump(&mut &bytes[..], &mut |line| lines.push(String::from_utf8(line.to_vec()).unwrap()));
+        pump(&mut &bytes[..], &mut |_| (), &mut |line| {
+            lines.push(String::from_utf8(line.to_vec()).unwrap())
+        });
         lines
     }
 

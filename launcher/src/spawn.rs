@@ -4,13 +4,15 @@
 //! and the kernel kills it when the launcher dies, however that happens.
 
 use std::ffi::OsString;
-use std::io::{PipeReader, pipe};
-use std::os::fd::RawFd;
+use std::io::pipe;
+use std::os::fd::{OwnedFd, RawFd};
 use std::process::Stdio;
 
 use anyhow::{Context, Result};
 use collectives::Env;
 use tokio::process::{Child, Command};
+
+use crate::terminal;
 
 /// Everything that makes a process a rank.
 pub struct WorkerSpec {
@@ -18,10 +20,21 @@ pub struct WorkerSpec {
     pub env: Env,
     /// Command line behind the program's name.
     pub arguments: Vec<OsString>,
-    /// Whether the launcher reads its stdout, or it writes to the launcher's.
-    pub capture_stdout: bool,
-    /// The same for stderr.
-    pub capture_stderr: bool,
+    /// Where its stdout goes.
+    pub stdout: Channel,
+    /// Where its stderr goes.
+    pub stderr: Channel,
+}
+
+/// How a stream of a rank reaches the world.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Channel {
+    /// It is the launcher's own.
+    Inherited,
+    /// The launcher reads it.
+    Pipe,
+    /// The launcher reads it, and to the rank it looks like a terminal.
+    Terminal,
 }
 
 /// A started rank.
@@ -30,10 +43,10 @@ pub struct Worker {
     pub child: Child,
     /// Process id, which is also the id of its process group.
     pub pid: i32,
-    /// Its stdout, if captured.
-    pub stdout: Option<PipeReader>,
-    /// Its stderr, if captured.
-    pub stderr: Option<PipeReader>,
+    /// The launcher's end of its stdout, unless inherited.
+    pub stdout: Option<OwnedFd>,
+    /// The launcher's end of its stderr, unless inherited.
+    pub stderr: Option<OwnedFd>,
 }
 
 impl WorkerSpec {
@@ -47,15 +60,8 @@ impl WorkerSpec {
         if let Some(threads) = self.env.threads {
             command.env("RAYON_NUM_THREADS", threads.to_string());
         }
-        let stream = |capture: bool, inherit: Stdio| -> Result<(Stdio, Option<PipeReader>)> {
-            if !capture {
-                return Ok((inherit, None));
-            }
-            let (reader, writer) = pipe().context("cannot make a pipe")?;
-            Ok((writer.into(), Some(reader)))
-        };
-        let (out, stdout) = stream(self.capture_stdout, Stdio::inherit())?;
-        let (err, stderr) = stream(self.capture_stderr, Stdio::inherit())?;
+        let (out, stdout) = self.stdout.open()?;
+        let (err, stderr) = self.stderr.open()?;
         command.stdin(Stdio::null()).stdout(out).stderr(err).process_group(0).kill_on_drop(true);
         let inherited = self.env.segment_fd;
         let parent = std::process::id() as libc::pid_t;
@@ -65,6 +71,23 @@ impl WorkerSpec {
         // A child that was not waited for has an id.
         let pid = child.id().context("a rank ended before it was started")? as i32;
         Ok(Worker { child, pid, stdout, stderr })
+    }
+}
+
+impl Channel {
+    /// The rank's end and the launcher's.
+    fn open(self) -> Result<(Stdio, Option<OwnedFd>)> {
+        Ok(match self {
+            Channel::Inherited => (Stdio::inherit(), None),
+            Channel::Pipe => {
+                let (reader, writer) = pipe().context("cannot make a pipe")?;
+                (writer.into(), Some(reader.into()))
+            }
+            Channel::Terminal => {
+                let pair = terminal::open().context("cannot make a pseudo terminal")?;
+                (pair.theirs.into(), Some(pair.ours))
+            }
+        })
     }
 }
 

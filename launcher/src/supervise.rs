@@ -5,6 +5,7 @@
 //! to kill; no rank outlives the launcher; one thread and one loop decide everything.
 
 use std::io::IsTerminal;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -14,10 +15,11 @@ use tokio::sync::mpsc;
 
 use crate::cli::{Command, Launch};
 use crate::output::{Pumps, RankOutput, Target};
-use crate::spawn::WorkerSpec;
+use crate::spawn::{Channel, WorkerSpec};
 use crate::summary::{
     Ending, Status, describe_failure, exit_code_of, first_failure, is_failure, signal_name,
 };
+use crate::terminal::copy_size;
 
 /// How long ranks have to end by themselves after a failure, before they are killed.
 const STOP_GRACE: Duration = Duration::from_secs(1);
@@ -43,6 +45,8 @@ struct Exit {
 struct Run {
     segment: Segment,
     ranks: Vec<Rank>,
+    /// The launcher's end of rank 0's terminal, where there is one.
+    terminal: Option<OwnedFd>,
     /// In the order in which they were noticed.
     endings: Vec<Ending>,
     start: Instant,
@@ -68,6 +72,7 @@ async fn supervise(launch: &Launch, command: &Command) -> Result<i32> {
     let mut interrupts = signal(SignalKind::interrupt()).context("cannot listen to SIGINT")?;
     let mut terminations = signal(SignalKind::terminate()).context("cannot listen to SIGTERM")?;
     let mut hangups = signal(SignalKind::hangup()).context("cannot listen to SIGHUP")?;
+    let mut resizes = signal(SignalKind::window_change()).context("cannot listen to SIGWINCH")?;
     let (exits, mut exited) = mpsc::unbounded_channel();
     let mut pumps = Pumps::new();
     let mut run = start(launch, command, &exits, &mut pumps)?;
@@ -92,6 +97,11 @@ async fn supervise(launch: &Launch, command: &Command) -> Result<i32> {
             _ = interrupts.recv() => run.stop_politely(libc::SIGINT),
             _ = terminations.recv() => run.stop_politely(libc::SIGTERM),
             _ = hangups.recv() => run.stop_politely(libc::SIGHUP),
+            _ = resizes.recv() => {
+                if let Some(terminal) = &run.terminal {
+                    copy_size(terminal);
+                }
+            }
             () = deadline => run.kill(),
         }
     }
@@ -112,12 +122,17 @@ fn start(
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     let threads = launch.num_cpu_threads_per_process.unwrap_or((cores / world_size).max(1));
     let terminal = std::io::stderr().is_terminal();
+    let logged = launch.log_dir.is_some();
     let mut workers = Vec::new();
     for rank in 0..world_size {
-        // Rank 0 draws its progress bar on the terminal itself; its stdout is the run's data.
-        let capture_stdout = rank > 0 || launch.log_dir.is_some();
-        let capture_stderr = rank > 0 || !terminal;
-        let output = RankOutput::new(rank, true, launch.log_dir.as_deref())?;
+        // Rank 0 draws its progress bar on the terminal, and its stdout is the run's data.
+        let (stdout, stderr) = match (rank, terminal, logged) {
+            (0, true, false) => (Channel::Inherited, Channel::Inherited),
+            (0, true, true) => (Channel::Pipe, Channel::Terminal),
+            (0, false, false) => (Channel::Inherited, Channel::Pipe),
+            _ => (Channel::Pipe, Channel::Pipe),
+        };
+        let output = RankOutput::new(rank, launch.log_dir.as_deref())?;
         let worker = WorkerSpec {
             env: Env {
                 rank,
@@ -131,20 +146,27 @@ fn start(
                 ..Env::single()
             },
             arguments: command.arguments(),
-            capture_stdout,
-            capture_stderr,
+            stdout,
+            stderr,
         }
         .start()?;
         workers.push((worker, output));
     }
     let mut ranks = Vec::new();
+    let mut drawn = None;
     for (rank, (mut worker, output)) in workers.into_iter().enumerate() {
         if let Some(stdout) = worker.stdout.take() {
-            let output = if rank == 0 { output.unprefixed() } else { output.clone() };
+            let output = if rank == 0 { output.plain() } else { output.clone() };
             pumps.add(stdout, output, Target::Stdout)?;
         }
         if let Some(stderr) = worker.stderr.take() {
-            pumps.add(stderr, output.clone(), Target::Stderr)?;
+            let output = if rank == 0 && terminal {
+                drawn = Some(stderr.try_clone().context("cannot copy a descriptor")?);
+                output.raw()
+            } else {
+                output.clone()
+            };
+            pumps.add(stderr, output, Target::Stderr)?;
         }
         ranks.push(Rank { pid: worker.pid, output, was_told: false, ended: false });
         let exits = exits.clone();
@@ -157,6 +179,7 @@ fn start(
     Ok(Run {
         segment,
         ranks,
+        terminal: drawn,
         endings: Vec::new(),
         start: Instant::now(),
         asked: None,
