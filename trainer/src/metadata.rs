@@ -180,6 +180,8 @@ fn add_run(entries: &mut BTreeMap<String, String>, options: &Options, run: &RunF
         "network_dim" => run.network_dim,
         "network_alpha" => run.network_alpha,
         "base_model_version" => run.base_model_version,
+        // What the file is, also where the user left `v2` for us to find out.
+        "v2" => run.base_model_version.starts_with("sd_v2"),
         "seed" => run.seed,
         "optimizer" => optimizer,
         // No git checkout of sd-scripts is involved; the reference prints this in that case.
@@ -208,7 +210,6 @@ fn add_options(entries: &mut BTreeMap<String, String>, options: &Options) {
         "network_dropout" => options.network_dropout,
         "mixed_precision" => options.mixed_precision.as_str(),
         "full_fp16" => options.full_fp16,
-        "v2" => options.v2,
         "clip_skip" => options.clip_skip,
         "max_token_length" => options.max_token_length,
         "cache_latents" => options.cache_latents,

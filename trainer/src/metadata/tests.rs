@@ -104,6 +104,7 @@ fn folders_write_their_settings_one_by_one() {
         bucket_info: Value::Null,
     };
     let run = RunFacts {
+        base_model_version: "sd_v2_v".into(),
         vae: Some(ModelFacts { name: "v.pt".into(), ..ModelFacts::default() }),
         ..facts(&reference())
     };
@@ -123,6 +124,8 @@ fn folders_write_their_settings_one_by_one() {
         ("ss_dataset_dirs", r#"{"10_sks dog": {"n_repeats": 10, "img_count": 3}}"#),
         ("ss_bucket_info", "null"),
         ("ss_vae_name", "v.pt"),
+        ("ss_v2", "True"),
+        ("modelspec.architecture", "stable-diffusion-v2-768-v/lora"),
         ("ss_text_encoder_lr", "[5e-05]"),
         ("modelspec.timestep_range", "0,900"),
         ("modelspec.encoder_layer", "2"),
