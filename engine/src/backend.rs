@@ -170,6 +170,8 @@ pub struct LossSpec {
     pub delta: Vec<f32>,
     /// Factor of the sample's mean in the total, with `1/batch` already in it.
     pub weight: Vec<f32>,
+    /// Factor of each element's loss, f32 of the prediction's shape (`alpha_mask`).
+    pub mask: Option<Tensor>,
 }
 
 /// AdamW with decoupled weight decay (Loshchilov & Hutter), PyTorch's order of operations.

@@ -141,7 +141,8 @@ impl Objective {
         }
         let mut noisy = Vec::with_capacity(latents.len());
         let mut target = Vec::with_capacity(latents.len());
-        let mut loss = LossSpec { element: self.element, delta: Vec::new(), weight: Vec::new() };
+        let mut loss =
+            LossSpec { element: self.element, delta: Vec::new(), weight: Vec::new(), mask: None };
         for ((latents, draw), weight) in latents.chunks_exact(len).zip(draws).zip(weights) {
             let noise = self.shifted_noise(latents, draw, channels);
             let schedule = &self.schedule;

@@ -67,6 +67,14 @@ pub(super) fn loss(pred: &Tensor, target: &Tensor, spec: &LossSpec) -> Result<(T
     }
     let aims = target.elements::<f32>("loss")?;
     let aims: &[f32] = &aims;
+    let masks = match &spec.mask {
+        Some(mask) if mask.shape() == pred.shape() => Some(mask.elements::<f32>("loss")?),
+        Some(mask) => {
+            let detail = format!("prediction {:?}, mask {:?}", pred.shape(), mask.shape());
+            return Err(EngineError::shape("loss", detail));
+        }
+        None => None,
+    };
     with_scalar!(pred.dtype(), T => {
         let data = pred.elements::<T>("loss")?;
         let data: &[T] = &data;
@@ -76,6 +84,17 @@ pub(super) fn loss(pred: &Tensor, target: &Tensor, spec: &LossSpec) -> Result<(T
             let range = sample * size..(sample + 1) * size;
             let weight = spec.weight[sample];
             let scale = (spec.delta[sample], (f64::from(weight) / size as f64) as f32);
+            if let Some(masks) = &masks {
+                let pairs = data[range.clone()].iter().zip(&aims[range.clone()]);
+                let mut sum = 0f64;
+                for ((grad, (pred, target)), mask) in grad.iter_mut().zip(pairs).zip(&masks[range]) {
+                    let (loss, slope) = element(spec.element, pred.to_f32() - target, scale.0);
+                    sum += f64::from(loss * mask);
+                    *grad = T::from_f32(slope * mask * scale.1);
+                }
+                each.push((f64::from(weight) * sum / size as f64) as f32);
+                continue;
+            }
             let partial: Vec<f64> = grad
                 .par_chunks_mut(CHUNK)
                 .zip(data[range.clone()].par_chunks(CHUNK))

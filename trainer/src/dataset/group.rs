@@ -57,6 +57,8 @@ pub struct Dataset {
     pub num_reg_images: u64,
     /// Mean distance of the aspect ratios of images and buckets, without repeats.
     pub mean_aspect_error: f64,
+    /// Damaged images end the run instead of being left out.
+    pub strict_data: bool,
     found: Vec<FoundImage>,
 }
 
@@ -115,9 +117,9 @@ impl DatasetGroup {
                     paths.insert(entry.path.clone());
                 }
             }
-            let Dataset { plan, mut found, .. } = dataset;
+            let Dataset { plan, mut found, strict_data, .. } = dataset;
             found.retain(|image| !paths.contains(&image.path));
-            rest.push(Dataset::assemble(plan, found, false, &mut warnings)?);
+            rest.push(Dataset::assemble(plan, found, strict_data, &mut warnings)?);
         }
         Ok(Self { datasets: rest, from_user_config, warnings })
     }
@@ -221,6 +223,7 @@ impl Dataset {
             num_train_images: 0,
             num_reg_images: 0,
             mean_aspect_error: 0.0,
+            strict_data,
             plan,
             found: Vec::new(),
         };

@@ -11,10 +11,16 @@ pub mod config;
 mod error;
 pub mod group;
 pub mod image_file;
+pub mod latent_cache;
+pub mod latent_file;
+pub mod loader;
 pub mod order;
+mod ordered;
+pub mod picture;
 mod prompt_weights;
 pub mod resize;
 mod scan;
+mod summary;
 pub mod tokenizer;
 
 pub use config::{
@@ -23,5 +29,7 @@ pub use config::{
 };
 pub use error::DatasetError;
 pub use group::DatasetGroup;
+pub use latent_cache::{CacheOptions, CachePlace, LatentEncoder, LatentStore, cache_latents};
+pub use loader::{Batch, Loader, LoaderOptions, LoaderParts, SampleMeta, worker_count};
 pub use order::{GlobalBatch, SampleKey, Sampler};
 pub use tokenizer::{ClipTokenizer, TokenLength};

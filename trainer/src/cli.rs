@@ -1,0 +1,113 @@
+//! The commands of this crate, as the `lorarun` binary calls them: words in, exit code out.
+
+use std::ffi::OsString;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use collectives::{Env, exit_code, report_failure};
+use engine::Device;
+
+use crate::options::{self, Action};
+use crate::run::{Ending, run};
+use crate::{console, selftest};
+
+/// A failure and the code it ends the process with.
+struct Failure {
+    code: i32,
+    error: anyhow::Error,
+}
+
+/// `lorarun train ARGS`: trains as the rank that `env` says.
+pub fn train_main(args: &[OsString], env: &Env) -> i32 {
+    console::set_rank(env.rank);
+    finish(env, train(args, env))
+}
+
+fn train(args: &[OsString], env: &Env) -> Result<i32, Failure> {
+    let wrong = |error| Failure { code: exit_code::CONFIGURATION, error };
+    let parsed = options::parse(args).map_err(wrong)?;
+    match &parsed.action {
+        Action::Help(search) => {
+            let text = options::help_text(search.as_deref()).map_err(wrong)?;
+            console::data(&text);
+            Ok(exit_code::DONE)
+        }
+        Action::WriteConfig(path) => {
+            if env.rank == 0 {
+                options::write_config(path, &parsed.options).map_err(wrong)?;
+                console::note(&format!("wrote {}", path.display()));
+            }
+            Ok(exit_code::DONE)
+        }
+        Action::Train => match run(&parsed, env) {
+            Ok(Ending::Complete) => Ok(exit_code::DONE),
+            Ok(Ending::Stopped) => Ok(exit_code::REQUEUE),
+            Err(error) => {
+                let before_training = error.downcast_ref::<crate::run::BeforeTraining>().is_some();
+                let code =
+                    if before_training { exit_code::CONFIGURATION } else { exit_code::FAILURE };
+                Err(Failure { code, error })
+            }
+        },
+    }
+}
+
+/// Compares this machine's arithmetic with PyTorch's
+#[derive(Debug, Parser)]
+#[command(name = "lorarun selftest", rename_all = "snake_case")]
+struct SelftestArgs {
+    /// Folder with cases.json, init, ref and after5 tensors; default: a small set inside the program
+    #[arg(long, requires = "base")]
+    reference: Option<std::path::PathBuf>,
+    /// Folder with the model, inputs and results without LoRA
+    #[arg(long, requires = "reference")]
+    base: Option<std::path::PathBuf>,
+    /// Device to test
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Recompute blocks in the backward pass
+    #[arg(long)]
+    gradient_checkpointing: bool,
+}
+
+/// `lorarun selftest ARGS`.
+pub fn selftest_main(args: &[OsString], env: &Env) -> i32 {
+    console::set_rank(env.rank);
+    let words = std::iter::once(OsString::from("lorarun selftest")).chain(args.iter().cloned());
+    let args = match SelftestArgs::try_parse_from(words) {
+        Ok(args) => args,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() { exit_code::USAGE } else { exit_code::DONE };
+        }
+    };
+    let result = run_selftest(&args);
+    finish(env, result.map_err(|error| Failure { code: exit_code::CONFIGURATION, error }))
+}
+
+fn run_selftest(args: &SelftestArgs) -> Result<i32> {
+    let device = Device::parse(&args.device)?;
+    let report = match (&args.reference, &args.base) {
+        (Some(case), Some(base)) => {
+            selftest::run(case, base, device, args.gradient_checkpointing)
+                .with_context(|| format!("selftest of {}", case.display()))?
+        }
+        _ => selftest::run_embedded(device, args.gradient_checkpointing)?,
+    };
+    let failed = report.failed.len();
+    console::data(&format!("{} comparisons, {failed} failed", report.compared));
+    for name in &report.failed {
+        console::note(&format!("failed: {name}"));
+    }
+    Ok(if failed == 0 { exit_code::DONE } else { exit_code::FAILURE })
+}
+
+fn finish(env: &Env, result: Result<i32, Failure>) -> i32 {
+    match result {
+        Ok(code) => code,
+        Err(Failure { code, error }) => {
+            report_failure(env, &format!("error: {error:#}"));
+            code
+        }
+    }
+}

@@ -1,0 +1,351 @@
+//! Batches prepared in the background, in order, over the whole run.
+//!
+//! Epochs follow each other without a pause: the threads live as long as the loader. Everything
+//! random in a batch is keyed by the global sample index, so it does not matter which thread or rank
+//! prepares it, nor where a run begins.
+
+use super::buckets::Size;
+use super::caption::{CaptionMoment, caption_at};
+use super::error::DatasetError;
+use super::group::{Dataset, DatasetGroup, ImageEntry};
+use super::latent_cache::LatentStore;
+use super::latent_file::CachedLatents;
+use super::order::{GlobalBatch, SampleKey, Sampler};
+use super::ordered::Ordered;
+use super::picture::{LATENT_SCALE, Picture, Variation, is_flipped, prepare};
+use super::tokenizer::{CHUNK, ClipTokenizer, TokenLength};
+use crate::rng::{Purpose, stream};
+use std::collections::{BTreeMap, HashSet};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// What a loader draws from.
+#[derive(Clone)]
+pub struct LoaderParts {
+    /// The images.
+    pub group: Arc<DatasetGroup>,
+    /// Their order.
+    pub sampler: Arc<Sampler>,
+    /// For captions.
+    pub tokenizer: Arc<ClipTokenizer>,
+    /// Cached latents; without them batches hold pixels.
+    pub latents: Option<Arc<LatentStore>>,
+}
+
+/// How a loader works.
+#[derive(Debug, Clone)]
+pub struct LoaderOptions {
+    /// This rank.
+    pub rank: usize,
+    /// Number of ranks.
+    pub world_size: usize,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Optimizer steps of the whole run; batches end with the last of them.
+    pub max_train_steps: u64,
+    /// Optimizer step (from 0) to begin at.
+    pub first_step: u64,
+    /// Threads; see [`worker_count`].
+    pub workers: usize,
+    /// `max_token_length`.
+    pub token_length: TokenLength,
+    /// `weighted_captions`: brackets in captions are weights.
+    pub weighted_captions: bool,
+}
+
+/// Threads of a loader: `max_data_loader_n_workers`, at most one less than this rank's share of the
+/// processors, at least one.
+pub fn worker_count(max_data_loader_n_workers: usize, local_world_size: usize) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let share = cores / local_world_size.max(1);
+    max_data_loader_n_workers.min(share.saturating_sub(1)).max(1)
+}
+
+/// One sample of a batch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SampleMeta {
+    /// The key of its randomness.
+    pub global_index: u64,
+    /// The image.
+    pub image_path: PathBuf,
+    /// 1, or `prior_loss_weight` for regularisation images.
+    pub loss_weight: f32,
+    /// The caption that was tokenized.
+    pub caption: String,
+    /// Mirrored left to right.
+    pub flipped: bool,
+    /// Width and height of the file.
+    pub original_size: Size,
+    /// Left and top of the image in its bucket, negative where it was cropped, as SDXL is told it.
+    pub crop_left_top: (i64, i64),
+}
+
+/// The samples of one rank in one micro-step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Batch {
+    /// Epoch, from 0.
+    pub epoch: u64,
+    /// Batch in the epoch, from 0.
+    pub index: usize,
+    /// Optimizer step, from 0.
+    pub step: u64,
+    /// Width and height in pixels.
+    pub size: Size,
+    /// Samples of all ranks: what the sum of losses is divided by.
+    pub global_count: usize,
+    /// This rank's samples; may be empty where `global_count` is less than the number of ranks.
+    pub samples: Vec<SampleMeta>,
+    /// RGB in [-1,1], `[B, height, width, 3]`; without a latent cache.
+    pub images: Option<Vec<f32>>,
+    /// Mean and log-variance of the VAE, not scaled, `[B, height / 8, width / 8, 8]`; with a cache.
+    pub moments: Option<Vec<f32>>,
+    /// Ids of all samples, `[B, chunks, 77]`.
+    pub input_ids: Vec<u32>,
+    /// Weights of the tokens, `[B, chunks, 77]`; with `weighted_captions`.
+    pub token_weights: Option<Vec<f32>>,
+    /// Chunks of 77 ids to a caption: 1, 2 or 3.
+    pub chunks: usize,
+    /// Alpha of each latent pixel in [0,1], `[B, height / 8, width / 8]`; 1 for samples of subsets
+    /// without `alpha_mask`. Absent if no sample of this rank has a mask.
+    pub alpha_masks: Option<Vec<f32>>,
+}
+
+/// Hands out batches prepared by background threads.
+pub struct Loader {
+    prepared: Ordered<Result<Batch, DatasetError>>,
+    sampler: Arc<Sampler>,
+    /// Epoch and batch of the next batch.
+    position: (u64, usize),
+}
+
+impl Loader {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// The system refuses a thread.
+    pub fn start(parts: LoaderParts, options: LoaderOptions) -> Result<Self, DatasetError> {
+        let sampler = parts.sampler.clone();
+        let (epoch, range) = sampler.batches_of_step(options.first_step);
+        let (end_epoch, end_range) = sampler.batches_of_step(options.max_train_steps);
+        let per_epoch = sampler.batches_per_epoch() as u64;
+        let first = epoch * per_epoch + range.start as u64;
+        let end = end_epoch * per_epoch + end_range.start as u64;
+        let workers = options.workers.max(1);
+        let maker = BatchMaker { parts, options, epochs: Mutex::default(), reported: Mutex::default() };
+        let make = move |job: u64| {
+            let number = first + job;
+            maker.make(number / per_epoch, (number % per_epoch) as usize)
+        };
+        let jobs = end.saturating_sub(first);
+        let prepared = Ordered::start(jobs, workers, workers * 2, make)
+            .map_err(|error| DatasetError::file("start a data loading thread", Path::new(""), error))?;
+        Ok(Self { prepared, sampler, position: (epoch, range.start) })
+    }
+
+    /// Micro-steps of optimizer step `step` (from 0): `gradient_accumulation_steps`, or what is left
+    /// at the end of an epoch.
+    pub fn batches_in_step(&self, step: usize) -> usize {
+        self.sampler.batches_of_step(step as u64).1.len()
+    }
+
+    /// The next batch of this rank, waiting for it.
+    ///
+    /// # Errors
+    /// A file that went bad or away since the run began; asking beyond the last step.
+    pub fn next_batch(&mut self) -> Result<Batch, DatasetError> {
+        let (epoch, batch) = self.position;
+        self.position = match batch + 1 < self.sampler.batches_per_epoch() {
+            true => (epoch, batch + 1),
+            false => (epoch + 1, 0),
+        };
+        let failure = |message| DatasetError::Worker { epoch: epoch + 1, batch: batch + 1, message };
+        match self.prepared.next() {
+            Some(Ok(result)) => result,
+            Some(Err(panic)) => Err(failure(panic)),
+            None => Err(failure("there are no batches after the last step".into())),
+        }
+    }
+}
+
+/// Prepares any batch of a run.
+struct BatchMaker {
+    parts: LoaderParts,
+    options: LoaderOptions,
+    /// The orders of the epochs that are in use.
+    epochs: Mutex<BTreeMap<u64, Arc<Vec<GlobalBatch>>>>,
+    /// Damaged images that were named.
+    reported: Mutex<HashSet<PathBuf>>,
+}
+
+/// One sample before it is put into its batch.
+struct Sample {
+    meta: SampleMeta,
+    content: Content,
+    alpha: Option<Vec<f32>>,
+}
+
+enum Content {
+    Pixels(Vec<f32>),
+    Moments(Arc<CachedLatents>),
+}
+
+impl BatchMaker {
+    fn order_of(&self, epoch: u64) -> Arc<Vec<GlobalBatch>> {
+        let mut epochs = self.epochs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(order) = epochs.get(&epoch) {
+            return order.clone();
+        }
+        // Threads are at most a few batches apart, so earlier epochs but one are done with.
+        epochs.retain(|known, _| known + 1 >= epoch);
+        let order = Arc::new(self.parts.sampler.epoch(epoch));
+        epochs.insert(epoch, order.clone());
+        order
+    }
+
+    fn make(&self, epoch: u64, index: usize) -> Result<Batch, DatasetError> {
+        let order = self.order_of(epoch);
+        let global = &order[index];
+        let keys = global.rank_samples(self.options.rank, self.options.world_size);
+        let step = self.parts.sampler.step_of_batch(epoch, index);
+        let mut batch = Batch {
+            epoch,
+            index,
+            step,
+            size: global.size,
+            global_count: global.samples.len(),
+            samples: Vec::with_capacity(keys.len()),
+            images: self.parts.latents.is_none().then(Vec::new),
+            moments: self.parts.latents.is_some().then(Vec::new),
+            input_ids: Vec::with_capacity(keys.len() * CHUNK),
+            token_weights: self.options.weighted_captions.then(Vec::new),
+            chunks: self.options.token_length.chunks(),
+            alpha_masks: None,
+        };
+        let mut alphas = Vec::with_capacity(keys.len());
+        for key in keys {
+            let sample = self.sample(global, *key, (epoch, step))?;
+            self.add_tokens(&mut batch, &sample.meta.caption)?;
+            match (&mut batch.images, &mut batch.moments, sample.content) {
+                (Some(images), _, Content::Pixels(rgb)) => images.extend(rgb),
+                (_, Some(moments), Content::Moments(latents)) => {
+                    moments.extend_from_slice(latents.moments_of(sample.meta.flipped));
+                }
+                _ => {}
+            }
+            alphas.push(sample.alpha);
+            batch.samples.push(sample.meta);
+        }
+        if alphas.iter().any(Option::is_some) {
+            let latent_pixels =
+                (batch.size.0 as usize / LATENT_SCALE) * (batch.size.1 as usize / LATENT_SCALE);
+            let masks = alphas.into_iter().map(|alpha| alpha.unwrap_or(vec![1.0; latent_pixels]));
+            batch.alpha_masks = Some(masks.flatten().collect());
+        }
+        Ok(batch)
+    }
+
+    fn add_tokens(&self, batch: &mut Batch, caption: &str) -> Result<(), DatasetError> {
+        let (tokenizer, length) = (&self.parts.tokenizer, self.options.token_length);
+        match &mut batch.token_weights {
+            Some(weights) => {
+                let weighted = tokenizer.weighted_input_ids(caption, length)?;
+                batch.input_ids.extend(weighted.ids.iter().flatten());
+                weights.extend(weighted.weights.iter().flatten());
+            }
+            None => {
+                let ids = tokenizer.input_ids(caption, length)?;
+                batch.input_ids.extend(ids.iter().flatten());
+            }
+        }
+        Ok(())
+    }
+
+    fn sample(
+        &self,
+        global: &GlobalBatch,
+        key: SampleKey,
+        (epoch, step): (u64, u64),
+    ) -> Result<Sample, DatasetError> {
+        let dataset = &self.parts.group.datasets[global.dataset as usize];
+        let seed = self.options.seed;
+        let (entry, content, alpha, flipped) = match &self.parts.latents {
+            Some(store) => {
+                let entry = &dataset.images[key.image as usize];
+                let latents = store.get(global.dataset, key.image)?;
+                let options = &dataset.plan.subsets[entry.subset].options;
+                let flipped = is_flipped(options, seed, key.global_index);
+                let alpha = latents.alpha_of(flipped);
+                (entry, Content::Moments(latents), alpha, flipped)
+            }
+            None => {
+                let (entry, picture) = self.picture_or_substitute(dataset, global.size, key)?;
+                (entry, Content::Pixels(picture.rgb), picture.alpha, picture.flipped)
+            }
+        };
+        let options = &dataset.plan.subsets[entry.subset].options;
+        let moment =
+            CaptionMoment { epoch, step, max_train_steps: self.options.max_train_steps };
+        let mut rng = stream(seed, Purpose::Caption, key.global_index, 0);
+        let crop = super::buckets::crop_in_bucket(entry.bucket, entry.size);
+        let left = if flipped { f64::from(entry.bucket.0) - crop[2] } else { crop[0] };
+        let loss_weight = if entry.is_reg { dataset.plan.options.prior_loss_weight } else { 1.0 };
+        let meta = SampleMeta {
+            global_index: key.global_index,
+            image_path: entry.path.clone(),
+            loss_weight: loss_weight as f32,
+            caption: caption_at(&entry.caption, options, moment, &mut rng),
+            flipped,
+            original_size: entry.size,
+            crop_left_top: (left as i64, crop[1] as i64),
+        };
+        Ok(Sample { meta, content, alpha })
+    }
+
+    /// The picture of a sample, or, where its file cannot be decoded, that of the next image of the
+    /// same size: a pure function of the files, so that every number of ranks trains the same. The
+    /// headers of all files were read at the start; a latent cache leaves damaged images out
+    /// altogether.
+    fn picture_or_substitute<'a>(
+        &self,
+        dataset: &'a Dataset,
+        size: Size,
+        key: SampleKey,
+    ) -> Result<(&'a ImageEntry, Picture), DatasetError> {
+        let variation =
+            Variation::Sample { seed: self.options.seed, global_index: key.global_index };
+        let wanted = &dataset.images[key.image as usize];
+        let first = match prepare(dataset, wanted, variation) {
+            Ok(picture) => return Ok((wanted, picture)),
+            Err(problem) => DatasetError::image(&wanted.path, problem),
+        };
+        if dataset.strict_data {
+            return Err(first);
+        }
+        self.report_once(&wanted.path, &first);
+        let count = dataset.images.len();
+        (1..count)
+            .map(|distance| &dataset.images[(key.image as usize + distance) % count])
+            .filter(|entry| entry.bucket == size && entry.is_reg == wanted.is_reg)
+            .find_map(|entry| Some((entry, prepare(dataset, entry, variation).ok()?)))
+            .ok_or(first)
+    }
+
+    /// Names a damaged image once. Each rank names those of its samples.
+    fn report_once(&self, path: &Path, error: &DatasetError) {
+        let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
+        if !reported.insert(path.to_owned()) {
+            return;
+        }
+        let text = format!("{error}; another image of its size is used instead");
+        if self.options.rank == 0 {
+            crate::console::warn(&text);
+        } else {
+            // The console of higher ranks is silent, but no other rank knows of this image.
+            let _ = writeln!(std::io::stderr().lock(), "warning: {text}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

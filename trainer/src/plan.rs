@@ -1,0 +1,232 @@
+//! What a run will do, resolved from the options and the data before anything heavy happens.
+
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail};
+use engine::DType;
+use models::lora::Part;
+
+use crate::base::Base;
+use crate::checkpoint::Saving;
+use crate::dataset::{DatasetGroup, Sampler};
+use crate::memory::{Estimate, LargestBatch, estimate, show_bytes};
+use crate::network::{PreparedNetwork, trains};
+use crate::optimizer::{AdamWSettings, OptimizerSettings};
+use crate::options::Options;
+use crate::rng::{Purpose, stream};
+
+/// A resolved run.
+pub struct Plan {
+    /// Start of all random numbers.
+    pub seed: u64,
+    /// Ranks.
+    pub world_size: usize,
+    /// Optimizer steps of the run.
+    pub steps: usize,
+    /// Epochs of the run; the last one may be cut short by `steps`.
+    pub epochs: usize,
+    /// Optimizer steps of a whole epoch.
+    pub steps_per_epoch: usize,
+    /// Global batches of an epoch.
+    pub batches_per_epoch: usize,
+    /// Optimizer and its settings.
+    pub optimizer: OptimizerSettings,
+    /// Files.
+    pub saving: Saving,
+    /// Seconds since 1970 that the files bear.
+    pub stamp: Stamp,
+}
+
+/// The time in a file's metadata.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Stamp {
+    /// The clock.
+    Clock,
+    /// The same for every run of a config: the newest input file.
+    Fixed(f64),
+}
+
+impl Stamp {
+    /// Seconds since 1970.
+    pub fn now(self) -> f64 {
+        match self {
+            Stamp::Clock => seconds(SystemTime::now()),
+            Stamp::Fixed(time) => time,
+        }
+    }
+}
+
+fn seconds(time: SystemTime) -> f64 {
+    time.duration_since(UNIX_EPOCH).map_or(0., |since| since.as_secs_f64())
+}
+
+/// The seed that the user gave, or one from the clock and the process.
+pub fn choose_seed(options: &Options) -> u64 {
+    options.seed.unwrap_or_else(|| {
+        let clock = seconds(SystemTime::now()).to_bits();
+        let mut rng = stream(clock, Purpose::SeedChoice, u64::from(std::process::id()), 0);
+        u64::from(rng.next_u32())
+    })
+}
+
+impl Plan {
+    /// Resolves a run on `world_size` ranks.
+    pub fn new(
+        options: &Options,
+        group: &DatasetGroup,
+        base: &Base,
+        seed: u64,
+        world_size: usize,
+    ) -> Result<Self> {
+        let sampler = Sampler::new(group, seed, world_size, options.gradient_accumulation_steps);
+        let steps_per_epoch = sampler.steps_per_epoch();
+        if steps_per_epoch == 0 {
+            bail!("the datasets hold no images\nhint: check `image_dir` and `num_repeats`");
+        }
+        let steps = match options.max_train_epochs {
+            Some(epochs) => epochs * steps_per_epoch,
+            None => options.max_train_steps,
+        };
+        if steps == 0 {
+            bail!("there is nothing to train: `max_train_steps` or `max_train_epochs` is 0");
+        }
+        let epochs = steps.div_ceil(steps_per_epoch);
+        let adamw = options.read_adamw_args()?;
+        Ok(Self {
+            seed,
+            world_size,
+            steps,
+            epochs,
+            steps_per_epoch,
+            batches_per_epoch: sampler.batches_per_epoch(),
+            optimizer: OptimizerSettings::AdamW(AdamWSettings {
+                betas: adamw.betas,
+                eps: adamw.eps,
+                weight_decay: adamw.weight_decay,
+            }),
+            saving: Saving::from_options(options, epochs)?,
+            stamp: choose_stamp(options, group, base)?,
+        })
+    }
+}
+
+/// With a seed the run is meant to be repeatable to the byte, so its files bear the time of the
+/// newest input instead of the clock's.
+fn choose_stamp(options: &Options, group: &DatasetGroup, base: &Base) -> Result<Stamp> {
+    if options.seed.is_none() {
+        return Ok(Stamp::Clock);
+    }
+    let images = group.datasets.iter().flat_map(|d| &d.images).map(|image| image.path.clone());
+    let files: Vec<PathBuf> = images.chain([base.files.path.clone()]).collect();
+    let times = files.iter().filter_map(|path| std::fs::metadata(path).ok()?.modified().ok());
+    let newest = times.max().context("no input file has a modification time")?;
+    Ok(Stamp::Fixed(seconds(newest).floor()))
+}
+
+/// Lines about a run, name and value, for people.
+pub fn describe(
+    options: &Options,
+    plan: &Plan,
+    group: &DatasetGroup,
+    base: &Base,
+    prepared: &PreparedNetwork,
+) -> Vec<(String, String)> {
+    let mut lines: Vec<(String, String)> = Vec::new();
+    let mut add = |name: &str, value: String| lines.push((name.to_owned(), value));
+    let network = &prepared.network;
+    add("base model", format!("{} ({})", base.files.path.display(), base.files.family.title()));
+    for (number, dataset) in group.datasets.iter().enumerate() {
+        let (width, height) = dataset.plan.resolution;
+        add(
+            &format!("dataset {}", number + 1),
+            format!(
+                "{} images with repeats, {} of them regularization, up to {width}x{height}, {} buckets",
+                dataset.num_train_images + dataset.num_reg_images,
+                dataset.num_reg_images,
+                dataset.buckets.len()
+            ),
+        );
+    }
+    let batch = group.datasets.first().map_or(1, |dataset| dataset.plan.options.batch_size);
+    add(
+        "batch",
+        format!(
+            "{batch} a rank, {} ranks, {} accumulated: {} images a step",
+            plan.world_size,
+            options.gradient_accumulation_steps,
+            batch * plan.world_size * options.gradient_accumulation_steps
+        ),
+    );
+    add(
+        "length",
+        format!(
+            "{} steps, {} epochs of {} batches in {} steps",
+            plan.steps, plan.epochs, plan.batches_per_epoch, plan.steps_per_epoch
+        ),
+    );
+    add(
+        "network",
+        format!(
+            "{} text encoder and {} U-Net modules, {} trainable numbers",
+            network.module_count(Part::TextEncoder),
+            network.module_count(Part::Unet),
+            network.element_count()
+        ),
+    );
+    let rates: Vec<String> = network
+        .groups()
+        .iter()
+        .map(|g| format!("{} {:e}", g.part.group_name(), crate::network::learning_rate(options, g.part)))
+        .collect();
+    add("learning rate", format!("{}, {}", rates.join(", "), options.lr_scheduler.as_str()));
+    let precision = if base.dtype == DType::BF16 { "bf16" } else { "float32" };
+    add("arithmetic", format!("{precision} on {}", base.device));
+    let memory = estimate_memory(options, group, base, prepared);
+    add(
+        "memory",
+        format!(
+            "about {} a rank: weights {}, training state {}, activations {}",
+            show_bytes(memory.total()),
+            show_bytes(memory.weights),
+            show_bytes(memory.trainable),
+            show_bytes(memory.activations)
+        ),
+    );
+    add("seed", plan.seed.to_string());
+    add("output", plan.saving.path(crate::checkpoint::SavePoint::Last).display().to_string());
+    lines
+}
+
+fn estimate_memory(
+    options: &Options,
+    group: &DatasetGroup,
+    base: &Base,
+    prepared: &PreparedNetwork,
+) -> Estimate {
+    let elements = |weights: &dyn formats::Weights| -> usize {
+        let shapes = weights.names().into_iter().filter_map(|name| weights.shape(&name));
+        shapes.map(|shape| shape.iter().product::<usize>()).sum()
+    };
+    let frozen = elements(&*base.files.unet) + elements(&*base.files.text_encoder);
+    let largest = group
+        .datasets
+        .iter()
+        .flat_map(|dataset| {
+            let samples = dataset.plan.options.batch_size;
+            dataset.buckets.iter().map(move |bucket| {
+                (samples, bucket.size.0 as usize / 8 * (bucket.size.1 as usize / 8))
+            })
+        })
+        .max_by_key(|(samples, pixels)| samples * pixels)
+        .unwrap_or((1, 1));
+    let tokens = options.max_token_length.unwrap_or(75) + 2;
+    let batch = LargestBatch { samples: largest.0, latent_pixels: largest.1, tokens };
+    estimate(
+        (&base.unet, &base.text_encoder),
+        (frozen, prepared.network.element_count()),
+        batch,
+        base.dtype,
+        (options.gradient_checkpointing, trains(options, Part::TextEncoder)),
+    )
+}

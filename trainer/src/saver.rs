@@ -1,0 +1,143 @@
+//! Writes the LoRA files of a run: names, metadata, precision; old files go when new ones are there.
+
+use anyhow::{Context, Result};
+use engine::ParamStore;
+use formats::lora_file::{self, SaveAs};
+use formats::{BaseModel, Dtype, model_hash::ModelIdentity};
+use models::lora::LoraNetwork;
+
+use crate::base::Base;
+use crate::checkpoint::{SavePoint, Saving};
+use crate::console;
+use crate::metadata::{DatasetFacts, FileMetadata, ModelFacts, RunFacts};
+use crate::network::PreparedNetwork;
+use crate::options::{Options, SaveModelAs, SavePrecision};
+use crate::plan::{Plan, Stamp};
+
+/// Everything a file needs beyond the numbers.
+pub struct Saver {
+    saving: Saving,
+    metadata: FileMetadata,
+    save_as: SaveAs,
+    dtype: Dtype,
+    stamp: Stamp,
+}
+
+impl Saver {
+    /// Collects names and metadata; hashes the base model, which takes seconds for a large file.
+    pub fn new(
+        options: &Options,
+        plan: &Plan,
+        base: &Base,
+        prepared: &PreparedNetwork,
+        dataset: &DatasetNumbers,
+    ) -> Result<Self> {
+        let facts = run_facts(options, plan, base, prepared, dataset)?;
+        Ok(Self {
+            saving: plan.saving.clone(),
+            metadata: FileMetadata::new(options, &facts, &dataset.facts)?,
+            save_as: match options.save_model_as {
+                SaveModelAs::Safetensors => SaveAs::Safetensors,
+                SaveModelAs::Ckpt | SaveModelAs::Pt => SaveAs::Pickle,
+            },
+            dtype: match options.save_precision {
+                None | Some(SavePrecision::Float) => Dtype::F32,
+                Some(SavePrecision::Fp16) => Dtype::F16,
+                Some(SavePrecision::Bf16) => Dtype::BF16,
+            },
+            stamp: plan.stamp,
+        })
+    }
+
+    /// Which files are due when.
+    pub fn saving(&self) -> &Saving {
+        &self.saving
+    }
+
+    /// Writes a file after `step` steps, in `epoch` (from 1), and removes the one it outdates.
+    pub fn save(
+        &self,
+        network: &LoraNetwork,
+        params: &ParamStore,
+        point: SavePoint,
+        (step, epoch): (usize, usize),
+    ) -> Result<()> {
+        let path = self.saving.path(point);
+        let tensors = network.export(params, self.dtype)?;
+        let metadata = self.metadata.at(step, epoch, self.stamp.now());
+        lora_file::write(&path, &tensors, &metadata, self.save_as)
+            .with_context(|| format!("step {step} could not be saved"))?;
+        console::note(&format!("saved {}", path.display()));
+        if let Some(old) = self.saving.outdated(point)
+            && old.exists()
+        {
+            std::fs::remove_file(&old)
+                .with_context(|| format!("cannot remove the outdated file: {}", old.display()))?;
+            console::note(&format!("removed {}", old.display()));
+        }
+        Ok(())
+    }
+}
+
+/// The dataset's part of a file's metadata.
+pub struct DatasetNumbers {
+    /// Values that describe the datasets.
+    pub facts: DatasetFacts,
+    /// Training images with repeats.
+    pub train_images: usize,
+    /// Regularisation images with repeats.
+    pub reg_images: usize,
+    /// Batches of an epoch on one rank.
+    pub batches_per_epoch: usize,
+    /// Samples of one rank's batch (first dataset).
+    pub batch_size: usize,
+    /// Width and height in pixels (first dataset).
+    pub resolution: (usize, usize),
+}
+
+fn run_facts(
+    options: &Options,
+    plan: &Plan,
+    base: &Base,
+    prepared: &PreparedNetwork,
+    dataset: &DatasetNumbers,
+) -> Result<RunFacts> {
+    let started_at = plan.stamp.now();
+    // The rank that most modules have: with `dim_from_weights` the option does not say it.
+    let rank = prepared.network.modules().first().map(|module| module.rank);
+    let (dim, alpha) = match (rank, options.dim_from_weights) {
+        (Some(rank), true) => (rank.dim, f64::from(rank.alpha)),
+        _ => (options.network_rank(), options.network_alpha),
+    };
+    Ok(RunFacts {
+        session_id: plan.seed ^ started_at.to_bits() >> 20 & 0xffff_ffff,
+        started_at,
+        base_model_version: base.version_tag(options.v_parameterization).to_owned(),
+        seed: plan.seed,
+        network_dim: dim,
+        network_alpha: alpha,
+        max_train_steps: plan.steps,
+        num_epochs: plan.epochs,
+        num_train_images: dataset.train_images,
+        num_reg_images: dataset.reg_images,
+        num_batches_per_epoch: dataset.batches_per_epoch,
+        optimizer_name: plan.optimizer.reference_name().to_owned(),
+        optimizer_args: options.read_adamw_args()?.python_text,
+        total_batch_size: dataset.batch_size * plan.world_size * options.gradient_accumulation_steps,
+        resolution: dataset.resolution,
+        base_model: model_facts(&base.files)?,
+        vae: base.files.vae_identity.as_ref().map(identity_facts).transpose()?,
+    })
+}
+
+fn model_facts(files: &BaseModel) -> Result<ModelFacts> {
+    Ok(ModelFacts { name: files.name.clone(), ..identity_facts(&files.identity)? })
+}
+
+fn identity_facts(identity: &ModelIdentity) -> Result<ModelFacts> {
+    Ok(ModelFacts {
+        name: identity.name.clone(),
+        legacy_hash: identity.legacy_hash()?,
+        sha256: identity.sha256()?,
+    })
+}

@@ -1,0 +1,88 @@
+//! One micro-step: prompts and noised latents in, loss and gradients out.
+
+use anyhow::Result;
+use engine::{ParamId, ParamStore, Tape, Tensor};
+use models::{ClipTextModel, Unet, UnetInput, join_chunks, scale_tokens};
+
+use crate::objective::Noised;
+
+/// Tokens of a chunk: start, 75 of the caption, end.
+pub const CHUNK: usize = 77;
+
+/// The models of a run, adapters installed.
+pub struct Models {
+    /// Reads the prompts.
+    pub text_encoder: ClipTextModel,
+    /// Predicts the noise.
+    pub unet: Unet,
+}
+
+/// The prompts of a batch.
+#[derive(Clone, Debug)]
+pub struct Prompts {
+    /// `[B,chunks,77]`, row-major.
+    pub ids: Vec<u32>,
+    /// One per id (`weighted_captions`).
+    pub weights: Option<Vec<f32>>,
+    /// Chunks of each prompt: 1, 2 or 3.
+    pub chunks: usize,
+}
+
+/// Everything that does not change from step to step.
+#[derive(Clone, Copy)]
+pub struct Setting {
+    /// Layers of the text encoder to leave out.
+    pub clip_skip: Option<usize>,
+    /// Keep only the inputs of blocks and compute their insides again.
+    pub checkpointing: bool,
+}
+
+/// What a forward pass gives.
+pub struct Forward {
+    /// `[B,T,C]`.
+    pub context: Tensor,
+    /// `[B,h,w,4]`.
+    pub prediction: Tensor,
+    /// Weighted loss of each sample; their sum is the loss.
+    pub losses: Vec<f32>,
+}
+
+/// Runs forward and backward; `ready` gets each parameter's gradient as soon as it is final.
+pub fn forward_backward(
+    (models, params): (&Models, &ParamStore),
+    setting: Setting,
+    prompts: &Prompts,
+    batch: &Noised,
+    ready: &mut dyn FnMut(ParamId, Tensor) -> engine::Result<()>,
+) -> Result<Forward> {
+    let tape = Tape::new(params, setting.checkpointing);
+    let context = encode_prompts(&tape, &models.text_encoder, setting.clip_skip, prompts)?;
+    let prediction = models.unet.forward(
+        &tape,
+        UnetInput { latents: &batch.noisy, timesteps: &batch.timesteps, context: &context },
+    )?;
+    let (losses, loss) = tape.loss(&prediction, &batch.target, &batch.loss)?;
+    let forward = Forward {
+        context: context.tensor().clone(),
+        prediction: prediction.tensor().clone(),
+        losses,
+    };
+    drop((context, prediction));
+    tape.backward(&loss, ready)?;
+    Ok(forward)
+}
+
+/// Hidden states of the prompts, `[B,T,C]`, long prompts joined, words weighted.
+pub fn encode_prompts<'m>(
+    tape: &Tape<'m>,
+    text_encoder: &'m ClipTextModel,
+    clip_skip: Option<usize>,
+    prompts: &Prompts,
+) -> engine::Result<engine::Value> {
+    let hidden = text_encoder.forward(tape, &prompts.ids, CHUNK, clip_skip)?;
+    let joined = join_chunks(tape, &hidden, prompts.chunks)?;
+    match &prompts.weights {
+        Some(weights) => scale_tokens(tape, &joined, weights, prompts.chunks),
+        None => Ok(joined),
+    }
+}
