@@ -1,18 +1,28 @@
-//! Files appear complete or not at all: temporary file in the same folder, fsync, rename, fsync
-//! of the folder.
+//! Files appear complete or not at all: written without a name, fsync, named, renamed into place,
+//! fsync of the folder.
 //!
-//! On any error, and on a panic of the writer, the temporary file is removed and an earlier file
-//! of the name stays as it was. Only a killed process leaves its temporary file behind:
-//! [`remove_leftovers`] clears those.
+//! On any error, on a panic of the writer and on a kill nothing is left behind and an earlier file
+//! of the name stays as it was: Linux frees a file without a name with its last user. Where the
+//! file system cannot make such files (some network file systems), a hidden temporary file takes
+//! their place; it is removed on errors and panics, and [`remove_leftovers`] clears what a killed
+//! process left.
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, BufWriter, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat};
+use tempfile::NamedTempFile;
 
 use crate::FormatError;
 
 const SUFFIX: &str = ".part";
+
+/// As for any other new file: the process's umask takes its share.
+const PERMISSIONS: u32 = 0o666;
 
 /// Writes `path` through `fill`.
 ///
@@ -25,25 +35,86 @@ pub fn write_atomic(
 ) -> Result<(), FormatError> {
     let fail = |action| move |source| FormatError::io(action, path, source);
     let folder = folder_of(path);
-    let temporary = tempfile::Builder::new()
-        .prefix(&prefix_of(path)?)
-        .suffix(SUFFIX)
-        // As any other new file: the process's umask takes its share.
-        .permissions(Permissions::from_mode(0o666))
-        .tempfile_in(folder)
-        .map_err(fail("create a file beside"))?;
+    let prefix = prefix_of(path)?;
+    let temporary =
+        Temporary::create(folder, &prefix).map_err(fail("create a file in the folder of"))?;
     {
-        let mut writer = BufWriter::with_capacity(1 << 20, temporary.as_file());
+        let mut writer = BufWriter::with_capacity(1 << 20, temporary.file());
         fill(&mut writer).map_err(fail("write"))?;
         writer.flush().map_err(fail("write"))?;
     }
-    temporary.as_file().sync_all().map_err(fail("write"))?;
-    temporary.persist(path).map_err(|e| FormatError::io("rename to", path, e.error))?;
+    temporary.file().sync_all().map_err(fail("write"))?;
+    temporary.publish(folder, &prefix, path).map_err(fail("put in place"))?;
     File::open(folder).and_then(|f| f.sync_all()).map_err(|e| FormatError::io("sync", folder, e))
 }
 
-/// Removes the temporary files that killed processes left beside `path`; call it before a run
-/// that alone writes there. Returns how many were removed.
+/// A file that is not yet visible under its name.
+enum Temporary {
+    /// Without any name (`O_TMPFILE`).
+    Unnamed(File),
+    /// With a hidden name, removed on drop.
+    Hidden(NamedTempFile),
+}
+
+impl Temporary {
+    fn create(folder: &Path, prefix: &str) -> io::Result<Self> {
+        // Naming the file later goes through /proc.
+        if Path::new("/proc/self/fd").exists() {
+            let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+            if let Ok(fd) = rustix::fs::open(folder, flags, Mode::from_raw_mode(PERMISSIONS)) {
+                return Ok(Self::Unnamed(File::from(fd)));
+            }
+        }
+        Self::create_hidden(folder, prefix)
+    }
+
+    fn create_hidden(folder: &Path, prefix: &str) -> io::Result<Self> {
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(prefix).suffix(SUFFIX).permissions(Permissions::from_mode(PERMISSIONS));
+        builder.tempfile_in(folder).map(Self::Hidden)
+    }
+
+    fn file(&self) -> &File {
+        match self {
+            Self::Unnamed(file) => file,
+            Self::Hidden(file) => file.as_file(),
+        }
+    }
+
+    /// Moves the finished file to `path`, over an earlier one.
+    fn publish(self, folder: &Path, prefix: &str, path: &Path) -> io::Result<()> {
+        match self {
+            Self::Hidden(file) => file.persist(path).map(drop).map_err(|e| e.error),
+            Self::Unnamed(file) => {
+                // A link cannot replace a file, a rename can.
+                let hidden = link_hidden(&file, folder, prefix)?;
+                fs::rename(&hidden, path).inspect_err(|_| {
+                    // The error of the rename is the one to report.
+                    let _ = fs::remove_file(&hidden);
+                })
+            }
+        }
+    }
+}
+
+/// Gives a file without a name a hidden one in `folder`.
+fn link_hidden(file: &File, folder: &Path, prefix: &str) -> io::Result<PathBuf> {
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    let source = format!("/proc/self/fd/{}", file.as_raw_fd());
+    loop {
+        let count = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let hidden = folder.join(format!("{prefix}{}-{count}{SUFFIX}", std::process::id()));
+        match linkat(CWD, &source, CWD, &hidden, AtFlags::SYMLINK_FOLLOW) {
+            Ok(()) => return Ok(hidden),
+            // Another process of this number left it behind.
+            Err(rustix::io::Errno::EXIST) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Removes the hidden files that killed processes left beside `path`; call it before a run that
+/// alone writes there. Returns how many were removed.
 ///
 /// # Errors
 /// [`FormatError::Io`] when the folder cannot be listed or a file not be removed.
@@ -121,6 +192,44 @@ mod tests {
         assert!(error.to_string().starts_with("the disk is full, `"), "{error}");
         assert!(error.to_string().contains("a.bin"), "{error}");
         assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(names(folder.path()), ["a.bin"]);
+    }
+
+    #[test]
+    fn the_hidden_way_does_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.bin");
+        fs::write(&path, b"old").unwrap();
+        let temporary = Temporary::create_hidden(folder.path(), ".a.bin.").unwrap();
+        temporary.file().write_all(b"new").unwrap();
+        assert_eq!(names(folder.path()).len(), 2);
+        temporary.publish(folder.path(), ".a.bin.", &path).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        drop(Temporary::create_hidden(folder.path(), ".a.bin.").unwrap());
+        assert_eq!(names(folder.path()), ["a.bin"]);
+    }
+
+    #[test]
+    fn nothing_is_visible_while_writing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.bin");
+        write_atomic(&path, |w| {
+            w.write_all(b"half")?;
+            // What a kill at this point would leave: at most a hidden file.
+            assert!(names(folder.path()).iter().all(|name| name.starts_with(".a.bin.")));
+            w.write_all(b"whole")
+        })
+        .unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"halfwhole");
+    }
+
+    #[test]
+    fn a_folder_in_the_way_is_an_error_and_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.bin");
+        fs::create_dir(&path).unwrap();
+        let error = write_atomic(&path, |w| w.write_all(b"x")).unwrap_err();
+        assert!(error.to_string().contains("a.bin"), "{error}");
         assert_eq!(names(folder.path()), ["a.bin"]);
     }
 

@@ -13,7 +13,7 @@ use std::path::Path;
 use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::mmap::MappedFile;
+use crate::mmap::FileBytes;
 use crate::tensor_file::TensorFile;
 use crate::{Dtype, FormatError, OwnedTensor, TensorView};
 
@@ -32,7 +32,7 @@ struct Entry {
 /// An open safetensors file; its data stays in the page cache, nothing is copied.
 #[derive(Debug)]
 pub struct SafetensorsFile {
-    map: MappedFile,
+    map: FileBytes,
     tensors: BTreeMap<String, Entry>,
     metadata: BTreeMap<String, String>,
 }
@@ -43,7 +43,7 @@ impl SafetensorsFile {
     /// # Errors
     /// [`FormatError::Io`], or [`FormatError::Malformed`] saying what is wrong.
     pub fn open(path: &Path) -> Result<Self, FormatError> {
-        Self::from_map(MappedFile::open(path)?)
+        Self::from_map(FileBytes::open(path)?)
     }
 
     /// True when the first bytes can be the start of a safetensors file.
@@ -51,7 +51,15 @@ impl SafetensorsFile {
         bytes.len() > 8 && bytes[8] == b'{'
     }
 
-    pub(crate) fn from_map(map: MappedFile) -> Result<Self, FormatError> {
+    /// Reads bytes that are in memory already; `path` is what errors name.
+    ///
+    /// # Errors
+    /// As [`Self::open`], without the I/O.
+    pub fn from_bytes(path: &Path, bytes: Vec<u8>) -> Result<Self, FormatError> {
+        Self::from_map(FileBytes::in_memory(path, bytes))
+    }
+
+    pub(crate) fn from_map(map: FileBytes) -> Result<Self, FormatError> {
         let strange = crate::tensor_file::describe_known_stranger(map.bytes());
         let (tensors, metadata) = strange
             .map_or_else(|| parse(map.bytes()), Err)

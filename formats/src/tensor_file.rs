@@ -40,7 +40,7 @@ pub trait TensorFile: Send + Sync {
 /// # Errors
 /// All reading errors of both formats.
 pub fn open_tensor_file(path: &Path) -> Result<Arc<dyn TensorFile>, FormatError> {
-    let map = crate::mmap::MappedFile::open(path)?;
+    let map = crate::mmap::FileBytes::open(path)?;
     let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
     let is_zip = map.bytes().starts_with(b"PK\x03\x04");
     let is_pickle_name = matches!(extension, "ckpt" | "pt" | "pth" | "bin");

@@ -18,7 +18,7 @@ use machine::Stop;
 use value::{Arena, Id, Value};
 pub use write::write_pickle;
 
-use crate::mmap::MappedFile;
+use crate::mmap::FileBytes;
 use crate::tensor_file::TensorFile;
 use crate::{Dtype, FormatError, TensorView};
 
@@ -43,7 +43,7 @@ struct Entry {
 /// An open torch checkpoint.
 #[derive(Debug)]
 pub struct PickleFile {
-    map: MappedFile,
+    map: FileBytes,
     tensors: BTreeMap<String, Entry>,
     metadata: BTreeMap<String, String>,
 }
@@ -57,10 +57,18 @@ impl PickleFile {
     /// [`FormatError::Unsupported`] for the format before torch 1.6, [`FormatError::Malformed`]
     /// for damage, [`FormatError::Io`].
     pub fn open(path: &Path) -> Result<Self, FormatError> {
-        Self::from_map(MappedFile::open(path)?)
+        Self::from_map(FileBytes::open(path)?)
     }
 
-    pub(crate) fn from_map(map: MappedFile) -> Result<Self, FormatError> {
+    /// Reads bytes that are in memory already; `path` is what errors name.
+    ///
+    /// # Errors
+    /// As [`Self::open`], without the I/O.
+    pub fn from_bytes(path: &Path, bytes: Vec<u8>) -> Result<Self, FormatError> {
+        Self::from_map(FileBytes::in_memory(path, bytes))
+    }
+
+    pub(crate) fn from_map(map: FileBytes) -> Result<Self, FormatError> {
         let tensors = read(&map)?;
         Ok(Self { map, tensors, metadata: BTreeMap::new() })
     }
@@ -116,7 +124,7 @@ fn gather(bytes: &[u8], size: usize, shape: &[usize], strides: &[usize]) -> Vec<
     out
 }
 
-fn read(map: &MappedFile) -> Result<BTreeMap<String, Entry>, FormatError> {
+fn read(map: &FileBytes) -> Result<BTreeMap<String, Entry>, FormatError> {
     let path = map.path();
     let malformed = |reason: String| FormatError::malformed(path, FORMAT, reason);
     if !map.bytes().starts_with(b"PK") {
@@ -143,7 +151,7 @@ fn read(map: &MappedFile) -> Result<BTreeMap<String, Entry>, FormatError> {
     Ok(out)
 }
 
-fn not_a_zip(map: &MappedFile) -> FormatError {
+fn not_a_zip(map: &FileBytes) -> FormatError {
     let bytes = map.bytes();
     // PROTO 2 and the magic number with which torch's old format starts.
     if bytes.starts_with(&[0x80, 0x02, 0x8a, 0x0a]) || bytes.starts_with(&[0x80, 0x02, b'}']) {
