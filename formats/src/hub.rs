@@ -3,6 +3,7 @@
 //! Online, the repository's present commit decides and only missing files are fetched; offline
 //! (`HF_HUB_OFFLINE`), or when the hub cannot be reached, the cached commit is used as it is.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use hf_hub::api::sync::{ApiBuilder, ApiRepo};
@@ -104,6 +105,7 @@ pub(crate) fn fetch(
             )
         });
     }
+    let _lock = lock_repo(id, options);
     let repo = open_repo(id, options)?;
     let info = match repo.info() {
         Ok(info) => info,
@@ -154,6 +156,20 @@ fn open_repo(id: &str, options: &HubOptions) -> Result<ApiRepo, FormatError> {
         hub_error(id, format!("the client cannot start: {error}"), "give a local path")
     })?;
     Ok(api.repo(Repo::model(id.to_owned())))
+}
+
+/// Waits until no other process of ours downloads this model: of several ranks one fetches, the
+/// others find everything there. (`hf-hub` itself gives up after five seconds.)
+///
+/// Not having the lock costs duplicate work at most, so failing to get it is no error; the kernel
+/// frees it when its holder dies.
+fn lock_repo(id: &str, options: &HubOptions) -> Option<File> {
+    let folder = options.cache_dir.join(".locks");
+    std::fs::create_dir_all(&folder).ok()?;
+    let name = format!("lorarun--{}.lock", Repo::model(id.to_owned()).folder_name());
+    let file = File::create(folder.join(name)).ok()?;
+    file.lock().ok()?;
+    Some(file)
 }
 
 /// The folder of the commit that `main` pointed to last.

@@ -365,7 +365,7 @@ fn damage(source: &[u8], seed: u64, mut read: impl FnMut(Vec<u8>) -> bool) -> us
     survived
 }
 
-/// Per source; a run with 2 million found nothing more (2026-11-22).
+/// Per source; a run with 200 thousand found nothing more (2026-11-22).
 const ROUNDS: usize = 5000;
 
 #[test]

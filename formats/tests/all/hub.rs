@@ -167,6 +167,23 @@ fn a_model_is_downloaded_once_and_then_comes_from_the_cache() {
 }
 
 #[test]
+fn several_ranks_at_once_download_once() {
+    let server = Server::start(model_files());
+    let cache = tempfile::tempdir().unwrap();
+    let hub = options(&server, cache.path());
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| assert_is_the_model(&open(&hub).unwrap()));
+        }
+    });
+    let asked = server.take_requests();
+    let weights =
+        asked.iter().filter(|path| path.ends_with("unet/diffusion_pytorch_model.safetensors"));
+    // One for its size, one for its bytes.
+    assert_eq!(weights.count(), 2, "{asked:?}");
+}
+
+#[test]
 fn what_cannot_be_had_is_an_error_with_a_hint() {
     let server = Server::start(model_files());
     let cache = tempfile::tempdir().unwrap();
