@@ -1,5 +1,7 @@
 //! The weighted loss of each sample and its gradient, in one pass with f64 sums.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::elementwise::CHUNK;
@@ -27,21 +29,47 @@ fn element(kind: ElementLoss, d: f32, c: f32) -> (f32, f32) {
     }
 }
 
+/// Prediction, target and, if there is one, mask of some elements.
+#[derive(Clone, Copy)]
+struct Elements<'a, T> {
+    pred: &'a [T],
+    target: &'a [f32],
+    mask: Option<&'a [f32]>,
+}
+
+impl<'a, T: Sync> Elements<'a, T> {
+    fn part(self, range: Range<usize>) -> Self {
+        Self {
+            pred: &self.pred[range.clone()],
+            target: &self.target[range.clone()],
+            mask: self.mask.map(|mask| &mask[range]),
+        }
+    }
+}
+
 vectorized! {
     /// Sum of the losses of a chunk; the gradient, times `factor`, goes to `grad`.
     fn chunk<T: Scalar>(
         grad: &mut [T],
-        pred: &[T],
-        target: &[f32],
+        x: Elements<T>,
         kind: ElementLoss,
-        scale: (f32, f32),
+        delta: f32,
+        factor: f32,
     ) -> f64 {
-        let (delta, factor) = scale;
         let mut sum = 0f64;
-        for ((grad, pred), target) in grad.iter_mut().zip(pred).zip(target) {
-            let (loss, slope) = element(kind, pred.to_f32() - target, delta);
-            sum += f64::from(loss);
-            *grad = T::from_f32(slope * factor);
+        let pairs = grad.iter_mut().zip(x.pred).zip(x.target);
+        if let Some(mask) = x.mask {
+            for (((grad, pred), target), mask) in pairs.zip(mask) {
+                let (loss, slope) = element(kind, pred.to_f32() - target, delta);
+                sum += f64::from(loss * mask);
+                *grad = T::from_f32(slope * mask * factor);
+            }
+        } else {
+            for ((grad, pred), target) in pairs {
+                let (loss, slope) = element(kind, pred.to_f32() - target, delta);
+                sum += f64::from(loss);
+                *grad = T::from_f32(slope * factor);
+            }
         }
         sum
     }
@@ -77,32 +105,22 @@ pub(super) fn loss(pred: &Tensor, target: &Tensor, spec: &LossSpec) -> Result<(T
     };
     with_scalar!(pred.dtype(), T => {
         let data = pred.elements::<T>("loss")?;
-        let data: &[T] = &data;
+        let all = Elements { pred: &data, target: aims, mask: masks.as_deref() };
         let mut grad = pool::take::<T>(data.len());
         let mut each = Vec::with_capacity(batch);
         for (sample, grad) in grad.chunks_exact_mut(size).enumerate() {
-            let range = sample * size..(sample + 1) * size;
-            let weight = spec.weight[sample];
-            let scale = (spec.delta[sample], (f64::from(weight) / size as f64) as f32);
-            if let Some(masks) = &masks {
-                let pairs = data[range.clone()].iter().zip(&aims[range.clone()]);
-                let mut sum = 0f64;
-                for ((grad, (pred, target)), mask) in grad.iter_mut().zip(pairs).zip(&masks[range]) {
-                    let (loss, slope) = element(spec.element, pred.to_f32() - target, scale.0);
-                    sum += f64::from(loss * mask);
-                    *grad = T::from_f32(slope * mask * scale.1);
-                }
-                each.push((f64::from(weight) * sum / size as f64) as f32);
-                continue;
-            }
+            let of_sample = all.part(sample * size..(sample + 1) * size);
+            let (weight, delta) = (f64::from(spec.weight[sample]), spec.delta[sample]);
+            let factor = (weight / size as f64) as f32;
             let partial: Vec<f64> = grad
                 .par_chunks_mut(CHUNK)
-                .zip(data[range.clone()].par_chunks(CHUNK))
-                .zip(aims[range].par_chunks(CHUNK))
-                .map(|((grad, pred), target)| chunk(grad, pred, target, spec.element, scale))
+                .enumerate()
+                .map(|(index, grad)| {
+                    let x = of_sample.part(index * CHUNK..index * CHUNK + grad.len());
+                    chunk(grad, x, spec.element, delta, factor)
+                })
                 .collect();
-            let mean = partial.iter().sum::<f64>() / size as f64;
-            each.push((f64::from(weight) * mean) as f32);
+            each.push((weight * partial.iter().sum::<f64>() / size as f64) as f32);
         }
         let each = Tensor::from_f32(pred.device(), &[batch], &each, DType::F32)?;
         Ok((each, Tensor::from_pooled(pred.shape(), grad)))

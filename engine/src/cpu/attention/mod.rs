@@ -1,0 +1,250 @@
+//! Scaled dot-product attention that never holds an N x N tensor.
+//!
+//! Tiles of 64 queries walk over blocks of keys with a running maximum and sum (Dao et al.,
+//! arXiv:2205.14135). Scores are kept transposed, queries along the vector lanes: the statistics of
+//! a query then need no sum across lanes, and a head may have any size without padding. The backward
+//! recomputes the probabilities from the saved log-sum-exp; a task owns a range of keys and adds the
+//! queries' gradients to a buffer of its own, and these are joined in a fixed order. How the work is
+//! cut depends on the shapes alone.
+
+mod pack;
+mod product;
+mod tiles;
+
+use rayon::prelude::*;
+
+use self::pack::{Scratch, interleave, pack_columns, pack_rows, unpack_queries};
+use self::product::TILE;
+use self::tiles::{BackwardHead, ForwardHead, KEYS, backward_keys, forward_queries};
+use super::simd::{Scalar, Simd, with_scalar};
+use crate::backend::{AttentionKind, AttentionOut, AttentionSaved};
+use crate::{EngineError, Result, Tensor, pool};
+
+/// Tasks that a backward over few heads is cut into.
+const BACKWARD_TASKS: usize = 16;
+
+/// Sizes of one attention.
+#[derive(Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    heads: usize,
+    queries: usize,
+    keys: usize,
+    /// Elements of a head.
+    dim: usize,
+}
+
+impl Sizes {
+    fn new(op: &'static str, q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Self> {
+        let fail =
+            || Err(EngineError::shape(op, format!("q {q:?}, k {k:?}, v {v:?}, {heads} heads")));
+        let (&[batch, queries, width], &[kb, keys, kw]) = (q.shape(), k.shape()) else {
+            return fail();
+        };
+        let types = q.dtype() == k.dtype() && k.dtype() == v.dtype();
+        let fits = (kb, kw) == (batch, width) && k.shape() == v.shape();
+        if !types || !fits || q.is_empty() || k.is_empty() || heads == 0 || width % heads != 0 {
+            return fail();
+        }
+        Ok(Self { batch, heads, queries, keys, dim: width / heads })
+    }
+
+    /// Elements of a sample's queries and of its keys.
+    fn samples(&self) -> (usize, usize) {
+        let width = self.heads * self.dim;
+        (self.queries * width, self.keys * width)
+    }
+
+    /// The head size rounded up to whole vectors.
+    fn padded(&self) -> usize {
+        self.dim.next_multiple_of(16)
+    }
+
+    fn key_blocks(&self) -> usize {
+        self.keys.div_ceil(KEYS)
+    }
+
+    fn query_tiles(&self) -> usize {
+        self.queries.div_ceil(TILE)
+    }
+}
+
+/// Attention of each query over the keys it sees.
+pub(super) fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    kind: AttentionKind,
+) -> Result<AttentionOut> {
+    const OP: &str = "attention";
+    let s = Sizes::new(OP, q, k, v, kind.heads)?;
+    with_scalar!(q.dtype(), T => {
+        let (qs, ks, vs) = (q.elements::<T>(OP)?, k.elements::<T>(OP)?, v.elements::<T>(OP)?);
+        let mut out = pool::take::<T>(q.len());
+        let mut lse = pool::take::<f32>(s.batch * s.heads * s.queries);
+        let (of_q, of_k) = s.samples();
+        for b in 0..s.batch {
+            let (keys, queries) = (b * of_k..(b + 1) * of_k, b * of_q..(b + 1) * of_q);
+            let lse = &mut lse[b * s.heads * s.queries..][..s.heads * s.queries];
+            let inputs = [&qs[queries.clone()], &ks[keys.clone()], &vs[keys]];
+            forward_sample(inputs, &mut out[queries], lse, (s, kind));
+        }
+        let out = Tensor::from_pooled(q.shape(), out);
+        Ok(AttentionOut { out, lse: Tensor::from_pooled(&[s.batch, s.heads, s.queries], lse) })
+    })
+}
+
+fn forward_sample<T: Scalar>(
+    [q, k, v]: [&[T]; 3],
+    out: &mut [T],
+    lse: &mut [f32],
+    how: (Sizes, AttentionKind),
+) {
+    let (s, kind) = how;
+    let simd = Simd::detected();
+    let k_columns = pack_columns(k, (s.keys, KEYS), s, 1.);
+    let v_rows = pack_rows(v, s.keys, s, 1.);
+    let mut results = Scratch::take(s.heads * s.queries * s.dim);
+    results
+        .par_chunks_mut(s.queries * s.dim)
+        .zip(lse.par_chunks_mut(s.queries))
+        .enumerate()
+        .for_each(|(head, (results, lse))| {
+            let keys = ForwardHead {
+                k_columns: part(&k_columns, head, s.heads),
+                v_rows: part(&v_rows, head, s.heads),
+                keys: s.keys,
+                dim: s.dim,
+                padded: s.padded(),
+                causal: kind.causal,
+            };
+            results
+                .par_chunks_mut(TILE * s.dim)
+                .zip(lse.par_chunks_mut(TILE))
+                .enumerate()
+                .for_each(|(tile, (results, lse))| {
+                    let mut queries = vec![0f32; s.dim * TILE];
+                    let first = tile * TILE;
+                    pack::gather_columns(&mut queries, q, (head, first, s.queries), s, kind.scale);
+                    forward_queries(simd, &keys, &queries, first, results, lse);
+                });
+        });
+    interleave(out, &results, s.queries, s);
+}
+
+/// One of `count` equal parts.
+fn part(x: &[f32], index: usize, count: usize) -> &[f32] {
+    let size = x.len() / count;
+    &x[index * size..(index + 1) * size]
+}
+
+/// Gradients of q, k and v.
+pub(super) fn attention_backward(
+    dy: &Tensor,
+    saved: &AttentionSaved,
+    kind: AttentionKind,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    const OP: &str = "attention_backward";
+    let AttentionSaved { q, k, v, out, lse } = *saved;
+    let s = Sizes::new(OP, q, k, v, kind.heads)?;
+    let fits = |t: &Tensor| t.shape() == q.shape() && t.dtype() == q.dtype();
+    if !fits(dy) || !fits(out) || lse.shape() != [s.batch, s.heads, s.queries] {
+        let detail = format!("q {q:?}, dy {dy:?}, out {out:?}, lse {lse:?}");
+        return Err(EngineError::shape(OP, detail));
+    }
+    let lse = lse.elements::<f32>(OP)?;
+    with_scalar!(q.dtype(), T => {
+        let (qs, ks, vs) = (q.elements::<T>(OP)?, k.elements::<T>(OP)?, v.elements::<T>(OP)?);
+        let (outs, dys) = (out.elements::<T>(OP)?, dy.elements::<T>(OP)?);
+        let mut dq = pool::take::<T>(q.len());
+        let (mut dk, mut dv) = (pool::take::<T>(k.len()), pool::take::<T>(v.len()));
+        let (of_q, of_k) = s.samples();
+        for b in 0..s.batch {
+            let (queries, keys) = (b * of_q..(b + 1) * of_q, b * of_k..(b + 1) * of_k);
+            let sample = Sample {
+                q: &qs[queries.clone()],
+                k: &ks[keys.clone()],
+                v: &vs[keys.clone()],
+                out: &outs[queries.clone()],
+                dy: &dys[queries.clone()],
+                lse: &lse[b * s.heads * s.queries..][..s.heads * s.queries],
+            };
+            let grads = [&mut dq[queries], &mut dk[keys.clone()], &mut dv[keys]];
+            backward_sample(&sample, grads, s, kind);
+        }
+        Ok((
+            Tensor::from_pooled(q.shape(), dq),
+            Tensor::from_pooled(k.shape(), dk),
+            Tensor::from_pooled(v.shape(), dv),
+        ))
+    })
+}
+
+/// What the backward of one sample reads.
+struct Sample<'a, T> {
+    q: &'a [T],
+    k: &'a [T],
+    v: &'a [T],
+    out: &'a [T],
+    dy: &'a [T],
+    lse: &'a [f32],
+}
+
+fn backward_sample<T: Scalar>(
+    x: &Sample<T>,
+    [dq, dk, dv]: [&mut [T]; 3],
+    s: Sizes,
+    kind: AttentionKind,
+) {
+    let simd = Simd::detected();
+    let k_rows = pack_rows(x.k, s.keys, s, 1.);
+    let k_columns = pack_columns(x.k, (s.keys, KEYS), s, 1.);
+    let v_columns = pack_columns(x.v, (s.keys, KEYS), s, 1.);
+    let q_rows = pack_rows(x.q, s.queries, s, kind.scale);
+    let q_columns = pack_columns(x.q, (s.queries, TILE), s, kind.scale);
+    let dy_rows = pack_rows(x.dy, s.queries, s, 1.);
+    let dy_columns = pack_columns(x.dy, (s.queries, TILE), s, 1.);
+    let deltas = pack::deltas(x.dy, x.out, s);
+    let lse = pack::padded_lse(x.lse, s);
+
+    let blocks = s.key_blocks().div_ceil(BACKWARD_TASKS.div_ceil(s.heads).min(s.key_blocks()));
+    let tasks = s.key_blocks().div_ceil(blocks);
+    let queries = s.query_tiles() * TILE * s.dim;
+    let mut dk_rows = Scratch::take(s.heads * s.keys * s.dim);
+    let mut dv_rows = Scratch::take(s.heads * s.keys * s.dim);
+    let mut dq_columns = Scratch::take(s.heads * tasks * queries);
+    dk_rows
+        .par_chunks_mut(s.keys * s.dim)
+        .zip(dv_rows.par_chunks_mut(s.keys * s.dim))
+        .zip(dq_columns.par_chunks_mut(tasks * queries))
+        .enumerate()
+        .for_each(|(head, ((dk, dv), dq))| {
+            let of = |x| part(x, head, s.heads);
+            let head = BackwardHead {
+                k_rows: of(&k_rows),
+                k_columns: of(&k_columns),
+                v_columns: of(&v_columns),
+                q_rows: of(&q_rows),
+                q_columns: of(&q_columns),
+                dy_rows: of(&dy_rows),
+                dy_columns: of(&dy_columns),
+                deltas: of(&deltas),
+                lse: of(&lse),
+                queries: s.queries,
+                dim: s.dim,
+                padded: s.padded(),
+                causal: kind.causal,
+            };
+            let keys = blocks * KEYS;
+            dk.par_chunks_mut(keys * s.dim)
+                .zip(dv.par_chunks_mut(keys * s.dim))
+                .zip(dq.par_chunks_mut(queries))
+                .enumerate()
+                .for_each(|(task, ((dk, dv), dq))| {
+                    backward_keys(simd, &head, task * keys, (dk, dv), dq);
+                });
+        });
+    interleave(dk, &dk_rows, s.keys, s);
+    interleave(dv, &dv_rows, s.keys, s);
+    unpack_queries(dq, &dq_columns, tasks, s, kind.scale);
+}
