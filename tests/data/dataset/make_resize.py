@@ -1,4 +1,4 @@
-"""Makes resize.json: small pictures resized by OpenCV (area, bilinear, bicubic, nearest) and Pillow
+"""Makes resize.json: small pictures resized by OpenCV 4.10 (area, bilinear, bicubic, nearest) and Pillow 11.3
 (lanczos, box), the libraries that sd-scripts resizes with.
 
 Usage: python make_resize.py > resize.json

@@ -269,7 +269,8 @@ fn find_missing(
     options: &CacheOptions<'_>,
     created: Result<(), DatasetError>,
 ) -> Result<Vec<usize>, DatasetError> {
-    let mut report = Report { error: created.as_ref().err().map(ToString::to_string), ..Report::default() };
+    let mut report =
+        Report { error: created.as_ref().err().map(ToString::to_string), ..Report::default() };
     for (index, item) in items.iter().enumerate().skip(comm.rank()).step_by(comm.world_size()) {
         let Some(entry) = group.image(item.dataset, item.image) else { continue };
         let state = if options.skip_check && item.file.exists() {
@@ -307,11 +308,8 @@ fn encode_missing(
     let batches = cut_batches(items, missing, options.batch_size.max(1));
     let own: Vec<Vec<usize>> =
         batches.into_iter().skip(comm.rank()).step_by(comm.world_size()).collect();
-    let flat: Vec<(u32, u32)> = own
-        .iter()
-        .flatten()
-        .map(|index| (items[*index].dataset, items[*index].image))
-        .collect();
+    let flat: Vec<(u32, u32)> =
+        own.iter().flatten().map(|index| (items[*index].dataset, items[*index].image)).collect();
     let mut pictures = decode_ahead(group.clone(), flat, options)?;
     let mut own = own.into_iter();
     let mut report = Report::default();
@@ -402,11 +400,11 @@ fn encode_batch(
         let entry = group.image(items[index].dataset, items[index].image);
         entry.map(|entry| entry.path.clone()).unwrap_or_default()
     };
-    let moments = encode(&ready, encoder, |index| path_of(index))?;
+    let moments = encode(&ready, encoder, path_of)?;
     let flipped = if ready.iter().any(|(index, _)| items[*index].settings.flip) {
         let mirror: Vec<(usize, Picture)> =
             ready.iter().map(|(index, picture)| (*index, mirrored(picture))).collect();
-        Some(encode(&mirror, encoder, |index| path_of(index))?)
+        Some(encode(&mirror, encoder, path_of)?)
     } else {
         None
     };
@@ -436,10 +434,8 @@ fn encode(
     let (width, height) = (pictures[0].1.size.0 as usize, pictures[0].1.size.1 as usize);
     let images: Vec<f32> =
         pictures.iter().flat_map(|(_, picture)| picture.rgb.iter().copied()).collect();
-    let failure = |index: usize, problem: String| DatasetError::Latents {
-        path: path_of(index),
-        problem,
-    };
+    let failure =
+        |index: usize, problem: String| DatasetError::Latents { path: path_of(index), problem };
     let first = pictures[0].0;
     let all = encoder
         .encode(&images, [pictures.len(), height, width, 3])

@@ -141,8 +141,10 @@ pub(crate) fn write(
     settings: &LatentSettings,
     latents: &CachedLatents,
 ) -> Result<(), DatasetError> {
-    let unusable =
-        |error: FormatError| DatasetError::CacheFile { path: file.into(), problem: error.to_string() };
+    let unusable = |error: FormatError| DatasetError::CacheFile {
+        path: file.into(),
+        problem: error.to_string(),
+    };
     let (width, height) = latents.latent_size;
     let mut tensors = BTreeMap::new();
     let mut add = |name: &str, shape: &[usize], values: &[f32]| -> Result<(), DatasetError> {

@@ -132,14 +132,16 @@ impl Loader {
         let first = epoch * per_epoch + range.start as u64;
         let end = end_epoch * per_epoch + end_range.start as u64;
         let workers = options.workers.max(1);
-        let maker = BatchMaker { parts, options, epochs: Mutex::default(), reported: Mutex::default() };
+        let maker =
+            BatchMaker { parts, options, epochs: Mutex::default(), reported: Mutex::default() };
         let make = move |job: u64| {
             let number = first + job;
             maker.make(number / per_epoch, (number % per_epoch) as usize)
         };
         let jobs = end.saturating_sub(first);
-        let prepared = Ordered::start(jobs, workers, workers * 2, make)
-            .map_err(|error| DatasetError::file("start a data loading thread", Path::new(""), error))?;
+        let prepared = Ordered::start(jobs, workers, workers * 2, make).map_err(|error| {
+            DatasetError::file("start a data loading thread", Path::new(""), error)
+        })?;
         Ok(Self { prepared, sampler, position: (epoch, range.start) })
     }
 
@@ -159,7 +161,8 @@ impl Loader {
             true => (epoch, batch + 1),
             false => (epoch + 1, 0),
         };
-        let failure = |message| DatasetError::Worker { epoch: epoch + 1, batch: batch + 1, message };
+        let failure =
+            |message| DatasetError::Worker { epoch: epoch + 1, batch: batch + 1, message };
         match self.prepared.next() {
             Some(Ok(result)) => result,
             Some(Err(panic)) => Err(failure(panic)),
@@ -284,8 +287,7 @@ impl BatchMaker {
             }
         };
         let options = &dataset.plan.subsets[entry.subset].options;
-        let moment =
-            CaptionMoment { epoch, step, max_train_steps: self.options.max_train_steps };
+        let moment = CaptionMoment { epoch, step, max_train_steps: self.options.max_train_steps };
         let mut rng = stream(seed, Purpose::Caption, key.global_index, 0);
         let crop = super::buckets::crop_in_bucket(entry.bucket, entry.size);
         let left = if flipped { f64::from(entry.bucket.0) - crop[2] } else { crop[0] };

@@ -116,9 +116,7 @@ fn crop_to(pixels: Pixels, bucket: Size, rng: Option<&mut Rng>) -> Pixels {
     }
     let (left, top) = match rng {
         None => (free_x / 2, free_y / 2),
-        Some(rng) => {
-            (rng.below(free_x as u64 + 1) as usize, rng.below(free_y as u64 + 1) as usize)
-        }
+        Some(rng) => (rng.below(free_x as u64 + 1) as usize, rng.below(free_y as u64 + 1) as usize),
     };
     pixels.crop(left, top, width, height)
 }

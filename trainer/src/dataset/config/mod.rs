@@ -473,7 +473,7 @@ fn check_resolution(
 ) -> Result<(), DatasetError> {
     let steps = options.bucket_reso_steps;
     if !options.enable_bucket {
-        if width % multiple != 0 || height % multiple != 0 {
+        if !width.is_multiple_of(multiple) || !height.is_multiple_of(multiple) {
             return Err(origin.config(
                 name,
                 format!("`resolution` {width}x{height} is not a multiple of {multiple}"),
@@ -482,7 +482,7 @@ fn check_resolution(
         }
         return Ok(());
     }
-    if steps == 0 || steps % multiple != 0 {
+    if steps == 0 || !steps.is_multiple_of(multiple) {
         return Err(origin.config(
             name,
             format!("`bucket_reso_steps` is not a multiple of {multiple}: {steps}"),

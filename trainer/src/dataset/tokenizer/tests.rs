@@ -86,17 +86,12 @@ fn ids_equal_the_parity_inputs() {
     for (v2, folder) in [(false, "parity"), (true, "parity-sd2")] {
         let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/data");
         let path = format!("{root}/{folder}/inputs.safetensors");
-        let Ok(bytes) = std::fs::read(&path) else { panic!("{path} is missing") };
-        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-        let tensor = file.tensor("input_ids").unwrap();
-        let want: Vec<i64> = match tensor.dtype() {
-            safetensors::Dtype::I64 => tensor
-                .data()
-                .chunks_exact(8)
-                .map(|bytes| i64::from_le_bytes(bytes.try_into().unwrap()))
-                .collect(),
-            other => panic!("{other:?}"),
-        };
+        let file = formats::open_tensor_file(Path::new(&path)).unwrap();
+        let tensor = file.view("input_ids").unwrap();
+        assert_eq!(tensor.dtype, formats::Dtype::I64);
+        let words = tensor.data.chunks_exact(8);
+        let want: Vec<i64> =
+            words.map(|word| i64::from_le_bytes(word.try_into().unwrap())).collect();
         let tokenizer = ClipTokenizer::embedded(v2).unwrap();
         let texts = ["a photo of sks dog", "sks dog, red bucket, night"];
         let got: Vec<i64> = texts
