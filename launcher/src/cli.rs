@@ -99,9 +99,23 @@ pub struct Launch {
 /// What the ranks run.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Train a LoRA as a config file says; `lorarun train --help` explains every option
+    #[command(disable_help_flag = true)]
+    Train(Passed),
+    /// Compare what this machine computes with PyTorch's results
+    #[command(disable_help_flag = true)]
+    Selftest(Passed),
     /// Check that the processes of this machine reach each other, and measure how fast
     #[command(name = "check-ranks", alias = "check_ranks")]
     CheckRanks(check_ranks::Options),
+}
+
+/// Arguments that another crate understands.
+#[derive(Debug, Args)]
+pub struct Passed {
+    /// Passed on as they are
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
+    pub arguments: Vec<OsString>,
 }
 
 impl Command {
@@ -218,6 +232,20 @@ mod tests {
         for option in ["--num_processes", "--num-processes"] {
             let cli = Cli::try_parse_from(["lorarun", option, "3", "check-ranks"]).unwrap();
             assert_eq!(cli.launch.num_processes, 3);
+        }
+    }
+
+    #[test]
+    fn what_follows_a_command_is_passed_on_untouched() {
+        let words = ["a.toml", "--num_processes", "7", "--help", "-x", "--", "--version"];
+        for command in ["train", "selftest"] {
+            let line = ["lorarun", "--num_processes", "2", command].into_iter().chain(words);
+            let cli = Cli::try_parse_from(line).unwrap();
+            assert_eq!(cli.launch.num_processes, 2);
+            let (Command::Train(passed) | Command::Selftest(passed)) = cli.command else {
+                panic!("another command than {command}");
+            };
+            assert_eq!(passed.arguments, words.map(OsString::from));
         }
     }
 

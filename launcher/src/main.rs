@@ -67,6 +67,8 @@ fn run_as_rank(command: Command, env: &Env) -> i32 {
         return exit_code::FAILURE;
     }
     match command {
+        Command::Train(passed) => trainer::cli::train_main(&passed.arguments, env),
+        Command::Selftest(passed) => trainer::cli::selftest_main(&passed.arguments, env),
         Command::CheckRanks(options) => check_ranks::run(&options, env),
     }
 }

@@ -4,11 +4,14 @@ use std::ffi::OsString;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use collectives::{Env, exit_code, report_failure};
+use collectives::{CollectiveError, Env, exit_code, report_failure};
 use engine::Device;
+use models::ModelError;
 
+use crate::dataset::DatasetError;
 use crate::options::{self, Action};
-use crate::run::{Ending, run};
+use crate::run::Run;
+use crate::train::Ending;
 use crate::{console, selftest};
 
 /// A failure and the code it ends the process with.
@@ -39,16 +42,38 @@ fn train(args: &[OsString], env: &Env) -> Result<i32, Failure> {
             }
             Ok(exit_code::DONE)
         }
-        Action::Train => match run(&parsed, env) {
-            Ok(Ending::Complete) => Ok(exit_code::DONE),
-            Ok(Ending::Stopped) => Ok(exit_code::REQUEUE),
-            Err(error) => {
-                let before_training = error.downcast_ref::<crate::run::BeforeTraining>().is_some();
-                let code =
-                    if before_training { exit_code::CONFIGURATION } else { exit_code::FAILURE };
-                Err(Failure { code, error })
+        Action::Train => {
+            let run = Run::prepare(&parsed, env).map_err(|error| Failure {
+                code: code_of(&error, exit_code::CONFIGURATION),
+                error,
+            })?;
+            if run.is_dry() {
+                run.print_plan();
+                return Ok(exit_code::DONE);
             }
-        },
+            match run.train(env) {
+                Ok(Ending::Complete) => Ok(exit_code::DONE),
+                Ok(Ending::Stopped) => Ok(exit_code::REQUEUE),
+                Err(error) => {
+                    Err(Failure { code: code_of(&error, exit_code::FAILURE), error })
+                }
+            }
+        }
+    }
+}
+
+/// Data and model files that are wrong are configuration; ranks that are lost are not.
+fn code_of(error: &anyhow::Error, otherwise: i32) -> i32 {
+    let lost = |cause: &(dyn std::error::Error + 'static)| cause.is::<CollectiveError>();
+    let wrong = |cause: &(dyn std::error::Error + 'static)| {
+        cause.is::<DatasetError>() || cause.is::<ModelError>()
+    };
+    if error.chain().any(lost) {
+        exit_code::FAILURE
+    } else if error.chain().any(wrong) {
+        exit_code::CONFIGURATION
+    } else {
+        otherwise
     }
 }
 

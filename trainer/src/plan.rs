@@ -136,17 +136,10 @@ pub fn describe(
     let mut add = |name: &str, value: String| lines.push((name.to_owned(), value));
     let network = &prepared.network;
     add("base model", format!("{} ({})", base.files.path.display(), base.files.family.title()));
-    for (number, dataset) in group.datasets.iter().enumerate() {
-        let (width, height) = dataset.plan.resolution;
-        add(
-            &format!("dataset {}", number + 1),
-            format!(
-                "{} images with repeats, {} of them regularization, up to {width}x{height}, {} buckets",
-                dataset.num_train_images + dataset.num_reg_images,
-                dataset.num_reg_images,
-                dataset.buckets.len()
-            ),
-        );
+    let accumulation = options.gradient_accumulation_steps;
+    let sampler = Sampler::new(group, plan.seed, plan.world_size, accumulation);
+    for (name, value) in group.summary(&sampler) {
+        add(&name, value);
     }
     let batch = group.datasets.first().map_or(1, |dataset| dataset.plan.options.batch_size);
     add(

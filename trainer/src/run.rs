@@ -1,5 +1,10 @@
 //! The way of a run: from checked options to a trained file, on one rank.
 
+use std::cell::RefCell;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result};
 use collectives::{Comm, Env};
 
@@ -7,19 +12,27 @@ use crate::base::Base;
 use crate::checkpoint::check_writable;
 use crate::console;
 use crate::data_plan::{dataset_defaults, dataset_input};
-use crate::dataset::{DatasetGroup, plan_datasets};
+use crate::dataset::{
+    CacheOptions, CachePlace, ClipTokenizer, DatasetGroup, LatentStore, Loader, LoaderOptions,
+    LoaderParts, Sampler, TokenLength, cache_latents, plan_datasets, worker_count,
+};
+use crate::latents::{VaeEncoder, vae_fingerprint};
 use crate::lr::Schedule;
 use crate::memory::{peak_resident, show_bytes};
 use crate::network::PreparedNetwork;
+use crate::noising::Noising;
 use crate::objective::Objective;
 use crate::optimizer::Optimizer;
 use crate::options::{Options, Parsed};
-use crate::plan::{Plan, choose_seed, describe};
+use crate::plan::{Plan, Stamp, choose_seed, describe};
 use crate::progress::format_summary;
 use crate::saver::{DatasetNumbers, Saver};
 use crate::step::Models;
 use crate::tensorboard::RunLog;
 use crate::train::{Ending, Trainer};
+
+/// Shortest time between two lines about the cache.
+const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A run that is resolved and checked; nothing heavy has happened yet.
 pub struct Run {
@@ -87,4 +100,137 @@ fn agree_on_seed(options: &Options, comm: &Comm) -> Result<u64> {
     let agreed = comm.broadcast(0, own).context("agree on a seed")?;
     let bytes: [u8; 8] = agreed.try_into().map_err(|_| anyhow::anyhow!("not a seed"))?;
     Ok(u64::from_le_bytes(bytes))
+}
+
+impl Run {
+    /// Caches latents, loads the models, trains, and writes the files.
+    pub fn train(self, env: &Env) -> Result<Ending> {
+        let Self { options, comm, base, group, prepared, plan } = self;
+        if comm.rank() == 0 {
+            check_writable(&plan.saving.output_dir)?;
+        }
+        let (group, latents) = cache(&options, &comm, &base, group)?;
+        // Damaged images were left out: the plan must count what is there.
+        let plan = Plan::new(&options, &group, &base, plan.seed, comm.world_size())?;
+        let group = Arc::new(group);
+        let saver = match comm.rank() {
+            0 => {
+                let numbers = DatasetNumbers::new(&group, &plan);
+                Some(Saver::new(&options, &plan, &base, &prepared, &numbers)?)
+            }
+            _ => None,
+        };
+        let log = match comm.rank() {
+            0 => RunLog::open(&options, Stamp::Clock.now())?,
+            _ => None,
+        };
+        let mut models = Models { text_encoder: base.load_text_encoder()?, unet: base.load_unet()? };
+        engine::release_pool();
+        let params = prepared.parameters(&base)?;
+        let network = prepared.network;
+        network.install(&mut models.text_encoder, &mut models.unet, 1.)?;
+        let has_latents = latents.is_some();
+        let mut loader = start_loader(&options, env, &base, (group, latents), &plan)?;
+        let noising = Noising {
+            objective: Objective::from_options(&options)?,
+            seed: plan.seed,
+            scaling: base.vae.scaling,
+            accumulation: options.gradient_accumulation_steps,
+            vae: if has_latents { None } else { Some(RefCell::new(VaeEncoder::load(&base)?)) },
+        };
+        let trainer = Trainer {
+            optimizer: Optimizer::new(plan.optimizer, &params)?,
+            schedule: Schedule::new(&options, plan.steps)?,
+            options: &options,
+            plan: &plan,
+            comm: &comm,
+            models,
+            network,
+            params,
+            noising,
+            saver,
+            log,
+        };
+        let ending = trainer.run(&mut loader)?;
+        if let Some(peak) = peak_resident() {
+            console::note(&format!("peak memory of rank 0: {}", show_bytes(peak)));
+        }
+        Ok(ending)
+    }
+}
+
+/// The latents of all images, where they are to be cached; the VAE is gone afterwards.
+fn cache(
+    options: &Options,
+    comm: &Comm,
+    base: &Base,
+    group: DatasetGroup,
+) -> Result<(DatasetGroup, Option<Arc<LatentStore>>)> {
+    if !options.cache_latents && !options.cache_latents_to_disk {
+        return Ok((group, None));
+    }
+    let place = if options.cache_latents_to_disk {
+        CachePlace::BesideImages
+    } else {
+        // Rank 0 names the folder for all ranks.
+        let own = std::env::temp_dir().join(format!("lorarun-latents-{}", std::process::id()));
+        let agreed = comm.broadcast(0, own.display().to_string().into_bytes())?;
+        CachePlace::Temporary(PathBuf::from(String::from_utf8(agreed)?))
+    };
+    let mut shown = Instant::now();
+    let mut progress = |done: usize, all: usize| {
+        if done == all || shown.elapsed() > LINE_INTERVAL {
+            shown = Instant::now();
+            console::note(&format!("latents of {done} of {all} images"));
+        }
+    };
+    let mut encoder = VaeEncoder::load(base)?;
+    let (group, store) = cache_latents(
+        group,
+        &mut encoder,
+        comm,
+        CacheOptions {
+            place,
+            vae: vae_fingerprint(base)?,
+            batch_size: options.vae_batch_size.max(1),
+            workers: worker_count(options.max_data_loader_n_workers, comm.world_size()),
+            strict_data: options.strict_data,
+            skip_check: options.skip_cache_check,
+            progress: &mut progress,
+        },
+    )?;
+    Ok((group, Some(Arc::new(store))))
+}
+
+fn start_loader(
+    options: &Options,
+    env: &Env,
+    base: &Base,
+    (group, latents): (Arc<DatasetGroup>, Option<Arc<LatentStore>>),
+    plan: &Plan,
+) -> Result<Loader> {
+    let accumulation = options.gradient_accumulation_steps;
+    let sampler = Sampler::new(&group, plan.seed, plan.world_size, accumulation);
+    let token_length = options.max_token_length.map(|length| length as u32);
+    let token_length = TokenLength::from_option(token_length)
+        .context("`max_token_length` must be 150 or 225")?;
+    let tokenizer =
+        ClipTokenizer::open(base.files.tokenizer_dir.as_deref(), base.preset.pads_with_zero)?;
+    let parts = LoaderParts {
+        group,
+        sampler: Arc::new(sampler),
+        tokenizer: Arc::new(tokenizer),
+        latents,
+    };
+    let options = LoaderOptions {
+        rank: env.rank,
+        world_size: env.world_size,
+        seed: plan.seed,
+        max_train_steps: plan.steps as u64,
+        first_step: 0,
+        workers: worker_count(options.max_data_loader_n_workers, env.local_world_size),
+        token_length,
+        weighted_captions: options.weighted_captions,
+    };
+    Ok(Loader::start(parts, options)?)
 }

@@ -9,6 +9,7 @@ use models::lora::LoraNetwork;
 use crate::base::Base;
 use crate::checkpoint::{SavePoint, Saving};
 use crate::console;
+use crate::dataset::DatasetGroup;
 use crate::metadata::{DatasetFacts, FileMetadata, ModelFacts, RunFacts};
 use crate::network::PreparedNetwork;
 use crate::options::{Options, SaveModelAs, SavePrecision};
@@ -93,6 +94,22 @@ pub struct DatasetNumbers {
     pub batch_size: usize,
     /// Width and height in pixels (first dataset).
     pub resolution: (usize, usize),
+}
+
+impl DatasetNumbers {
+    /// Reads them off the datasets.
+    pub fn new(group: &DatasetGroup, plan: &Plan) -> Self {
+        let first = group.datasets.first().map(|dataset| &dataset.plan);
+        let (width, height) = first.map_or((0, 0), |plan| plan.resolution);
+        Self {
+            facts: group.facts(),
+            train_images: group.num_train_images() as usize,
+            reg_images: group.num_reg_images() as usize,
+            batches_per_epoch: plan.batches_per_epoch,
+            batch_size: first.map_or(1, |plan| plan.options.batch_size),
+            resolution: (width as usize, height as usize),
+        }
+    }
 }
 
 fn run_facts(

@@ -73,19 +73,16 @@ impl Trainer<'_> {
             recorder.add(epoch, step_in_epoch, result.loss);
             let average = recorder.moving_average();
             progress.step(step + 1, epoch + 1, average);
+            let values = StepLog {
+                loss: result.loss,
+                average_loss: average,
+                text_encoder_lr: self.rate(Part::TextEncoder, step),
+                unet_lr: self.rate(Part::Unet, step),
+                grad_norm: Some(result.gradient_norm),
+                seconds: started.elapsed().as_secs_f64(),
+            };
             if let Some(log) = &mut self.log {
-                let rate = |part| self.rate(part, step);
-                log.step(
-                    step + 1,
-                    &StepLog {
-                        loss: result.loss,
-                        average_loss: average,
-                        text_encoder_lr: rate(Part::TextEncoder),
-                        unet_lr: rate(Part::Unet),
-                        grad_norm: Some(result.gradient_norm),
-                        seconds: started.elapsed().as_secs_f64(),
-                    },
-                )?;
+                log.step(step + 1, &values)?;
             }
             let epoch_ends = step_in_epoch + 1 == self.plan.steps_per_epoch;
             self.save_what_is_due(step + 1, epoch + 1, epoch_ends)?;

@@ -1,0 +1,95 @@
+//! From a loaded batch to what the models are asked: latents sampled, noised, prompts gathered.
+
+use std::cell::RefCell;
+
+use anyhow::{Context, Result};
+use engine::{DType, Device, Tensor};
+
+use crate::dataset::{Batch, LatentEncoder};
+use crate::latents::{MOMENTS, VaeEncoder};
+use crate::objective::{Draw, Noised, Objective};
+use crate::rng::{Purpose, stream};
+use crate::step::Prompts;
+
+/// Channels of the latents.
+const CHANNELS: usize = MOMENTS / 2;
+/// Pixels of the image to one latent pixel, in each direction.
+const LATENT_SCALE: usize = 8;
+
+/// Turns batches into training inputs. All random numbers are keyed by the global sample index.
+pub struct Noising {
+    /// What to predict and how it counts.
+    pub objective: Objective,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Factor of the latents.
+    pub scaling: f32,
+    /// Micro-steps of a step: each batch counts for its part.
+    pub accumulation: usize,
+    /// Encodes the images of a batch; `None` where latents are cached.
+    pub vae: Option<RefCell<VaeEncoder>>,
+}
+
+impl Noising {
+    /// Noises this rank's part of a batch.
+    pub fn noise(&self, batch: &Batch) -> Result<Noised> {
+        let (width, height) = (batch.size.0 as usize, batch.size.1 as usize);
+        let shape =
+            [batch.samples.len(), height / LATENT_SCALE, width / LATENT_SCALE, CHANNELS];
+        let moments = match (&batch.moments, &batch.images, &self.vae) {
+            (Some(moments), _, _) => moments.clone(),
+            (None, Some(images), Some(vae)) => {
+                vae.borrow_mut().encode(images, [shape[0], height, width, 3])?
+            }
+            _ => anyhow::bail!("a batch has neither latents nor images that a VAE could encode"),
+        };
+        let latents = self.sample_latents(batch, &moments)?;
+        let len = shape[1] * shape[2] * CHANNELS;
+        let draws: Vec<Draw> = batch
+            .samples
+            .iter()
+            .map(|sample| self.objective.draw(self.seed, sample.global_index, len, CHANNELS))
+            .collect();
+        let share = (batch.global_count * self.accumulation) as f32;
+        let weights: Vec<f32> = batch.samples.iter().map(|s| s.loss_weight / share).collect();
+        let mut noised = self.objective.prepare(&latents, shape, &draws, &weights)?;
+        if let Some(alphas) = &batch.alpha_masks {
+            let mask: Vec<f32> =
+                alphas.iter().flat_map(|alpha| std::iter::repeat_n(*alpha, CHANNELS)).collect();
+            noised.loss.mask = Some(Tensor::from_f32(Device::Cpu, &shape, &mask, DType::F32)?);
+        }
+        Ok(noised)
+    }
+
+    /// A draw from the VAE's posterior for each sample, scaled.
+    fn sample_latents(&self, batch: &Batch, moments: &[f32]) -> Result<Vec<f32>> {
+        let len = moments.len() / batch.samples.len();
+        let mut latents = Vec::with_capacity(moments.len() / 2);
+        for (sample, moments) in batch.samples.iter().zip(moments.chunks(len)) {
+            let mut rng = stream(self.seed, Purpose::LatentSample, sample.global_index, 0);
+            let before = latents.len();
+            for pixel in moments.chunks(MOMENTS) {
+                let (means, logvars) = pixel.split_at(CHANNELS);
+                latents.extend(means.iter().zip(logvars).map(|(mean, logvar)| {
+                    (mean + (0.5 * logvar).exp() * rng.normal()) * self.scaling
+                }));
+            }
+            latents[before..].iter().all(|x: &f32| x.is_finite()).then_some(()).with_context(|| {
+                format!(
+                    "the latents are not finite: {}\nhint: the image or the VAE is damaged",
+                    sample.image_path.display()
+                )
+            })?;
+        }
+        Ok(latents)
+    }
+
+    /// The prompts of a batch.
+    pub fn prompts(&self, batch: &Batch) -> Prompts {
+        Prompts {
+            ids: batch.input_ids.clone(),
+            weights: batch.token_weights.clone(),
+            chunks: batch.chunks,
+        }
+    }
+}
