@@ -4,6 +4,8 @@
 //! numbers were made. Tolerances: forwards 1e-4 of the largest value, gradients 1e-3 of the norm and
 //! a cosine of 0.99999, which leaves room for another order of sums and for nothing else.
 
+#![expect(clippy::unwrap_used, reason = "a failed step of a test is a failed test")]
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,7 +19,7 @@ use models::lora::{
 };
 use models::{
     ClipConfig, ClipTextModel, NoiseSchedule, ScheduleSettings, Unet, UnetConfig, UnetInput, Vae,
-    VaeConfig, pixel_order, preset,
+    VaeConfig, join_chunks, pixel_order, preset, scale_tokens,
 };
 
 const FORWARD: f32 = 1e-4;
@@ -238,7 +240,8 @@ fn train(
         &fixture.inputs.get("noise")[..fixture.noisy_latents().len()],
         &fixture.inputs.shape("latents_raw"),
     );
-    let spec = LossSpec { element: ElementLoss::L2, delta: vec![0.; 2], weight: vec![0.5; 2] };
+    let spec =
+        LossSpec { element: ElementLoss::L2, delta: vec![0.; 2], weight: vec![0.5; 2], mask: None };
     let (_, loss) = tape.loss(&prediction, &target, &spec).unwrap();
     let mut gradients = BTreeMap::new();
     let (text, prediction) = (text.tensor().to_vec_f32().unwrap(), nchw(prediction.tensor()));
@@ -263,48 +266,61 @@ fn gradient_errors(got: &[f32], want: &[f32]) -> (f64, f64) {
     ((a - b).abs() / b, 1. - dot / (a * b))
 }
 
-/// Float32 gradients of the reference differ from float64 ones by up to 3e-9 per number; a tensor
-/// whose largest number is not far above that says nothing about angles.
+/// Float32 gradients of the reference differ from float64 ones by up to 3e-9 per number. On levels of
+/// 32 channels the group norm cancels the time embedding: its gradients are such noise and no more.
 const NOISE: f32 = 3e-9;
 
-fn compare_gradients(got: &BTreeMap<String, Vec<f32>>, want: &Numbers, prefix: &str) {
-    let mut absent = 0;
+fn compare_gradients(got: &BTreeMap<String, Vec<f32>>, want: &Numbers) {
     let mut worst = (0f64, 0f64);
     for (key, got) in got {
-        let name = format!("{prefix}grad/{key}");
-        if want.0.describe(&name).is_none() {
-            absent += 1;
-            continue;
-        }
-        let want = want.get(&name);
-        let difference = got.iter().zip(&want).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
-        if difference <= NOISE {
-            continue;
-        }
+        let want = want.get(&format!("grad/{key}"));
         let errors = gradient_errors(got, &want);
+        let difference = got.iter().zip(&want).fold(0f32, |m, (a, b)| m.max((a - b).abs()));
+        if key.contains("time_emb_proj") && difference <= NOISE {
+            continue;
+        }
+        assert!(errors.0 <= 1e-3 && errors.1 <= 1e-5, "{key}: {errors:?}, {difference:e}");
         worst = (worst.0.max(errors.0), worst.1.max(errors.1));
-        assert!(errors.0 <= 1e-3 && errors.1 <= 1e-5, "{key}: {errors:?}");
     }
     println!("{} gradients, worst norm and 1-cosine {worst:?}", got.len());
-    assert_eq!(absent, 0, "gradients that the reference does not have");
-    for name in want.names() {
-        if let Some(key) = name.strip_prefix(&format!("{prefix}grad/")) {
-            assert!(got.contains_key(key), "no gradient for {key}");
-        }
-    }
+    let wanted = want.names().into_iter().filter(|name| name.starts_with("grad/")).count();
+    assert_eq!(got.len(), wanted, "gradients that only one side has");
+}
+
+/// Loss and norm of all gradients of a case.
+fn case_totals(fixture: &Fixture, case: &str, name: &str) -> (f32, f32) {
+    let text = std::fs::read(fixture.root.join(case).join("cases.json")).unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let cases = json["cases"].as_array().unwrap();
+    let found = cases.iter().find(|entry| entry["name"] == name).unwrap();
+    let number = |key: &str| found[key].as_f64().unwrap() as f32;
+    (number("loss"), number("grad_norm"))
 }
 
 fn lora(name: &str, case: &str) {
     let mut fixture = Fixture::open(name, DType::F32);
     let (network, params) = fixture.install(case);
     let reference = Numbers::open(&fixture.root.join(case).join("ref.safetensors"));
-    for (prefix, clip_skip) in [("", None), ("clip_skip_2/", Some(2))] {
+    let skips = [("clip_skip_none", "", None), ("clip_skip_2", "clip_skip_2/", Some(2))];
+    for (entry, prefix, clip_skip) in skips {
         let got = train(&fixture, (&network, &params), clip_skip, false);
         let want = |key: &str| reference.get(&format!("{prefix}{key}"));
         assert_close("te_out", &got.text, &want("te_out"), FORWARD);
         assert_close("noise_pred", &got.prediction, &want("noise_pred"), FORWARD);
         assert_close("loss", &[got.loss], &want("loss"), FORWARD);
-        compare_gradients(&got.gradients, &reference, prefix);
+        let (loss, total) = case_totals(&fixture, case, entry);
+        assert_close("loss of the case", &[got.loss], &[loss], FORWARD);
+        let all: Vec<f32> = got.gradients.values().flatten().copied().collect();
+        assert_close("norm of all gradients", &[norm(&all) as f32], &[total], FORWARD);
+        if clip_skip.is_none() {
+            compare_gradients(&got.gradients, &reference);
+        } else {
+            // The layer that is not run has no gradients: not zeros, none.
+            let last = format!("_layers_{}_", fixture.clip.config().layers - 1);
+            let ran = |id: &usize| !network.key(ParamId(*id)).contains(&last);
+            assert_eq!(got.gradients.len(), (0..network.param_count()).filter(ran).count());
+            assert!(got.gradients.keys().all(|key| !key.contains(&last)));
+        }
 
         let again = train(&fixture, (&network, &params), clip_skip, true);
         assert_eq!(got.loss.to_bits(), again.loss.to_bits());
@@ -414,20 +430,48 @@ fn schedule_tables() {
     for (prefix, zero_terminal_snr) in [("default", false), ("ztsnr", true)] {
         let schedule =
             NoiseSchedule::new(ScheduleSettings { zero_terminal_snr, ..Default::default() });
+        let tables = |name: &str| tables.get(&format!("{prefix}/{name}"));
+        if !zero_terminal_snr {
+            assert_eq!(schedule.betas, tables("betas"));
+            assert_eq!(schedule.alphas_cumprod, tables("alphas_cumprod"));
+        }
         for (name, got) in [
             ("betas", &schedule.betas),
             ("alphas_cumprod", &schedule.alphas_cumprod),
             ("all_snr_as_used_by_sdscripts", &schedule.snr),
         ] {
-            let want = tables.get(&format!("{prefix}/{name}"));
+            let want = tables(name);
             assert_eq!(got.len(), want.len());
             for (t, (a, b)) in got.iter().zip(&want).enumerate() {
-                // One unit in the last place of `1 - x` is what PyTorch's own kernels differ by.
-                let tolerance = 1e-5 * b.abs() + 1e-7;
+                // PyTorch's vectorised square root is off by an ulp, which small differences show.
+                let tolerance = 1e-6 * b.abs() + 4e-6 * f32::from(u8::from(name == "betas")) + 1e-7;
                 assert!((a - b).abs() <= tolerance, "{prefix}/{name} at {t}: {a} and {b}");
             }
         }
     }
+}
+
+#[test]
+fn long_prompts_are_joined_from_their_chunks() {
+    let fixture = Fixture::open("parity", DType::F32);
+    let tape = Tape::inference(None);
+    let chunks = fixture.clip.forward(&tape, &fixture.ids(), 77, None).unwrap();
+    let joined = join_chunks(&tape, &chunks, 2).unwrap();
+    assert_eq!(joined.shape(), [1, 152, 32]);
+    let (each, all) =
+        (chunks.tensor().to_vec_f32().unwrap(), joined.tensor().to_vec_f32().unwrap());
+    let row = |data: &[f32], i: usize| data[i * 32..(i + 1) * 32].to_vec();
+    for (to, from) in [(0, 0), (1, 1), (75, 75), (76, 78), (150, 152), (151, 153)] {
+        assert_eq!(row(&all, to), row(&each, from), "row {to}");
+    }
+    let weights: Vec<f32> = (0..154).map(|i| i as f32).collect();
+    let scaled = scale_tokens(&tape, &joined, &weights, 2).unwrap().tensor().to_vec_f32().unwrap();
+    for (to, factor) in [(0, 1.), (1, 1.), (75, 75.), (76, 78.), (150, 152.), (151, 1.)] {
+        let want: Vec<f32> = row(&all, to).iter().map(|x| x * factor).collect();
+        assert_eq!(row(&scaled, to), want, "row {to}");
+    }
+    assert!(join_chunks(&tape, &chunks, 3).is_err());
+    assert!(scale_tokens(&tape, &joined, &weights[1..], 2).is_err());
 }
 
 #[test]

@@ -71,7 +71,7 @@ impl ClipConfig {
 
     fn apply(&mut self, config: &ConfigValue) -> Result<()> {
         self.heads = config.count("num_attention_heads")?.unwrap_or(self.heads);
-        if self.width % self.heads != 0 {
+        if !self.width.is_multiple_of(self.heads) {
             let reason = format!("the heads must divide the width {}", self.width);
             return Err(config.error("num_attention_heads", &reason));
         }
@@ -185,7 +185,7 @@ impl ClipTextModel {
         length: usize,
         clip_skip: Option<usize>,
     ) -> EngineResult<Value> {
-        if length == 0 || length > self.config.positions || ids.len() % length != 0 {
+        if length == 0 || length > self.config.positions || !ids.len().is_multiple_of(length) {
             let detail = format!(
                 "{} ids in sequences of {length}, the model has {} positions",
                 ids.len(),

@@ -1,15 +1,15 @@
 //! The noise schedule of training (DDPM, Ho et al., arXiv:2006.11239) and what follows from it.
 //!
-//! Tables are computed with PyTorch's rounding (f32 values, f64 running products), so that losses
-//! agree with the reference to its own accuracy.
+//! Tables are rounded as PyTorch rounds them (f32 values, fused steps of `linspace`, f64 running
+//! products): betas and running products of the plain schedule are its numbers bit for bit.
 
 /// How the betas are made.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ScheduleSettings {
     /// Variance of the first step.
-    pub beta_start: f32,
+    pub beta_start: f64,
     /// Variance of the last step.
-    pub beta_end: f32,
+    pub beta_end: f64,
     /// Number of steps.
     pub steps: usize,
     /// Rescale so that the last step is pure noise (Lin et al., arXiv:2305.08891).
@@ -77,11 +77,15 @@ impl NoiseSchedule {
 
 /// Squares of equally spaced roots, spaced as `torch.linspace` does: from both ends.
 fn scaled_linear(settings: ScheduleSettings) -> Vec<f32> {
-    let (start, end) = (settings.beta_start.sqrt(), settings.beta_end.sqrt());
+    let (start, end) = (settings.beta_start.sqrt() as f32, settings.beta_end.sqrt() as f32);
     let steps = settings.steps;
     let width = (end - start) / steps.saturating_sub(1).max(1) as f32;
     let root = |i: usize| {
-        if i < steps / 2 { start + width * i as f32 } else { end - width * (steps - 1 - i) as f32 }
+        if i < steps / 2 {
+            width.mul_add(i as f32, start)
+        } else {
+            (-width).mul_add((steps - 1 - i) as f32, end)
+        }
     };
     (0..steps).map(|i| root(i) * root(i)).collect()
 }

@@ -5,6 +5,8 @@
 
 mod blocks;
 mod config;
+#[cfg(test)]
+mod tests;
 mod time;
 mod transformer;
 
