@@ -130,7 +130,7 @@ pub enum DatasetError {
         message: String,
     },
     /// The ranks could not talk.
-    #[error("the ranks lost each other while caching latents: {0}")]
+    #[error("the ranks cannot share the work of caching latents: {0}")]
     Exchange(String),
     /// A data loading thread ended in a way that is a fault of this program.
     #[error("a data loading thread failed on batch {batch} of epoch {epoch}: {message}")]

@@ -146,8 +146,7 @@ fn cache_together(
     let mut created = Ok(());
     for folder in items.iter().filter_map(|item| item.file.parent()).collect::<BTreeSet<_>>() {
         if created.is_ok() {
-            created = std::fs::create_dir_all(folder)
-                .map_err(|error| DatasetError::file("create the cache folder", folder, error));
+            created = create_folder(folder, comm.rank() == 0);
         }
     }
     let missing = find_missing(&group, &items, comm, &options, created)?;
@@ -166,6 +165,33 @@ fn cache_together(
             .map_err(|error| DatasetError::file("remove the folder", folder, error))?;
     }
     Ok((group, LatentStore { held: loaded? }))
+}
+
+/// Makes a cache folder; rank 0 also clears away what killed runs left half written in it.
+fn create_folder(folder: &Path, clear: bool) -> Result<(), DatasetError> {
+    std::fs::create_dir_all(folder).map_err(|error| DatasetError::CacheFile {
+        path: folder.to_owned(),
+        problem: format!(
+            "the folder cannot be created: {error}\nhint: `cache_latents` without \
+             `cache_latents_to_disk` needs no place beside the images"
+        ),
+    })?;
+    if clear {
+        let old = |path: &Path| {
+            let modified = path.metadata().and_then(|metadata| metadata.modified()).ok()?;
+            Some(modified.elapsed().ok()? > PATIENCE)
+        };
+        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        for path in entries.map(|entry| entry.path()) {
+            if path.extension().is_some_and(|extension| extension == "part")
+                && old(&path) == Some(true)
+            {
+                // Another run may have been faster; a file that stays does no harm.
+                let _ = std::fs::remove_file(&path);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The group without the images, in whichever dataset, of the cache files that could not be made.
@@ -239,6 +265,8 @@ struct Report {
     items: Vec<(usize, String)>,
     /// Why this rank cannot go on.
     error: Option<String>,
+    /// What this rank takes for the dataset; in the first exchange.
+    fingerprint: Option<[u8; 32]>,
 }
 
 /// Gives every rank the reports of all; an error of any rank is an error of all.
@@ -269,8 +297,9 @@ fn find_missing(
     options: &CacheOptions<'_>,
     created: Result<(), DatasetError>,
 ) -> Result<Vec<usize>, DatasetError> {
-    let mut report =
-        Report { error: created.as_ref().err().map(ToString::to_string), ..Report::default() };
+    let error = created.as_ref().err().map(ToString::to_string);
+    let fingerprint = Some(group.fingerprint());
+    let mut report = Report { error, fingerprint, ..Report::default() };
     for (index, item) in items.iter().enumerate().skip(comm.rank()).step_by(comm.world_size()) {
         let Some(entry) = group.image(item.dataset, item.image) else { continue };
         let state = if options.skip_check && item.file.exists() {
@@ -284,6 +313,13 @@ fn find_missing(
     }
     let reports = exchange(comm, &report)?;
     created?;
+    if let Some(rank) = reports.iter().position(|other| other.fingerprint != fingerprint) {
+        return Err(DatasetError::Exchange(format!(
+            "rank {} and rank {rank} see different images or captions\nhint: every host needs the \
+             same files in the same place",
+            comm.rank()
+        )));
+    }
     let mut missing: Vec<usize> =
         reports.into_iter().flat_map(|report| report.items).map(|(index, _)| index).collect();
     // Images of one size are neighbours, so that they can be encoded together.

@@ -46,32 +46,39 @@ fn area(source: &Pixels, width: usize, height: usize) -> Pixels {
     if source.width.is_multiple_of(width) && source.height.is_multiple_of(height) {
         return area_of_whole_pixels(source, width, height);
     }
+    if source.channels == 4 {
+        area_of_parts::<4>(source, width, height)
+    } else {
+        area_of_parts::<3>(source, width, height)
+    }
+}
+
+/// The general case, for `C` channels: each source row is shrunk, then rows are added up.
+fn area_of_parts<const C: usize>(source: &Pixels, width: usize, height: usize) -> Pixels {
     let columns = area_taps(source.width, width);
     let rows = area_taps(source.height, height);
-    let channels = source.channels;
-    let mut data = Vec::with_capacity(width * height * channels);
-    let mut sum = vec![0f32; width * channels];
-    let mut line = vec![0f32; width * channels];
+    let mut data = Vec::with_capacity(width * height * C);
+    let mut sums = vec![[0f32; C]; width];
     for row_taps in &rows {
-        sum.fill(0.0);
+        sums.fill([0.0; C]);
         for &(y, row_weight) in row_taps {
-            let source_row = &source.data[y * source.width * channels..];
-            for (out, column_taps) in line.chunks_exact_mut(channels).zip(&columns) {
-                out.fill(0.0);
-                for &(x, weight) in column_taps {
-                    let pixel = &source_row[x * channels..(x + 1) * channels];
-                    for (out, value) in out.iter_mut().zip(pixel) {
-                        *out += f32::from(*value) * weight;
+            let row = &source.data[y * source.width * C..(y + 1) * source.width * C];
+            for (sum, taps) in sums.iter_mut().zip(&columns) {
+                let mut line = [0f32; C];
+                let first = taps.first().map_or(0, |tap| tap.0);
+                for (pixel, (_, weight)) in row[first * C..].chunks_exact(C).zip(taps) {
+                    for channel in 0..C {
+                        line[channel] += f32::from(pixel[channel]) * weight;
                     }
                 }
-            }
-            for (sum, value) in sum.iter_mut().zip(&line) {
-                *sum += row_weight * value;
+                for channel in 0..C {
+                    sum[channel] += row_weight * line[channel];
+                }
             }
         }
-        data.extend(sum.iter().map(|value| value.round_ties_even() as u8));
+        data.extend(sums.as_flattened().iter().map(|value| value.round_ties_even() as u8));
     }
-    Pixels { width, height, channels, data }
+    Pixels { width, height, channels: C, data }
 }
 
 /// The case of whole ratios, which OpenCV sums in integers.
@@ -286,7 +293,11 @@ fn antialiased(
         source.data.chunks_exact_mut(4).for_each(premultiply);
     }
     if source.width != width {
-        source = filter_columns(&source, width, &pillow_taps(source.width, width, filter, support));
+        let windows = pillow_taps(source.width, width, filter, support);
+        source = match source.channels {
+            4 => filter_columns::<4>(&source, width, &windows),
+            _ => filter_columns::<3>(&source, width, &windows),
+        };
     }
     if source.height != height {
         source = filter_rows(&source, height, &pillow_taps(source.height, height, filter, support));
@@ -321,37 +332,37 @@ fn pillow_taps(source: usize, out: usize, filter: fn(f64) -> f64, support: f64) 
         .collect()
 }
 
-fn to_eight_bits(sum: i64) -> u8 {
+/// The weights of a window add up to 1 and none exceeds 1.3, so sums stay below 2^31, as Pillow
+/// relies on too.
+fn to_eight_bits(sum: i32) -> u8 {
     ((sum + (1 << (PILLOW_BITS - 1))) >> PILLOW_BITS).clamp(0, 255) as u8
 }
 
-fn filter_columns(source: &Pixels, width: usize, windows: &[Window]) -> Pixels {
-    let channels = source.channels;
-    let mut data = Vec::with_capacity(width * source.height * channels);
-    for row in source.data.chunks_exact(source.width * channels) {
+fn filter_columns<const C: usize>(source: &Pixels, width: usize, windows: &[Window]) -> Pixels {
+    let mut data = Vec::with_capacity(width * source.height * C);
+    for row in source.data.chunks_exact(source.width * C) {
         for (first, weights) in windows {
-            let mut sums = [0i64; 4];
-            let pixels = row[first * channels..].chunks_exact(channels);
-            for (pixel, weight) in pixels.zip(weights) {
-                for (sum, value) in sums.iter_mut().zip(pixel) {
-                    *sum += i64::from(*value) * i64::from(*weight);
+            let mut sums = [0i32; C];
+            for (pixel, weight) in row[first * C..].chunks_exact(C).zip(weights) {
+                for channel in 0..C {
+                    sums[channel] += i32::from(pixel[channel]) * weight;
                 }
             }
-            data.extend(sums[..channels].iter().map(|sum| to_eight_bits(*sum)));
+            data.extend(sums.map(to_eight_bits));
         }
     }
-    Pixels { width, height: source.height, channels, data }
+    Pixels { width, height: source.height, channels: C, data }
 }
 
 fn filter_rows(source: &Pixels, height: usize, windows: &[Window]) -> Pixels {
     let row = source.width * source.channels;
     let mut data = Vec::with_capacity(row * height);
-    let mut sums = vec![0i64; row];
+    let mut sums = vec![0i32; row];
     for (first, weights) in windows {
         sums.fill(0);
         for (line, weight) in source.data[first * row..].chunks_exact(row).zip(weights) {
             for (sum, value) in sums.iter_mut().zip(line) {
-                *sum += i64::from(*value) * i64::from(*weight);
+                *sum += i32::from(*value) * weight;
             }
         }
         data.extend(sums.iter().map(|sum| to_eight_bits(*sum)));

@@ -218,3 +218,51 @@ fn the_same_image_in_two_datasets_is_encoded_once() {
     assert_eq!(encoded, 3);
     assert_eq!(only(outcomes).1.len(), 6);
 }
+
+#[test]
+fn ranks_that_see_different_images_stop_together() {
+    let folder = tempfile::tempdir().unwrap();
+    images(folder.path(), 3);
+    let all = open(folder.path(), "");
+    let fewer = all.clone().without(&BTreeMap::from([((0, 1), "gone".to_owned())])).unwrap();
+    let encoded = AtomicUsize::new(0);
+    let comms = Comm::local_group(2).unwrap();
+    std::thread::scope(|scope| {
+        for (comm, group) in comms.into_iter().zip([all, fewer]) {
+            let encoded = &encoded;
+            scope.spawn(move || {
+                let mut encoder = Averages { images: encoded, poison: false };
+                let options = CacheOptions {
+                    place: CachePlace::BesideImages,
+                    vae: "v".into(),
+                    batch_size: 1,
+                    workers: 1,
+                    strict_data: false,
+                    skip_check: false,
+                    progress: &mut |_, _| {},
+                };
+                let outcome = cache_latents(group, &mut encoder, &comm, options);
+                let text = outcome.err().unwrap().to_string();
+                assert!(text.contains("see different images"), "{text}");
+            });
+        }
+    });
+    assert_eq!(encoded.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn what_killed_runs_left_is_cleared_away_when_it_is_old() {
+    let folder = tempfile::tempdir().unwrap();
+    images(folder.path(), 1);
+    let cache_folder = folder.path().join(CACHE_FOLDER);
+    std::fs::create_dir(&cache_folder).unwrap();
+    let (old, new) = (cache_folder.join("a.part"), cache_folder.join("b.part"));
+    for path in [&old, &new] {
+        std::fs::write(path, "half").unwrap();
+    }
+    let long_ago = std::time::SystemTime::now() - Duration::from_secs(100_000);
+    std::fs::File::options().write(true).open(&old).unwrap().set_modified(long_ago).unwrap();
+    let group = open(folder.path(), "");
+    only(cache(&group, 1, &TO_DISK).0);
+    assert!(!old.exists() && new.exists());
+}
