@@ -91,7 +91,10 @@ fn a_pickle_that_would_run_code() {
     // GLOBAL 'posix system', the argument, REDUCE, STOP.
     let pickle = format!("cposix\nsystem\n(S'touch {}'\ntR.", marker.display());
     let mut archive = Vec::new();
-    write_stored_zip(&mut archive, &[("archive/data.pkl", pickle.as_bytes()), ("archive/version", b"3\n")]);
+    write_stored_zip(
+        &mut archive,
+        &[("archive/data.pkl", pickle.as_bytes()), ("archive/version", b"3\n")],
+    );
     std::fs::write(&path, archive).expect("a file");
     scene.set("pretrained_model_name_or_path", quoted(&path.display().to_string()));
     refuses(&scene, &[], CONFIGURATION, &["evil.ckpt", "posix"]);
@@ -113,8 +116,11 @@ fn unknown_keys_in_a_dataset_file_come_with_a_suggestion() {
     let scene = Scene::new();
     let path = scene.folder.path().join("dataset.toml");
     let images = scene.images().display().to_string();
-    std::fs::write(&path, format!("[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{images}'\nnum_repeat = 3\n"))
-        .expect("a file");
+    std::fs::write(
+        &path,
+        format!("[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{images}'\nnum_repeat = 3\n"),
+    )
+    .expect("a file");
     let config = scene.folder.path().join("plain.toml");
     let written = std::fs::read_to_string(scene.write_config()).expect("the config");
     let plain = written.split("\n[[datasets]]").next().expect("the options");

@@ -11,7 +11,10 @@ const MARK: &str = "LORARUN_TEST_MARK";
 
 /// Starts a run that would take long, saving every step; its processes carry `mark`.
 fn start(scene: &mut Scene, processes: &str, mark: &str) -> Child {
-    scene.set("max_train_steps", "100000").set("save_every_n_steps", "1").set("train_batch_size", "1");
+    scene
+        .set("max_train_steps", "100000")
+        .set("save_every_n_steps", "1")
+        .set("train_batch_size", "1");
     let config = scene.write_config();
     lorarun()
         .args(["--num_processes", processes, "train"])
@@ -56,7 +59,7 @@ fn assert_complete(folder: &Path) {
         let name = path.file_name().expect("a name").to_string_lossy().into_owned();
         assert!(name.ends_with(".safetensors"), "left behind: {name}");
         let file = formats::lora_file::read(&path).unwrap_or_else(|e| panic!("{name}: {e}"));
-        formats::group_modules(&file.tensors, name.as_ref()).unwrap_or_else(|e| panic!("{name}: {e}"));
+        file.modules().unwrap_or_else(|e| panic!("{name}: {e}"));
     }
 }
 
@@ -72,7 +75,9 @@ fn a_killed_rank_ends_the_run_and_every_file_is_whole() {
         let mark = format!("killed-{}-{round}", std::process::id());
         let child = start(&mut scene, "2", &mark);
         let launcher = i32::try_from(child.id()).expect("a process id");
-        wait_until("the first file", Duration::from_secs(120), || !files(&scene.output_dir()).is_empty());
+        wait_until("the first file", Duration::from_secs(120), || {
+            !files(&scene.output_dir()).is_empty()
+        });
         let mut ranks: Vec<i32> = marked(&mark).into_iter().filter(|p| *p != launcher).collect();
         ranks.sort_unstable();
         assert_eq!(ranks.len(), 2);
@@ -99,7 +104,9 @@ fn an_interrupt_saves_and_ends_cleanly() {
         let mut scene = Scene::new();
         let mark = format!("interrupt-{}-{processes}", std::process::id());
         let child = start(&mut scene, processes, &mark);
-        wait_until("the first file", Duration::from_secs(120), || !files(&scene.output_dir()).is_empty());
+        wait_until("the first file", Duration::from_secs(120), || {
+            !files(&scene.output_dir()).is_empty()
+        });
         kill(i32::try_from(child.id()).expect("a process id"), "-INT");
         let output = child.wait_with_output().expect("the launcher ends");
         let said = text(&output);

@@ -5,6 +5,7 @@
 //! a cosine of 0.99999, which leaves room for another order of sums and for nothing else.
 
 #![expect(clippy::unwrap_used, reason = "a failed step of a test is a failed test")]
+#![expect(clippy::print_stdout, reason = "errors are shown with `--nocapture`")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

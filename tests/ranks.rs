@@ -407,6 +407,19 @@ fn rank_0_draws_on_a_terminal_and_is_logged() {
 }
 
 #[test]
+fn a_reader_that_goes_away_does_not_end_a_run() {
+    let mut run =
+        Run::start("--num_processes 2 check-ranks --rounds 40 --sizes 4kB,0,8 --pause_ms 5");
+    run.wait_for("ranks: 2");
+    // Nobody reads what is still to come.
+    drop(run.child.stderr.take());
+    let Run { mut child, stdout, mark } = run;
+    drop(stdout);
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_nothing_left(&mark);
+}
+
+#[test]
 fn ranks_share_the_processor() {
     let mut run = Run::start(
         "--num_processes 2 --num_cpu_threads_per_process 3 check-ranks --rounds 0 --sizes 4kB",
@@ -430,6 +443,7 @@ fn wrong_usage_ends_with_64() {
         ("--num_cpu_threads_per_process 0 check-ranks", "at least 1 is needed"),
         ("--collective_timeout 0 check-ranks", "seconds above 0"),
         ("--num_proceses 2 check-ranks", "--num_processes"),
+        ("--num_processes 2 selftest", "`selftest` is the work of one process"),
         ("check-ranks --sizes 1XB", "unit should be kB, MB or GB"),
     ] {
         let end = run(arguments);

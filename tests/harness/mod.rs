@@ -30,13 +30,21 @@ impl Scene {
         std::fs::create_dir(&images).expect("a new folder");
         for index in 0..8_u32 {
             let picture = image::RgbImage::from_fn(64, 64, |x, y| {
-                let inside = (x.abs_diff(32)).pow(2) + (y.abs_diff(32)).pow(2) < (8 + 3 * index).pow(2);
+                let inside =
+                    (x.abs_diff(32)).pow(2) + (y.abs_diff(32)).pow(2) < (8 + 3 * index).pow(2);
                 let shade = (x * 3 + index * 20) as u8;
-                if inside { image::Rgb([200, 30 * index as u8, 40]) } else { image::Rgb([shade, (y * 2) as u8, 90]) }
+                if inside {
+                    image::Rgb([200, 30 * index as u8, 40])
+                } else {
+                    image::Rgb([shade, (y * 2) as u8, 90])
+                }
             });
             picture.save(images.join(format!("{index}.png"))).expect("a saved picture");
-            std::fs::write(images.join(format!("{index}.txt")), format!("sks circle, size {index}"))
-                .expect("a saved caption");
+            std::fs::write(
+                images.join(format!("{index}.txt")),
+                format!("sks circle, size {index}"),
+            )
+            .expect("a saved caption");
         }
         let mut scene = Self { folder, options: BTreeMap::new() };
         let model = data("parity/model");
