@@ -1,21 +1,32 @@
-//! Matrix products: checks operands and hands them to the blocked product.
+//! Matrix products: checks operands, chooses the way of computing, owns the output.
+
+mod blocked;
+mod finish;
+mod narrow;
+mod operand;
+mod pack;
+#[cfg(test)]
+pub(super) mod tests;
+
+pub(super) use blocked::{Pair, Product};
+pub(super) use finish::{Finish, Output, Place};
+pub(super) use operand::{Data, Guard, Left, Patches, Right, Spread};
 
 use half::bf16;
-use rayon::prelude::*;
 
+use super::features::Level;
 use crate::backend::{Gemm, LowRank};
+use crate::tensor::Element;
 use crate::{DType, EngineError, Result, Tensor, pool};
+
+const OP: &str = "gemm";
 
 /// Sizes of a checked product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Sizes {
-    pub m: usize,
-    pub n: usize,
-    pub k: usize,
-}
-
-fn fail<T>(op: &'static str, detail: String) -> Result<T> {
-    Err(EngineError::shape(op, detail))
+struct Sizes {
+    m: usize,
+    n: usize,
+    k: usize,
 }
 
 /// Rows and columns of `t` read as `[rows, last axis]`, after an optional transposition.
@@ -24,14 +35,18 @@ fn matrix(t: &Tensor, trans: bool) -> (usize, usize) {
     if trans { (last, rows) } else { (rows, last) }
 }
 
-/// Checks an optional low-rank pair against an output of `m` by `n`; gives the rank.
+fn mark(trans: bool) -> &'static str {
+    if trans { " transposed" } else { "" }
+}
+
+/// Checks an optional low-rank pair against an output of `m` by `n`.
 pub(super) fn check_low_rank(
     op: &'static str,
     p: Option<&LowRank>,
     m: usize,
     n: usize,
-) -> Result<usize> {
-    let Some(p) = p else { return Ok(0) };
+) -> Result<()> {
+    let Some(p) = p else { return Ok(()) };
     let (rows, rank) = matrix(p.left, false);
     let (inner, cols) = matrix(p.right, p.trans_right);
     if rows != m || cols != n || inner != rank {
@@ -39,14 +54,14 @@ pub(super) fn check_low_rank(
             "low-rank left {:?} and right {:?}{} for an output of [{m}, {n}]",
             p.left.shape(),
             p.right.shape(),
-            if p.trans_right { " transposed" } else { "" }
+            mark(p.trans_right)
         );
-        return fail(op, detail);
+        return Err(EngineError::shape(op, detail));
     }
-    Ok(rank)
+    Ok(())
 }
 
-/// Checks an optional added tensor: `len` elements in the last axis `n`.
+/// Checks an optional addend, `[rows, n]` however its outer axes are cut.
 pub(super) fn check_added(
     op: &'static str,
     name: &str,
@@ -56,7 +71,8 @@ pub(super) fn check_added(
 ) -> Result<()> {
     match t {
         Some(t) if t.len() != rows * n || t.last_dim() != n => {
-            fail(op, format!("{name} is {:?}, the output [{rows}, {n}]", t.shape()))
+            let detail = format!("{name} is {:?}, the output [{rows}, {n}]", t.shape());
+            Err(EngineError::shape(op, detail))
         }
         _ => Ok(()),
     }
@@ -66,108 +82,135 @@ fn check(p: &Gemm) -> Result<Sizes> {
     let (m, k) = matrix(p.a, p.trans_a);
     let (inner, n) = matrix(p.b, p.trans_b);
     if inner != k {
-        let mark = |t| if t { " transposed" } else { "" };
-        let detail = format!(
-            "a is {:?}{}, b is {:?}{}",
-            p.a.shape(),
-            mark(p.trans_a),
-            p.b.shape(),
-            mark(p.trans_b)
-        );
-        return fail("gemm", detail);
+        let (a, b) = (p.a.shape(), p.b.shape());
+        let detail = format!("a is {a:?}{}, b is {b:?}{}", mark(p.trans_a), mark(p.trans_b));
+        return Err(EngineError::shape(OP, detail));
     }
-    check_low_rank("gemm", p.low_rank.as_ref(), m, n)?;
-    check_added("gemm", "bias", p.bias, 1, n)?;
-    check_added("gemm", "residual", p.residual, m, n)?;
+    check_low_rank(OP, p.low_rank.as_ref(), m, n)?;
+    check_added(OP, "bias", p.bias, 1, n)?;
+    check_added(OP, "residual", p.residual, m, n)?;
     Ok(Sizes { m, n, k })
 }
 
-/// The elements as f32.
-pub(super) fn widened(t: &Tensor) -> Result<Vec<f32>> {
-    t.to_vec_f32()
-}
-
-/// `[rows,cols]` to `[cols,rows]`.
-pub(super) fn transposed(data: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    let mut out = vec![0.; data.len()];
-    for (i, row) in data.chunks_exact(cols.max(1)).enumerate() {
-        for (j, x) in row.iter().enumerate() {
-            out[j * rows + i] = *x;
-        }
-    }
-    out
-}
-
-/// A tensor of `dtype` from f32 results.
-pub(super) fn rounded(shape: &[usize], data: &[f32], dtype: DType) -> Tensor {
+/// A new tensor whose elements `fill` writes, all of them.
+pub(super) fn produce(shape: &[usize], dtype: DType, fill: impl FnOnce(Output)) -> Tensor {
+    let len = shape.iter().product();
     match dtype {
         DType::F32 => {
-            let mut out = pool::take::<f32>(data.len());
-            out.copy_from_slice(data);
-            Tensor::from_pooled(shape, out)
+            let mut data = pool::take::<f32>(len);
+            fill(Output::F32(data.as_mut_ptr()));
+            Tensor::from_pooled(shape, data)
         }
         DType::BF16 => {
-            let mut out = pool::take::<bf16>(data.len());
-            out.par_iter_mut().zip(data).for_each(|(o, x)| *o = bf16::from_f32(*x));
-            Tensor::from_pooled(shape, out)
+            let mut data = pool::take::<bf16>(len);
+            fill(Output::BF16(data.as_mut_ptr()));
+            Tensor::from_pooled(shape, data)
         }
     }
 }
 
-/// `out += alpha · a[m,k] · b[k,n]`.
-fn multiply(out: &mut [f32], a: &[f32], b: &[f32], s: Sizes, alpha: f32) {
-    if s.n == 0 {
-        return;
-    }
-    out.par_chunks_mut(s.n).enumerate().for_each(|(i, row)| {
-        for k in 0..s.k {
-            let f = alpha * a[i * s.k + k];
-            row.iter_mut().zip(&b[k * s.n..(k + 1) * s.n]).for_each(|(o, b)| *o += f * b);
+/// Computes a product the best way for its shape.
+///
+/// # Safety
+/// `p.finish.output` holds all that `p.finish.place` gives for `m` rows of `n`, and no one else uses
+/// it meanwhile.
+pub(super) unsafe fn multiply(level: Level, p: &Product) {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        if !narrow::run(level, p) {
+            blocked::run(level, p);
         }
-    });
+    }
 }
 
-/// Adds `left·right` and the optional addends to `out` `[m,n]`.
-pub(super) fn add_rest(
-    out: &mut [f32],
-    (m, n): (usize, usize),
-    low_rank: Option<&LowRank>,
-    bias: Option<&Tensor>,
-    residual: Option<&Tensor>,
-) -> Result<()> {
-    if let Some(p) = low_rank {
-        let k = p.left.last_dim();
-        let mut right = widened(p.right)?;
-        if p.trans_right {
-            right = transposed(&right, n, k);
-        }
-        multiply(out, &widened(p.left)?, &right, Sizes { m, n, k }, 1.);
+/// Readable operands of a [`LowRank`].
+pub(super) struct LowRankGuard<'a> {
+    left: Guard<'a>,
+    right: Guard<'a>,
+    places: (Left, Right),
+    rank: usize,
+}
+
+impl<'a> LowRankGuard<'a> {
+    pub(super) fn new(p: &LowRank<'a>, n: usize, op: &'static str) -> Result<Self> {
+        let rank = p.left.last_dim();
+        let right =
+            if p.trans_right { Right::Columns { stride: rank } } else { Right::plain(rank, n) };
+        let places = (Left::Rows { stride: rank }, right);
+        Ok(Self { left: Guard::new(p.left, op)?, right: Guard::new(p.right, op)?, places, rank })
     }
-    if let Some(bias) = bias {
-        let bias = widened(bias)?;
-        for row in out.chunks_exact_mut(n.max(1)) {
-            row.iter_mut().zip(&bias).for_each(|(o, b)| *o += b);
-        }
+
+    pub(super) fn pair(&self) -> Pair<'_> {
+        let (left, right) = &self.places;
+        Pair { a: (self.left.data(), left), b: (self.right.data(), right), k: self.rank }
     }
-    if let Some(residual) = residual {
-        out.iter_mut().zip(&widened(residual)?).for_each(|(o, r)| *o += r);
-    }
-    Ok(())
 }
 
 /// See [`Gemm`]: `[m,n]`.
 pub(super) fn gemm(p: &Gemm) -> Result<Tensor> {
-    let s = check(p)?;
-    let mut a = widened(p.a)?;
-    if p.trans_a {
-        a = transposed(&a, s.k, s.m);
+    gemm_at(Level::best(), p)
+}
+
+fn gemm_at(level: Level, p: &Gemm) -> Result<Tensor> {
+    let Sizes { m, n, k } = check(p)?;
+    let plain = p.low_rank.is_none() && p.bias.is_none() && p.residual.is_none();
+    if p.trans_a && plain && n < m && n <= 32 {
+        return narrow_transposed(level, p, Sizes { m, n, k });
     }
-    let mut b = widened(p.b)?;
-    if p.trans_b {
-        b = transposed(&b, s.n, s.k);
+    let (a, b) = (Guard::new(p.a, OP)?, Guard::new(p.b, OP)?);
+    let left = if p.trans_a { Left::Columns { stride: m } } else { Left::Rows { stride: k } };
+    let right = if p.trans_b { Right::Columns { stride: k } } else { Right::plain(k, n) };
+    let low_rank = p.low_rank.as_ref().map(|p| LowRankGuard::new(p, n, OP)).transpose()?;
+    let bias = p.bias.map(Tensor::to_vec_f32).transpose()?;
+    let residual = p.residual.map(|t| Guard::new(t, OP)).transpose()?;
+    Ok(produce(&[m, n], p.out, |output| {
+        let product = Product {
+            m,
+            n,
+            main: Pair { a: (a.data(), &left), b: (b.data(), &right), k },
+            low_rank: low_rank.as_ref().map(LowRankGuard::pair),
+            finish: Finish {
+                alpha: p.alpha,
+                bias: bias.as_deref(),
+                per_image: None,
+                residual: residual.as_ref().map(Guard::data),
+                accumulate: false,
+                output,
+                n,
+                place: Place::Same,
+            },
+        };
+        // SAFETY: the output was made for `m` by `n` elements and is written here alone.
+        unsafe { multiply(level, &product) };
+    }))
+}
+
+/// A tall narrow result with k across the rows of `a` (the gradient of a LoRA `up`): computed as its
+/// transpose, so that the long side lies along the vectors and `a` is read in order.
+fn narrow_transposed(level: Level, p: &Gemm, s: Sizes) -> Result<Tensor> {
+    let turned = Gemm {
+        a: p.b,
+        trans_a: !p.trans_b,
+        b: p.a,
+        trans_b: !p.trans_a,
+        alpha: p.alpha,
+        low_rank: None,
+        bias: None,
+        residual: None,
+        out: p.out,
+    };
+    let turned = gemm_at(level, &turned)?;
+    Ok(match p.out {
+        DType::F32 => turn::<f32>(&turned.elements(OP)?, s),
+        DType::BF16 => turn::<bf16>(&turned.elements(OP)?, s),
+    })
+}
+
+/// `[n,m]` to `[m,n]`.
+fn turn<T: Element>(from: &[T], s: Sizes) -> Tensor {
+    let mut out = pool::take::<T>(from.len());
+    for (j, row) in from.chunks_exact(s.m.max(1)).enumerate() {
+        row.iter().enumerate().for_each(|(i, x)| out[i * s.n + j] = *x);
     }
-    let mut out = vec![0.; s.m * s.n];
-    multiply(&mut out, &a, &b, s, p.alpha);
-    add_rest(&mut out, (s.m, s.n), p.low_rank.as_ref(), p.bias, p.residual)?;
-    Ok(rounded(&[s.m, s.n], &out, p.out))
+    Tensor::from_pooled(&[s.m, s.n], out)
 }

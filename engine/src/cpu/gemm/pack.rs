@@ -1,0 +1,328 @@
+//! Packing: operands of any layout and type into the words that the tile kernels read.
+//!
+//! `a` panels are `[k/4][rows][4]` words, `b` slivers `[k][width]` words. A word is one f32 (bf16 is
+//! widened here) or two bf16 neighbours in k. What lies beyond the matrix is zero.
+
+use std::ops::Range;
+
+use half::bf16;
+
+use super::operand::{Feed, Left, Patches, Right, Spread};
+use crate::cpu::kernel_transpose::transpose_words;
+use crate::cpu::simd::{Scalar, vectorized};
+
+/// How one element becomes part of a word.
+trait Convert: Default {
+    type From: Scalar + bytemuck::Pod;
+    type To: Scalar + bytemuck::Pod;
+    /// Elements of a word.
+    const PER_WORD: usize;
+    fn convert(x: Self::From) -> Self::To;
+}
+
+#[derive(Default)]
+struct Single;
+#[derive(Default)]
+struct Widened;
+#[derive(Default)]
+struct Pair;
+
+impl Convert for Single {
+    type From = f32;
+    type To = f32;
+    const PER_WORD: usize = 1;
+    #[inline(always)]
+    fn convert(x: f32) -> f32 {
+        x
+    }
+}
+
+impl Convert for Widened {
+    type From = bf16;
+    type To = f32;
+    const PER_WORD: usize = 1;
+    #[inline(always)]
+    fn convert(x: bf16) -> f32 {
+        Scalar::to_f32(x)
+    }
+}
+
+impl Convert for Pair {
+    type From = bf16;
+    type To = bf16;
+    const PER_WORD: usize = 2;
+    #[inline(always)]
+    fn convert(x: bf16) -> bf16 {
+        x
+    }
+}
+
+/// One panel of the left operand: `rows` of the matrix, `k` elements from `k.start` (a multiple of
+/// a 4-word group), into `panel`, whose length gives the padded k.
+pub(super) fn pack_left(
+    feed: Feed,
+    left: &Left,
+    rows: Range<usize>,
+    k: Range<usize>,
+    panel: &mut [u32],
+) {
+    match feed {
+        Feed::Single(data) => left_as::<Single>(data, left, rows, k, panel),
+        Feed::Widened(data) => left_as::<Widened>(data, left, rows, k, panel),
+        Feed::Pair(data) => left_as::<Pair>(data, left, rows, k, panel),
+    }
+}
+
+/// A packed panel under way.
+struct Panel<'a, C: Convert> {
+    words: &'a mut [C::To],
+    rows: usize,
+}
+
+impl<C: Convert> Panel<'_, C> {
+    /// Elements of a group of one row: 16 bytes.
+    const GROUP: usize = 4 * C::PER_WORD;
+
+    #[inline(always)]
+    fn set(&mut self, row: usize, k: usize, value: C::To) {
+        let at = k / Self::GROUP * (self.rows * Self::GROUP) + row * Self::GROUP + k % Self::GROUP;
+        self.words[at] = value;
+    }
+
+    /// Writes a run of one row; `None` is zeros.
+    #[inline(always)]
+    fn run(&mut self, row: usize, k: usize, len: usize, source: Option<&[C::From]>) {
+        let group = Self::GROUP;
+        if !(k.is_multiple_of(group) && len.is_multiple_of(group)) {
+            for i in 0..len {
+                self.set(row, k + i, source.map_or(C::To::default(), |s| C::convert(s[i])));
+            }
+            return;
+        }
+        let pitch = self.rows * group;
+        let groups = self.words[k / group * pitch..].chunks_exact_mut(pitch).take(len / group);
+        match source {
+            Some(source) => {
+                for (to, from) in groups.zip(source.chunks_exact(group)) {
+                    let to = &mut to[row * group..(row + 1) * group];
+                    for (to, from) in to.iter_mut().zip(from) {
+                        *to = C::convert(*from);
+                    }
+                }
+            }
+            None => groups.for_each(|to| {
+                to[row * group..(row + 1) * group].fill(C::To::default());
+            }),
+        }
+    }
+}
+
+fn left_as<C: Convert>(
+    data: &[C::From],
+    left: &Left,
+    rows: Range<usize>,
+    k: Range<usize>,
+    panel: &mut [u32],
+) {
+    let mut panel = Panel::<C> { words: bytemuck::cast_slice_mut(panel), rows: rows.len() };
+    let padded = panel.words.len() / rows.len().max(1);
+    if padded > k.len() {
+        // Only the last group is shared with padding.
+        let from = k.len() / Panel::<C>::GROUP * Panel::<C>::GROUP * rows.len();
+        panel.words[from..].fill(C::To::default());
+    }
+    match left {
+        Left::Rows { stride } => {
+            for (r, row) in rows.enumerate() {
+                let from = row * stride;
+                panel.run(r, 0, k.len(), Some(&data[from + k.start..from + k.end]));
+            }
+        }
+        Left::Columns { stride } => {
+            for (at, k) in k.enumerate() {
+                let column = &data[k * stride + rows.start..k * stride + rows.end];
+                for (r, x) in column.iter().enumerate() {
+                    panel.set(r, at, C::convert(*x));
+                }
+            }
+        }
+        Left::Patches(p) => patches(&mut panel, data, p, rows, k),
+        Left::Spread(p) => spread(&mut panel, data, p, rows, k),
+    }
+}
+
+fn patches<C: Convert>(
+    panel: &mut Panel<C>,
+    data: &[C::From],
+    p: &Patches,
+    rows: Range<usize>,
+    k: Range<usize>,
+) {
+    let (down, across) = p.grid;
+    for (r, row) in rows.enumerate() {
+        let (image, y, x) = (row / (down * across), row / across % down, row % across);
+        let mut at = k.start;
+        while at < k.end {
+            let (tap, channel) = (at / p.c, at % p.c);
+            let len = (p.c - channel).min(k.end - at);
+            let source = p.source(image, (y, x), tap).map(|pixel| {
+                let from = pixel * p.c + channel;
+                &data[from..from + len]
+            });
+            panel.run(r, at - k.start, len, source);
+            at += len;
+        }
+    }
+}
+
+impl Patches {
+    /// The pixel (counted over the batch) under `tap` of window `(y,x)`, if inside the map.
+    #[inline]
+    pub(super) fn source(&self, image: usize, (y, x): (usize, usize), tap: usize) -> Option<usize> {
+        let (dy, dx) = self.taps[tap];
+        let y = (y * self.stride).checked_add_signed(dy)?;
+        let x = (x * self.stride).checked_add_signed(dx)?;
+        (y < self.h && x < self.w).then(|| (image * self.h + y) * self.w + x)
+    }
+}
+
+fn spread<C: Convert>(
+    panel: &mut Panel<C>,
+    data: &[C::From],
+    p: &Spread,
+    rows: Range<usize>,
+    k: Range<usize>,
+) {
+    for (at, pixel) in k.enumerate() {
+        let (image, y, x) = (pixel / (p.h * p.w), pixel / p.w % p.h, pixel % p.w);
+        let mut row = rows.start;
+        while row < rows.end {
+            let (tap, channel) = (row / p.c, row % p.c);
+            let len = (p.c - channel).min(rows.end - row);
+            let first = row - rows.start;
+            match p.output((y, x), p.taps[tap]) {
+                Some(output) => {
+                    let from = (image * p.oh * p.ow + output) * p.c + channel;
+                    for (i, x) in data[from..from + len].iter().enumerate() {
+                        panel.set(first + i, at, C::convert(*x));
+                    }
+                }
+                None => (0..len).for_each(|i| panel.set(first + i, at, C::To::default())),
+            }
+            row += len;
+        }
+    }
+}
+
+/// Where packed slivers go: `columns` of the right operand, elements `k` from a multiple of a 4-word
+/// group, slivers of `width` columns and `words` padded words of k.
+#[derive(Clone, Debug)]
+pub(super) struct Slivers {
+    pub columns: Range<usize>,
+    pub k: Range<usize>,
+    pub width: usize,
+    pub words: usize,
+}
+
+/// Slivers of the right operand into `packed`.
+pub(super) fn pack_right(feed: Feed, right: &Right, place: &Slivers, packed: &mut [u32]) {
+    match feed {
+        Feed::Single(data) => right_as::<Single>(data, right, place, packed),
+        Feed::Widened(data) => right_as::<Widened>(data, right, place, packed),
+        Feed::Pair(data) => right_as::<Pair>(data, right, place, packed),
+    }
+}
+
+fn right_as<C: Convert>(data: &[C::From], right: &Right, place: &Slivers, packed: &mut [u32]) {
+    let size = place.width * place.words;
+    let full = place.k.len() / C::PER_WORD;
+    for (s, sliver) in packed.chunks_exact_mut(size).enumerate() {
+        sliver[full * place.width..].fill(0);
+        if (s + 1) * place.width > place.columns.len() {
+            sliver.fill(0);
+        }
+    }
+    match right {
+        Right::Rows { .. } => rows_as(C::default(), data, right, place, packed),
+        Right::Columns { stride } => {
+            for (s, sliver) in packed.chunks_exact_mut(size).enumerate() {
+                let from = place.columns.start + s * place.width;
+                let to = place.columns.end.min(from + place.width);
+                columns_as::<C>(data, *stride, from..to, place, sliver);
+            }
+        }
+    }
+}
+
+vectorized! {
+    fn rows_as<C: Convert>(
+        _how: C,
+        data: &[C::From],
+        right: &Right,
+        place: &Slivers,
+        packed: &mut [u32],
+    ) {
+        /// Rows of k that are read before the next sliver, to stay within a page or two.
+        const BLOCK: usize = 8;
+        let Right::Rows { inner, taps, stride } = right else { return };
+        let per = C::PER_WORD;
+        let pitch = place.width * per;
+        let packed: &mut [C::To] = bytemuck::cast_slice_mut(packed);
+        let mut block = 0;
+        while block < place.k.len() {
+            let end = place.k.len().min(block + BLOCK * per);
+            for (s, sliver) in packed.chunks_exact_mut(pitch * place.words).enumerate() {
+                let first = place.columns.start + s * place.width;
+                let count = place.columns.end.min(first + place.width) - first;
+                for at in block..end {
+                    let k = place.k.start + at;
+                    let from = taps[k / inner] + k % inner * stride + first;
+                    let source = &data[from..from + count];
+                    let to = &mut sliver[at / per * pitch..(at / per + 1) * pitch];
+                    for (to, x) in to[at % per..].iter_mut().step_by(per).zip(source) {
+                        *to = C::convert(*x);
+                    }
+                }
+            }
+            block = end;
+        }
+    }
+}
+
+/// One sliver of a right operand whose k runs on: blocks of 16 by 16 words are transposed.
+fn columns_as<C: Convert>(
+    data: &[C::From],
+    stride: usize,
+    columns: Range<usize>,
+    place: &Slivers,
+    sliver: &mut [u32],
+) {
+    let per = C::PER_WORD;
+    let words = place.k.len() / per;
+    let (block_columns, block_words) = (columns.len() / 16 * 16, words / 16 * 16);
+    for half in (0..block_columns).step_by(16) {
+        for word in (0..block_words).step_by(16) {
+            let from = (columns.start + half) * stride + place.k.start + word * per;
+            let to = &mut sliver[word * place.width + half..];
+            if size_of::<C::From>() == size_of::<C::To>() {
+                transpose_words(&data[from..], stride, to, place.width);
+            } else {
+                let mut wide = [C::To::default(); 256];
+                for (row, to) in wide.chunks_exact_mut(16).enumerate() {
+                    let source = &data[from + row * stride..][..16];
+                    to.iter_mut().zip(source).for_each(|(to, x)| *to = C::convert(*x));
+                }
+                transpose_words(&wide, 16, to, place.width);
+            }
+        }
+    }
+    let sliver: &mut [C::To] = bytemuck::cast_slice_mut(sliver);
+    for (j, column) in columns.enumerate() {
+        let done = if j < block_columns { block_words * per } else { 0 };
+        let from = column * stride + place.k.start;
+        for at in done..place.k.len() {
+            let to = (at / per * place.width + j) * per + at % per;
+            sliver[to] = C::convert(data[from + at]);
+        }
+    }
+}
