@@ -132,6 +132,12 @@ pub enum DatasetError {
     /// The ranks could not talk.
     #[error("the ranks cannot share the work of caching latents: {0}")]
     Exchange(String),
+    /// Asked to stop while latents were being cached.
+    #[error(
+        "stopped on request while caching latents\nhint: with `cache_latents_to_disk` the next run \
+         goes on where this one ended"
+    )]
+    Stopped,
     /// A data loading thread ended in a way that is a fault of this program.
     #[error("a data loading thread failed on batch {batch} of epoch {epoch}: {message}")]
     Worker {

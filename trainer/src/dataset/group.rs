@@ -8,6 +8,9 @@ use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 
+/// Most samples in an epoch of a dataset: their order is held in memory.
+const MAX_SAMPLES: u64 = 100_000_000;
+
 /// One image of a dataset.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ImageEntry {
@@ -256,6 +259,15 @@ impl Dataset {
         }
         dataset.check_not_empty(&image_counts)?;
         let wanted = dataset.num_train_images;
+        if wanted.saturating_mul(2) > MAX_SAMPLES {
+            return Err(DatasetError::Config {
+                path: "dataset configuration".into(),
+                table: "[[datasets]]".into(),
+                problem: format!("an epoch would have {wanted} samples or more"),
+                advice: "lower `num_repeats`, or the number at the start of the folder's name"
+                    .into(),
+            });
+        }
         if dataset.num_reg_images > wanted {
             warnings.push(format!(
                 "there are more regularisation images than training images ({} to {wanted}, with \

@@ -11,7 +11,7 @@ use super::group::{DatasetGroup, ImageEntry};
 use super::latent_file::{self, CachedLatents, LatentSettings, MOMENT_CHANNELS};
 use super::ordered::Ordered;
 use super::picture::{LATENT_SCALE, Picture, Variation, mirrored, prepare};
-use collectives::Comm;
+use collectives::{Comm, signals};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -265,6 +265,8 @@ struct Report {
     items: Vec<(usize, String)>,
     /// Why this rank cannot go on.
     error: Option<String>,
+    /// This rank was asked to stop.
+    stop: bool,
     /// What this rank takes for the dataset; in the first exchange.
     fingerprint: Option<[u8; 32]>,
 }
@@ -353,7 +355,11 @@ fn encode_missing(
         report.items.clear();
         let started = Instant::now();
         let mut failure = None;
-        while failure.is_none() && !report.finished && started.elapsed() < ROUND {
+        while failure.is_none()
+            && !report.finished
+            && !signals::stop_requested()
+            && started.elapsed() < ROUND
+        {
             match own.next() {
                 None => report.finished = true,
                 Some(batch) => {
@@ -373,15 +379,20 @@ fn encode_missing(
             }
         }
         report.error = failure.as_ref().map(ToString::to_string);
+        report.stop = signals::stop_requested();
         let reports = exchange(comm, &report)?;
         if let Some(error) = failure {
             return Err(error);
         }
         (options.progress)(reports.iter().map(|report| report.done).sum(), missing.len());
         let finished = reports.iter().all(|report| report.finished);
+        let stop = reports.iter().any(|report| report.stop);
         unusable.extend(reports.into_iter().flat_map(|report| report.items));
         if finished {
             return Ok(unusable);
+        }
+        if stop {
+            return Err(DatasetError::Stopped);
         }
     }
 }

@@ -17,9 +17,13 @@ pub use plan::{
 };
 
 use super::error::DatasetError;
+use super::image_file::MAX_PIXELS;
 use schema::{Level, Method};
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
+
+/// Longest side of a bucket, in pixels.
+const LARGEST_SIDE: u32 = 65_536;
 
 /// Where the description of the datasets comes from.
 #[derive(Debug, Clone)]
@@ -472,6 +476,18 @@ fn check_resolution(
     warnings: &mut Vec<String>,
 ) -> Result<(), DatasetError> {
     let steps = options.bucket_reso_steps;
+    let is_huge = u64::from(width) * u64::from(height) > MAX_PIXELS;
+    if width == 0 || height == 0 || is_huge || options.max_bucket_reso > LARGEST_SIDE {
+        return Err(origin.config(
+            name,
+            format!(
+                "pictures of this size cannot be trained on: `resolution` {width}x{height}, \
+                 `max_bucket_reso` {}",
+                options.max_bucket_reso
+            ),
+            "sizes are in pixels, for example `resolution = 512`",
+        ));
+    }
     if !options.enable_bucket {
         if !width.is_multiple_of(multiple) || !height.is_multiple_of(multiple) {
             return Err(origin.config(

@@ -148,6 +148,10 @@ fn rules_between_options() {
     assert!(message(&minimal(small)).contains("lower `min_bucket_reso`"));
     let large = "resolution = 2048\nenable_bucket = true";
     assert!(message(&minimal(large)).contains("raise `max_bucket_reso`"));
+    let huge = "resolution = 65536";
+    assert!(message(&minimal(huge)).contains("cannot be trained on"));
+    let huge = "resolution = 512\nenable_bucket = true\nmax_bucket_reso = 4294967295";
+    assert!(message(&minimal(huge)).contains("cannot be trained on"));
     assert!(message("[general]\nflip_aug = true").contains("there is no dataset"));
     assert!(message("[[datasets]]\nresolution = 512").contains("there is no subset"));
     let twice = "resolution = 512\n[[datasets.subsets]]\nimage_dir = \"a\"";

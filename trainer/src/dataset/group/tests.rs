@@ -115,3 +115,13 @@ fn colour_changes_and_random_crops_cannot_be_cached() {
     let error = open(folder.path(), &toml, true).unwrap().check_latents_cacheable();
     assert!(error.unwrap_err().to_string().contains("`random_crop`"));
 }
+
+#[test]
+fn absurd_repeats_are_refused_before_memory_is_taken() {
+    let folder = tempfile::tempdir().unwrap();
+    png(&folder.path().join("train/a.png"), 256, 256);
+    png(&folder.path().join("reg/r.png"), 256, 256);
+    let toml = TOML.replace("num_repeats = 2", "num_repeats = 4000000000");
+    let text = open(folder.path(), &toml, true).unwrap_err().to_string();
+    assert!(text.contains("4000000000 samples") && text.contains("num_repeats"), "{text}");
+}
