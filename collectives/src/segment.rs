@@ -8,7 +8,7 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
@@ -397,7 +397,8 @@ pub fn report_failure(env: &Env, message: &str) {
         segment.leave_last_words(env.rank, message);
         return;
     }
-    eprintln!("{message}");
+    // A reader of stderr that went away leaves nobody to tell.
+    drop(writeln!(io::stderr().lock(), "{message}"));
 }
 
 fn slots_end(world_size: usize) -> usize {

@@ -1,24 +1,28 @@
 //! A polite stop: signals set a flag that the training loop polls once a step.
 //!
-//! The first SIGINT or SIGTERM asks for a stop. A second SIGINT ends the process at once with code
-//! 130. Further SIGTERMs within [`REPEAT_GRACE_S`] seconds are the same request (Slurm delivers
-//! its SIGTERM two or three times); one that comes later ends the process with code 143.
-//! The handler touches atomics and calls async-signal-safe functions only.
+//! The first SIGINT or SIGTERM asks for a stop, and so does SIGUSR1, which schedulers send some time
+//! before their SIGTERM. A second SIGINT ends the process at once with code 130. Further SIGTERMs
+//! within [`REPEAT_GRACE_S`] seconds are the same request (Slurm delivers its SIGTERM two or three
+//! times); one that comes later ends the process with code 143. After a SIGUSR1 alone, SIGINT and
+//! SIGTERM count as first ones. The handler touches atomics and calls async-signal-safe functions
+//! only.
 
 use std::io;
-use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 
 /// Seconds during which repeated SIGTERMs count as one.
 pub const REPEAT_GRACE_S: i64 = 5;
 
-/// Number of stop requests so far.
+/// Whether a stop was asked for.
+static STOP: AtomicBool = AtomicBool::new(false);
+/// Number of SIGINTs and SIGTERMs so far.
 static REQUESTS: AtomicU32 = AtomicU32::new(0);
-/// Monotonic second of the first request; meaningful once `REQUESTS` is not 0.
+/// Monotonic second of the first of them; meaningful once `REQUESTS` is not 0.
 static FIRST_AT: AtomicI64 = AtomicI64::new(0);
 
-/// Installs the handlers for SIGINT and SIGTERM. Calling it again changes nothing.
+/// Installs the handlers for SIGINT, SIGTERM and SIGUSR1. Calling it again changes nothing.
 pub fn install() -> io::Result<()> {
-    for signal in [libc::SIGINT, libc::SIGTERM] {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGUSR1] {
         // SAFETY: a zeroed sigaction is a valid one; the handler is an `extern "C"` function that
         // calls only async-signal-safe functions and stays alive as long as the program.
         let done = unsafe {
@@ -37,12 +41,12 @@ pub fn install() -> io::Result<()> {
 
 /// Whether a stop was asked for, by a signal or by [`request_stop`].
 pub fn stop_requested() -> bool {
-    REQUESTS.load(Ordering::Relaxed) > 0
+    STOP.load(Ordering::Relaxed)
 }
 
-/// Asks for a stop from inside the program, exactly as a first signal would.
+/// Asks for a stop from inside the program.
 pub fn request_stop() {
-    note_request(monotonic_second());
+    STOP.store(true, Ordering::Relaxed);
 }
 
 /// Counts a request and returns how many there were before it.
@@ -63,6 +67,10 @@ fn monotonic_second() -> i64 {
 }
 
 extern "C" fn on_signal(signal: libc::c_int) {
+    request_stop();
+    if signal == libc::SIGUSR1 {
+        return;
+    }
     let now = monotonic_second();
     let before = note_request(now);
     let repeated_term = signal == libc::SIGTERM
@@ -83,11 +91,14 @@ mod tests {
     fn a_signal_sets_the_flag_and_repeated_terms_are_one_request() {
         install().unwrap();
         assert!(!stop_requested());
+        // SAFETY: raises a signal that the handler above takes.
+        unsafe { libc::raise(libc::SIGUSR1) };
+        assert!(stop_requested());
+        assert_eq!(REQUESTS.load(Ordering::Relaxed), 0);
         for _ in 0..3 {
             // SAFETY: raises a signal that the handler above takes.
             unsafe { libc::raise(libc::SIGTERM) };
         }
-        assert!(stop_requested());
         assert_eq!(REQUESTS.load(Ordering::Relaxed), 3);
     }
 }

@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use collectives::{Comm, Env, exit_code, report_failure, signals};
 
-use crate::cli::print_data;
 use crate::fault::{Fault, WrongConfiguration};
+use crate::output::{print_data, tell};
 use crate::summary::host_name;
 
 /// Options of `check-ranks`.
@@ -70,7 +70,7 @@ fn exercise(options: &Options, comm: &Comm) -> Result<()> {
         let host = String::from_utf8_lossy(&names[0]);
         print_data(&format!("ranks: {}, host: {host}\n", comm.world_size()));
         if comm.world_size() == 1 {
-            eprintln!("hint: one rank has nobody to talk to; try `--num_processes 2`");
+            tell("hint: one rank has nobody to talk to; try `--num_processes 2`");
         }
     }
     let mut round = 0;

@@ -4,7 +4,6 @@
 //! What follows a command belongs to it and is passed on untouched.
 
 use std::ffi::OsString;
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -137,6 +136,13 @@ impl Cli {
                 self.launch.num_processes
             ));
         }
+        if self.launch.num_processes > 1 && matches!(self.command, Command::Selftest(_)) {
+            return Err(format!(
+                "`selftest` is the work of one process, got: `--num_processes {}`\n\
+                 hint: `check-ranks` tests several",
+                self.launch.num_processes
+            ));
+        }
         if self.launch.num_processes > 1 && env.world_size > 1 {
             return Err(format!(
                 "`--num_processes` starts ranks, but the environment says that this process is \
@@ -184,11 +190,6 @@ fn parse_seconds(text: &str) -> Result<f64, String> {
         Ok(seconds) if seconds > 0.0 && seconds <= 1e9 => Ok(seconds),
         _ => Err("a number of seconds above 0 is needed".to_owned()),
     }
-}
-
-/// Writes data to stdout. A reader that went away is no failure of ours.
-pub fn print_data(text: &str) {
-    drop(std::io::stdout().lock().write_all(text.as_bytes()));
 }
 
 #[cfg(test)]

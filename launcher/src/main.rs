@@ -21,6 +21,7 @@ use clap::Parser;
 use collectives::{Env, exit_code, report_failure, signals};
 
 use crate::cli::{Cli, Command};
+use crate::output::tell;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -30,7 +31,7 @@ fn main() -> ExitCode {
     let env = match Env::from_process() {
         Ok(env) => env,
         Err(error) => {
-            eprintln!("error: {error}");
+            tell(&format!("error: {error}"));
             return exit(exit_code::CONFIGURATION);
         }
     };
@@ -39,12 +40,12 @@ fn main() -> ExitCode {
     } else {
         match cli.check_against(&env) {
             Err(message) => {
-                eprintln!("error: {message}");
+                tell(&format!("error: {message}"));
                 exit_code::USAGE
             }
             Ok(()) if cli.launch.num_processes == 1 => run_alone(cli, env),
             Ok(()) => supervise::run(&cli.launch, &cli.command).unwrap_or_else(|error| {
-                eprintln!("error: {error:#}");
+                tell(&format!("error: {error:#}"));
                 exit_code::FAILURE
             }),
         }
@@ -62,7 +63,7 @@ fn run_alone(cli: Cli, mut env: Env) -> i32 {
 
 /// Runs a command in this process, as the rank that `env` says.
 fn run_as_rank(command: Command, env: &Env) -> i32 {
-    if let Err(error) = prepare_process(env) {
+    if let Err(error) = prepare_process(&command, env) {
         report_failure(env, &format!("error: {error:#}"));
         return exit_code::FAILURE;
     }
@@ -74,8 +75,11 @@ fn run_as_rank(command: Command, env: &Env) -> i32 {
 }
 
 /// What holds for a rank whatever it does: its share of the processor, and a stop that is polite.
-fn prepare_process(env: &Env) -> Result<()> {
-    signals::install().context("cannot install signal handlers")?;
+fn prepare_process(command: &Command, env: &Env) -> Result<()> {
+    // Nothing of a self-test needs saving; there a signal ends the process.
+    if !matches!(command, Command::Selftest(_)) {
+        signals::install().context("cannot install signal handlers")?;
+    }
     if let Some(threads) = env.threads {
         rayon::ThreadPoolBuilder::new()
             .num_threads(threads)

@@ -49,6 +49,17 @@ pub struct RankOutput {
     last_lines: Arc<Mutex<VecDeque<String>>>,
 }
 
+/// Tells the user something, one or more lines, on stderr. A reader that went away must not end a
+/// run, so nothing here can fail.
+pub fn tell(lines: &str) {
+    Target::Stderr.write(&[lines.trim_end().as_bytes(), b"\n"].concat());
+}
+
+/// Writes data to stdout, as given.
+pub fn print_data(text: &str) {
+    Target::Stdout.write(text.as_bytes());
+}
+
 /// A log file; the first failure to write it is told once.
 struct Log {
     path: PathBuf,
@@ -144,10 +155,10 @@ impl Log {
         let Some(open) = file.as_mut() else { return };
         let written = open.write_all(line).and_then(|()| open.write_all(b"\n"));
         if let Err(error) = written {
-            eprintln!(
+            tell(&format!(
                 "warning: cannot write the log file any more: {}: {error}",
                 self.path.display()
-            );
+            ));
             *file = None;
         }
     }

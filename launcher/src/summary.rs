@@ -193,6 +193,7 @@ pub fn signal_name(signal: i32) -> Option<&'static str> {
         libc::SIGKILL => "SIGKILL, perhaps for lack of memory",
         libc::SIGSEGV => "SIGSEGV",
         libc::SIGPIPE => "SIGPIPE",
+        libc::SIGUSR1 => "SIGUSR1",
         libc::SIGALRM => "SIGALRM",
         libc::SIGTERM => "SIGTERM",
         libc::SIGXCPU => "SIGXCPU",

@@ -14,7 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::cli::{Command, Launch};
-use crate::output::{Pumps, RankOutput, Target};
+use crate::output::{Pumps, RankOutput, Target, tell};
 use crate::spawn::{Channel, WorkerSpec};
 use crate::summary::{
     Ending, Status, describe_failure, exit_code_of, first_failure, is_failure, signal_name,
@@ -50,7 +50,9 @@ struct Run {
     /// In the order in which they were noticed.
     endings: Vec<Ending>,
     start: Instant,
-    /// First polite request, and when it came.
+    /// All ranks were asked to save and end.
+    is_ending: bool,
+    /// When that was asked by a signal whose repetition kills.
     asked: Option<Instant>,
     /// When ranks that still run are killed.
     kill_at: Option<Instant>,
@@ -72,6 +74,7 @@ async fn supervise(launch: &Launch, command: &Command) -> Result<i32> {
     let mut interrupts = signal(SignalKind::interrupt()).context("cannot listen to SIGINT")?;
     let mut terminations = signal(SignalKind::terminate()).context("cannot listen to SIGTERM")?;
     let mut hangups = signal(SignalKind::hangup()).context("cannot listen to SIGHUP")?;
+    let mut warnings = signal(SignalKind::user_defined1()).context("cannot listen to SIGUSR1")?;
     let mut resizes = signal(SignalKind::window_change()).context("cannot listen to SIGWINCH")?;
     let (exits, mut exited) = mpsc::unbounded_channel();
     let mut pumps = Pumps::new();
@@ -97,6 +100,8 @@ async fn supervise(launch: &Launch, command: &Command) -> Result<i32> {
             _ = interrupts.recv() => run.stop_politely(libc::SIGINT),
             _ = terminations.recv() => run.stop_politely(libc::SIGTERM),
             _ = hangups.recv() => run.stop_politely(libc::SIGHUP),
+            // Schedulers announce their SIGTERM by this one.
+            _ = warnings.recv() => run.stop_politely(libc::SIGUSR1),
             _ = resizes.recv() => {
                 if let Some(terminal) = &run.terminal {
                     copy_size(terminal);
@@ -182,6 +187,7 @@ fn start(
         terminal: drawn,
         endings: Vec::new(),
         start: Instant::now(),
+        is_ending: false,
         asked: None,
         kill_at: None,
         killed_by: None,
@@ -223,25 +229,31 @@ impl Run {
         self.kill_at = Some(Instant::now() + STOP_GRACE);
     }
 
-    /// A signal to the launcher: the first is passed on as a polite request, a second one kills.
+    /// A signal to the launcher: the first is passed on as a polite request, a second one kills. The
+    /// rules are those of `collectives::signals`.
     fn stop_politely(&mut self, signal: i32) {
         let name = signal_name(signal).unwrap_or("a signal");
         let Some(asked) = self.asked else {
-            self.asked = Some(Instant::now());
-            eprintln!(
-                "{name}: asking all ranks to save and end\n\
-                 hint: press Ctrl-C again to end at once"
-            );
-            self.tell_all(libc::SIGTERM);
+            if signal != libc::SIGUSR1 {
+                self.asked = Some(Instant::now());
+            }
+            if !self.is_ending {
+                self.is_ending = true;
+                tell(&format!(
+                    "{name}: asking all ranks to save and end\n\
+                     hint: press Ctrl-C again to end at once"
+                ));
+                self.tell_all(libc::SIGTERM);
+            }
             return;
         };
         // Schedulers deliver one SIGTERM several times.
         let grace = Duration::from_secs(signals::REPEAT_GRACE_S.unsigned_abs());
-        if signal != libc::SIGINT && asked.elapsed() <= grace {
+        if signal == libc::SIGUSR1 || (signal != libc::SIGINT && asked.elapsed() <= grace) {
             return;
         }
         if self.killed_by.is_none() {
-            eprintln!("{name} again: ending all ranks at once");
+            tell(&format!("{name} again: ending all ranks at once"));
             self.killed_by = Some(signal);
         }
         self.kill();
@@ -270,7 +282,7 @@ impl Run {
         if self.killed_by.is_none()
             && let Some(failure) = first_failure(&self.endings, record.as_ref())
         {
-            eprint!("{}", describe_failure(failure, &self.endings, record.as_ref()));
+            tell(&describe_failure(failure, &self.endings, record.as_ref()));
         }
         exit_code_of(&self.endings, record.as_ref(), self.killed_by)
     }
