@@ -257,7 +257,7 @@ impl Dataset {
         if !found.is_empty() {
             dataset.mean_aspect_error = aspect_error / found.len() as f64;
         }
-        dataset.check_not_empty(&image_counts)?;
+        dataset.check_not_empty(&image_counts, warnings)?;
         let wanted = dataset.num_train_images;
         if wanted.saturating_mul(2) > MAX_SAMPLES {
             return Err(DatasetError::Config {
@@ -283,18 +283,24 @@ impl Dataset {
         Ok(dataset)
     }
 
-    fn check_not_empty(&self, image_counts: &[usize]) -> Result<(), DatasetError> {
+    fn check_not_empty(
+        &self,
+        image_counts: &[usize],
+        warnings: &[String],
+    ) -> Result<(), DatasetError> {
         for (subset, count) in self.plan.subsets.iter().zip(image_counts) {
             let place = match &subset.source {
                 SubsetSource::DreamBooth { image_dir, .. } => image_dir,
                 SubsetSource::FineTuning { metadata_file, .. } => metadata_file,
             };
             if *count == 0 {
+                let example = warnings.iter().rev().find(|warning| warning.contains("left out"));
                 return Err(DatasetError::NoImages {
                     place: place.clone(),
-                    advice: "none of its images can be used; the warnings before this say why, or \
-                             use --strict_data"
-                        .into(),
+                    advice: match example {
+                        Some(warning) => format!("none can be used; the last of them: {warning}"),
+                        None => "none of its images can be used".into(),
+                    },
                 });
             }
         }

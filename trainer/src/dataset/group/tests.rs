@@ -93,6 +93,16 @@ fn a_damaged_image_is_named_and_left_out_or_refused() {
         let text = open(folder.path(), TOML, true).unwrap_err().to_string();
         assert!(text.contains("unusable image") && text.contains("b.png"), "{text}");
     }
+    for name in ["train/a.png", "train/z.png"] {
+        std::fs::rename(folder.path().join(name), folder.path().join(name).with_extension("x"))
+            .unwrap();
+    }
+    let text = open(folder.path(), TOML, false).unwrap_err().to_string();
+    assert!(text.contains("no images found") && text.contains("b.png"), "{text}");
+    for name in ["train/a.x", "train/z.x"] {
+        std::fs::rename(folder.path().join(name), folder.path().join(name).with_extension("png"))
+            .unwrap();
+    }
     std::fs::remove_file(&bad).unwrap();
     let group = open(folder.path(), TOML, false).unwrap();
     let before = group.fingerprint();

@@ -6,12 +6,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 struct Averages<'a> {
     images: &'a AtomicUsize,
     poison: bool,
+    /// Fails once so many images have been encoded.
+    fails_after: usize,
 }
 
 impl LatentEncoder for Averages<'_> {
     fn encode(&mut self, images: &[f32], shape: [usize; 4]) -> anyhow::Result<Vec<f32>> {
         let [count, height, width, channels] = shape;
         assert_eq!((images.len(), channels), (count * height * width * 3, 3));
+        let before = self.images.load(Ordering::SeqCst);
+        anyhow::ensure!(before + count <= self.fails_after, "the power is gone");
         self.images.fetch_add(count, Ordering::SeqCst);
         let (h, w) = (height / 8, width / 8);
         let mut out = Vec::with_capacity(count * h * w * 8);
@@ -58,10 +62,16 @@ struct Setting<'a> {
     vae: &'a str,
     strict_data: bool,
     poison: bool,
+    fails_after: usize,
 }
 
-const TO_DISK: Setting<'_> =
-    Setting { place: CachePlace::BesideImages, vae: "vae1", strict_data: false, poison: false };
+const TO_DISK: Setting<'_> = Setting {
+    place: CachePlace::BesideImages,
+    vae: "vae1",
+    strict_data: false,
+    poison: false,
+    fails_after: usize::MAX,
+};
 
 type Outcome = Result<(DatasetGroup, LatentStore), DatasetError>;
 
@@ -74,7 +84,11 @@ fn cache(group: &DatasetGroup, world_size: usize, setting: &Setting<'_>) -> (Vec
             .into_iter()
             .map(|comm| {
                 scope.spawn(move || {
-                    let mut encoder = Averages { images: encoded, poison: setting.poison };
+                    let mut encoder = Averages {
+                        images: encoded,
+                        poison: setting.poison,
+                        fails_after: setting.fails_after,
+                    };
                     let options = CacheOptions {
                         place: setting.place.clone(),
                         vae: setting.vae.into(),
@@ -231,7 +245,8 @@ fn ranks_that_see_different_images_stop_together() {
         for (comm, group) in comms.into_iter().zip([all, fewer]) {
             let encoded = &encoded;
             scope.spawn(move || {
-                let mut encoder = Averages { images: encoded, poison: false };
+                let mut encoder =
+                    Averages { images: encoded, poison: false, fails_after: usize::MAX };
                 let options = CacheOptions {
                     place: CachePlace::BesideImages,
                     vae: "v".into(),
@@ -265,4 +280,18 @@ fn what_killed_runs_left_is_cleared_away_when_it_is_old() {
     let group = open(folder.path(), "");
     only(cache(&group, 1, &TO_DISK).0);
     assert!(!old.exists() && new.exists());
+}
+
+#[test]
+fn an_end_in_the_middle_loses_nothing_that_was_done() {
+    let folder = tempfile::tempdir().unwrap();
+    images(folder.path(), 9);
+    let group = open(folder.path(), "");
+    let (outcomes, encoded) = cache(&group, 2, &Setting { fails_after: 5, ..TO_DISK });
+    for outcome in outcomes {
+        let text = outcome.err().unwrap().to_string();
+        assert!(text.contains("the power is gone"), "{text}");
+    }
+    assert!((1..9).contains(&encoded), "{encoded}");
+    assert_eq!(cache(&group, 2, &TO_DISK).1, 9 - encoded);
 }
