@@ -10,7 +10,7 @@ use std::cell::RefCell;
 use engine::{
     Adapter, Conv2d, ConvGeometry, DType, Device, Embedding, GroupNorm, LayerNorm, Linear, Tensor,
 };
-use formats::Weights;
+use formats::{TensorView, Weights, extend_f32};
 use rayon::prelude::*;
 
 use crate::{ModelError, Result};
@@ -31,6 +31,17 @@ pub(crate) struct Reader<'w> {
     source: Source<'w>,
     device: Device,
     dtype: DType,
+    scratch: RefCell<Scratch>,
+}
+
+/// Room for one tensor as f32, kept from tensor to tensor: fresh pages cost more than the
+/// conversion.
+#[derive(Default)]
+struct Scratch {
+    /// In the order of the file.
+    file: Vec<f32>,
+    /// In the order of the engine, where that is another.
+    engine: Vec<f32>,
 }
 
 /// Channels and window of a convolution to be read.
@@ -50,13 +61,13 @@ impl ConvShape {
 
 impl<'w> Reader<'w> {
     pub(crate) fn new(weights: &'w dyn Weights, device: Device, dtype: DType) -> Self {
-        Self { source: Source::Weights(weights), device, dtype }
+        Self { source: Source::Weights(weights), device, dtype, scratch: RefCell::default() }
     }
 
     /// A reader that only writes down what it is asked for.
     pub(crate) fn listing() -> Self {
         let source = Source::Listing(RefCell::default());
-        Self { source, device: Device::Cpu, dtype: DType::F32 }
+        Self { source, device: Device::Cpu, dtype: DType::F32, scratch: RefCell::default() }
     }
 
     /// What a listing reader was asked for, in that order.
@@ -74,10 +85,35 @@ impl<'w> Reader<'w> {
         }
     }
 
-    /// Reads `name` if it has one of `shapes` (the first is the usual one) as f32.
-    fn read(&self, name: &str, shapes: &[&[usize]]) -> Result<Option<Vec<f32>>> {
-        match &self.source {
-            Source::Listing(list) => {
+    /// Reads `name` if it has one of `shapes` (the first is the usual one) into a tensor.
+    fn read(&self, name: &str, shapes: &[&[usize]], dtype: DType) -> Result<Tensor> {
+        let Some(view) = self.view(name, shapes)? else {
+            return Ok(Tensor::zeros(self.device, &[0], dtype)?);
+        };
+        let mut scratch = self.scratch.borrow_mut();
+        convert(&view, &mut scratch.file);
+        // Matrices may be stored as 1x1 kernels.
+        let shape = &view.shape[..view.shape.len().min(2)];
+        Ok(Tensor::from_f32(self.device, shape, &scratch.file, dtype)?)
+    }
+
+    /// Reads a kernel `[out,in,height,width]` into `[out,height,width,in]`.
+    fn read_kernel(&self, name: &str, shape: [usize; 4]) -> Result<Tensor> {
+        let Some(view) = self.view(name, &[&shape])? else {
+            return Ok(Tensor::zeros(self.device, &[0], self.dtype)?);
+        };
+        let [out, input, height, width] = shape;
+        let Scratch { file, engine } = &mut *self.scratch.borrow_mut();
+        convert(&view, file);
+        engine.resize(file.len(), 0.);
+        move_inner_axis_last(file, engine, input, height * width);
+        Ok(Tensor::from_f32(self.device, &[out, height, width, input], engine, self.dtype)?)
+    }
+
+    /// A tensor of one of `shapes`; `None` for a listing, which notes the first.
+    fn view(&self, name: &str, shapes: &[&[usize]]) -> Result<Option<TensorView<'w>>> {
+        match self.source {
+            Source::Listing(ref list) => {
                 list.borrow_mut().push((name.to_owned(), shapes[0].to_vec()));
                 Ok(None)
             }
@@ -87,22 +123,14 @@ impl<'w> Reader<'w> {
                     let (name, expected) = (name.to_owned(), shapes[0].to_vec());
                     return Err(ModelError::Shape { name, expected, got: view.shape });
                 }
-                Ok(Some(view.to_f32()))
+                Ok(Some(view))
             }
-        }
-    }
-
-    fn place(&self, shape: &[usize], data: Option<Vec<f32>>, dtype: DType) -> Result<Tensor> {
-        match data {
-            Some(data) => Ok(Tensor::from_f32(self.device, shape, &data, dtype)?),
-            None => Ok(Tensor::zeros(self.device, &[0], dtype)?),
         }
     }
 
     /// A vector kept in f32.
     fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
-        let data = self.read(name, &[&[len]])?;
-        self.place(&[len], data, DType::F32)
+        self.read(name, &[&[len]], DType::F32)
     }
 
     fn bias(&self, name: &str, len: usize, has_bias: bool) -> Result<Option<Tensor>> {
@@ -138,11 +166,9 @@ impl<'w> Reader<'w> {
     }
 
     fn matrix(&self, name: &str, shapes: &[&[usize]], has_bias: bool) -> Result<Linear> {
-        let data = self.read(&format!("{name}.weight"), shapes)?;
-        let (out, input) = (shapes[0][0], shapes[0][1]);
         Ok(Linear {
-            weight: self.place(&[out, input], data, self.dtype)?,
-            bias: self.bias(name, out, has_bias)?,
+            weight: self.read(&format!("{name}.weight"), shapes, self.dtype)?,
+            bias: self.bias(name, shapes[0][0], has_bias)?,
             adapter: None,
         })
     }
@@ -151,10 +177,8 @@ impl<'w> Reader<'w> {
     pub(crate) fn conv(&self, name: &str, shape: ConvShape) -> Result<Conv2d> {
         let ConvShape { out, input, geometry } = shape;
         let (kh, kw) = geometry.kernel;
-        let data = self.read(&format!("{name}.weight"), &[&[out, input, kh, kw]])?;
-        let data = data.map(|oihw| inner_axis_last(&oihw, input, kh * kw));
         Ok(Conv2d {
-            weight: self.place(&[out, kh, kw, input], data, self.dtype)?,
+            weight: self.read_kernel(&format!("{name}.weight"), [out, input, kh, kw])?,
             bias: self.bias(name, out, true)?,
             geometry,
             adapter: None,
@@ -180,16 +204,36 @@ impl<'w> Reader<'w> {
     }
 
     pub(crate) fn embedding(&self, name: &str, rows: usize, width: usize) -> Result<Embedding> {
-        let data = self.read(&format!("{name}.weight"), &[&[rows, width]])?;
-        Ok(Embedding { table: self.place(&[rows, width], data, self.dtype)? })
+        let table = self.read(&format!("{name}.weight"), &[&[rows, width]], self.dtype)?;
+        Ok(Embedding { table })
     }
+}
+
+/// The elements of a file's tensor as f32, on all threads.
+fn convert(view: &TensorView, out: &mut Vec<f32>) {
+    const CHUNK: usize = 1 << 16;
+    let width = view.dtype.size();
+    out.resize(view.len(), 0.);
+    out.par_chunks_mut(CHUNK).zip(view.data.par_chunks(CHUNK * width)).for_each_init(
+        Vec::new,
+        |part: &mut Vec<f32>, (to, from)| {
+            part.clear();
+            extend_f32(view.dtype, from, part);
+            to.copy_from_slice(part);
+        },
+    );
 }
 
 /// `[rows,inner,window]` to `[rows,window,inner]`: OIHW to OHWI.
 pub(crate) fn inner_axis_last(data: &[f32], inner: usize, window: usize) -> Vec<f32> {
     let mut out = vec![0.; data.len()];
+    move_inner_axis_last(data, &mut out, inner, window);
+    out
+}
+
+fn move_inner_axis_last(data: &[f32], out: &mut [f32], inner: usize, window: usize) {
     if inner * window == 0 {
-        return out;
+        return;
     }
     out.par_chunks_mut(inner * window).zip(data.par_chunks(inner * window)).for_each(
         |(to, from)| {
@@ -200,7 +244,6 @@ pub(crate) fn inner_axis_last(data: &[f32], inner: usize, window: usize) -> Vec<
             }
         },
     );
-    out
 }
 
 /// `[rows,window,inner]` to `[rows,inner,window]`: OHWI to OIHW.
