@@ -333,6 +333,43 @@ pub fn scale_tokens(
 mod tests {
     use super::*;
 
+    fn small() -> ClipConfig {
+        ClipConfig { vocabulary: 8, width: 32, inner: 64, layers: 2, heads: 1, ..ClipConfig::sd1() }
+    }
+
+    #[test]
+    fn a_config_names_what_it_gets_wrong() {
+        for (key, value) in [
+            ("hidden_act", json!("relu")),
+            ("num_attention_heads", json!(5)),
+            ("num_attention_heads", json!(0)),
+            ("hidden_size", json!(64)),
+            ("intermediate_size", json!(32)),
+            ("layer_norm_eps", json!("small")),
+        ] {
+            let json = json!({ key: value });
+            let config = ConfigValue { component: COMPONENT, json: &json };
+            let message = small().apply(&config).unwrap_err().to_string();
+            assert!(message.contains(&format!("`{key}`")), "{message}");
+        }
+        let json = json!({ "hidden_act": "gelu", "num_attention_heads": 4, "hidden_size": 32 });
+        let mut config = small();
+        config.apply(&ConfigValue { component: COMPONENT, json: &json }).unwrap();
+        assert_eq!((config.activation, config.heads), (Activation::Gelu, 4));
+    }
+
+    #[test]
+    fn skipping_more_layers_than_there_are_is_an_error() {
+        let reader = Reader::listing();
+        let model = ClipTextModel::read(&reader, &small()).unwrap();
+        for (clip_skip, used) in [(None, 2), (Some(1), 2), (Some(2), 1)] {
+            assert_eq!(model.used_layers(clip_skip).unwrap(), used);
+        }
+        for clip_skip in [0, 3, 100] {
+            assert!(model.used_layers(Some(clip_skip)).is_err(), "{clip_skip}");
+        }
+    }
+
     #[test]
     fn chunks_are_joined_as_sd_scripts_does() {
         assert_eq!(joined_rows(2, 2, 4), [0, 1, 2, 5, 6, 7, 8, 9, 10, 13, 14, 15]);

@@ -8,6 +8,8 @@
 mod clip;
 mod config_value;
 mod error;
+#[cfg(test)]
+mod full_size;
 pub mod lora;
 pub mod pixel_order;
 mod preset;

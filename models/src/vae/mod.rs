@@ -5,6 +5,8 @@
 
 mod config;
 mod halves;
+#[cfg(test)]
+mod tests;
 
 use engine::{DType, Device, EngineError, Linear, Result as EngineResult, Tape, Tensor, Value};
 use formats::Weights;
