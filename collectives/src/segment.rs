@@ -389,12 +389,14 @@ impl fmt::Debug for Segment {
 }
 
 /// Hands the message that this rank ends with to whoever prints it: the launcher, which prints a
-/// message that all ranks share once, or else this process's stderr.
+/// message that all ranks share once, or else this process's stderr. Peers stop with this reason,
+/// unless they already have another one.
 pub fn report_failure(env: &Env, message: &str) {
     if let Some(fd) = env.segment_fd
         && let Ok(segment) = Segment::attach(fd, env.world_size, env.generation)
     {
         segment.leave_last_words(env.rank, message);
+        segment.abort(Author::Rank(env.rank), Some(env.rank), message);
         return;
     }
     // A reader of stderr that went away leaves nobody to tell.
@@ -463,6 +465,23 @@ mod tests {
         let record = segment.abort_record().unwrap();
         let first = "first".to_owned();
         assert_eq!(record, AbortRecord { by: Author::Rank(1), culprit: Some(0), reason: first });
+    }
+
+    #[test]
+    fn a_reported_failure_stops_the_peers_with_its_words() {
+        let segment = Segment::create(2, 3).unwrap();
+        let env = Env {
+            rank: 1,
+            world_size: 2,
+            generation: 3,
+            segment_fd: Some(segment.fd()),
+            ..Env::single()
+        };
+        report_failure(&env, "error: disk full");
+        assert_eq!(segment.last_words(1).unwrap(), "error: disk full");
+        assert_eq!(segment.last_words(0), None);
+        let record = segment.abort_record().unwrap();
+        assert_eq!((record.culprit, record.reason.as_str()), (Some(1), "error: disk full"));
     }
 
     #[test]

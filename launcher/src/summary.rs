@@ -150,7 +150,10 @@ pub fn describe_failure(
     if !failure.last_lines.is_empty() {
         push_block(&mut text, "its last lines", failure.last_lines.iter().map(String::as_str));
     }
-    if let Some(AbortRecord { by: by @ Author::Rank(_), reason, .. }) = abort {
+    // What the rank says of itself stands above.
+    if let Some(AbortRecord { by: by @ Author::Rank(rank), reason, .. }) = abort
+        && *rank != failure.rank
+    {
         text.push_str(&format!("  first report, by {by}: {reason}\n"));
     }
     for other in endings.iter().filter(|other| other.rank != failure.rank) {
