@@ -1,8 +1,8 @@
 //! Times attention, normalisations and activations beside candle's, in milliseconds.
 //!
 //! `cargo run --release -p engine --example pointwise_speed [threads]`. Each figure is the least of
-//! several runs, because the least is what other work on the machine disturbs the least. With one
-//! thread on Linux it is processor time, otherwise time on the clock.
+//! several runs, because the least is what other work on the machine disturbs the least; attention on
+//! one thread under Linux is given as mean processor time.
 
 use std::time::Instant;
 
@@ -10,25 +10,28 @@ use candle_core::{Device as CandleDevice, Tensor as CandleTensor, Var};
 use engine::backend::{AttentionKind, AttentionSaved, GroupNormShape};
 use engine::{Activation, DType, Device, Result, Tensor};
 
-/// Milliseconds that have passed, or that this thread has computed where it is the only one.
-fn now(start: Instant) -> f64 {
-    let alone = rayon::current_num_threads() == 1;
-    let busy = std::fs::read_to_string("/proc/thread-self/schedstat").ok().filter(|_| alone);
-    let busy = busy.and_then(|line| line.split(' ').next()?.parse::<f64>().ok());
-    busy.map_or(start.elapsed().as_secs_f64() * 1e3, |nanoseconds| nanoseconds / 1e6)
-}
-
-/// Time of one call.
+/// Milliseconds of one call on the clock.
 fn time(run: impl FnOnce()) -> f64 {
     let start = Instant::now();
-    let before = now(start);
     run();
-    now(start) - before
+    start.elapsed().as_secs_f64() * 1e3
 }
 
 /// Least time of `runs` calls.
 fn least(runs: usize, mut run: impl FnMut()) -> f64 {
     (0..runs).map(|_| time(&mut run)).fold(f64::INFINITY, f64::min)
+}
+
+/// Mean processor time of `runs` calls where this thread works alone, otherwise their least time.
+fn mean(runs: usize, mut run: impl FnMut()) -> f64 {
+    let alone = rayon::current_num_threads() == 1;
+    let busy = || -> Option<f64> {
+        let line = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+        line.split(' ').next()?.parse().ok()
+    };
+    let before = busy().filter(|_| alone);
+    let least = least(runs, &mut run);
+    before.zip(busy()).map_or(least, |(before, after)| (after - before) / 1e6 / runs as f64)
 }
 
 fn noise(len: usize, seed: u32) -> Vec<f32> {
@@ -56,8 +59,8 @@ fn attention(shape: (usize, usize, usize, usize), dtype: DType, runs: usize) -> 
     let forward = || backend.attention(&q, &k, &v, kind).expect("shapes fit");
     let result = forward();
     let saved = AttentionSaved { q: &q, k: &k, v: &v, out: &result.out, lse: &result.lse };
-    let there = least(runs, || drop(forward()));
-    let back = least(runs, || {
+    let there = mean(runs, || drop(forward()));
+    let back = mean(runs, || {
         drop(backend.attention_backward(&dy, &saved, kind).expect("shapes fit"));
     });
     (there, back)
@@ -178,7 +181,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         (4096, 4096, 1, 512),
     ];
     for shape in shapes {
-        let runs = if shape.1 > 1024 { 2 } else { 10 };
+        let runs = if shape.1 > 1024 { 2 } else { 20 };
         for dtype in [DType::F32, DType::BF16] {
             let (there, back) = attention(shape, dtype, runs);
             println!("attention {shape:?} {dtype:?}: forward {there:.1}, backward {back:.1}");

@@ -14,9 +14,9 @@ mod tiles;
 use rayon::prelude::*;
 
 use self::pack::{Scratch, interleave, pack_columns, pack_rows, unpack_queries};
-use self::product::TILE;
+use self::product::{Arithmetic, TILE};
 use self::tiles::{BackwardHead, ForwardHead, KEYS, backward_keys, forward_queries};
-use super::simd::{Scalar, Simd, with_scalar};
+use super::simd::{Scalar, with_scalar};
 use crate::backend::{AttentionKind, AttentionOut, AttentionSaved};
 use crate::{EngineError, Result, Tensor, pool};
 
@@ -32,12 +32,19 @@ struct Sizes {
     keys: usize,
     /// Elements of a head.
     dim: usize,
+    arithmetic: Arithmetic,
 }
 
 impl Sizes {
-    fn new(op: &'static str, q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Self> {
-        let fail =
-            || Err(EngineError::shape(op, format!("q {q:?}, k {k:?}, v {v:?}, {heads} heads")));
+    fn new(
+        op: &'static str,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        kind: AttentionKind,
+    ) -> Result<Self> {
+        let heads = kind.heads;
+        let fail = || Err(EngineError::shape(op, format!("q {q:?}, k {k:?}, v {v:?}, {kind:?}")));
         let (&[batch, queries, width], &[kb, keys, kw]) = (q.shape(), k.shape()) else {
             return fail();
         };
@@ -46,7 +53,12 @@ impl Sizes {
         if !types || !fits || q.is_empty() || k.is_empty() || heads == 0 || width % heads != 0 {
             return fail();
         }
-        Ok(Self { batch, heads, queries, keys, dim: width / heads })
+        // The running maximum is one of unscaled scores.
+        if kind.scale.is_nan() || kind.scale <= 0. {
+            return fail();
+        }
+        let arithmetic = Arithmetic::of(q.dtype());
+        Ok(Self { batch, heads, queries, keys, dim: width / heads, arithmetic })
     }
 
     /// Elements of a sample's queries and of its keys.
@@ -55,9 +67,9 @@ impl Sizes {
         (self.queries * width, self.keys * width)
     }
 
-    /// The head size rounded up to whole vectors.
+    /// The head size rounded up to whole half vectors.
     fn padded(&self) -> usize {
-        self.dim.next_multiple_of(16)
+        self.dim.next_multiple_of(8)
     }
 
     fn key_blocks(&self) -> usize {
@@ -77,7 +89,7 @@ pub(super) fn attention(
     kind: AttentionKind,
 ) -> Result<AttentionOut> {
     const OP: &str = "attention";
-    let s = Sizes::new(OP, q, k, v, kind.heads)?;
+    let s = Sizes::new(OP, q, k, v, kind)?;
     with_scalar!(q.dtype(), T => {
         let (qs, ks, vs) = (q.elements::<T>(OP)?, k.elements::<T>(OP)?, v.elements::<T>(OP)?);
         let mut out = pool::take::<T>(q.len());
@@ -101,9 +113,8 @@ fn forward_sample<T: Scalar>(
     how: (Sizes, AttentionKind),
 ) {
     let (s, kind) = how;
-    let simd = Simd::detected();
-    let k_columns = pack_columns(k, (s.keys, KEYS), s, 1.);
-    let v_rows = pack_rows(v, s.keys, s, 1.);
+    let k_columns = pack_columns(k, s.keys, KEYS, s);
+    let v_rows = pack_rows(v, s.keys, s);
     let mut results = Scratch::take(s.heads * s.queries * s.dim);
     results
         .par_chunks_mut(s.queries * s.dim)
@@ -116,20 +127,22 @@ fn forward_sample<T: Scalar>(
                 keys: s.keys,
                 dim: s.dim,
                 padded: s.padded(),
+                scale: kind.scale,
                 causal: kind.causal,
+                arithmetic: s.arithmetic,
             };
             results
                 .par_chunks_mut(TILE * s.dim)
                 .zip(lse.par_chunks_mut(TILE))
                 .enumerate()
                 .for_each(|(tile, (results, lse))| {
-                    let mut queries = vec![0f32; s.dim * TILE];
+                    let mut queries = vec![0f32; s.dim.div_ceil(s.arithmetic.depth()) * TILE];
                     let first = tile * TILE;
-                    pack::gather_columns(&mut queries, q, (head, first, s.queries), s, kind.scale);
-                    forward_queries(simd, &keys, &queries, first, results, lse);
+                    pack::gather_columns(&mut queries, q, (head, first, s.queries), s);
+                    forward_queries(&keys, &queries, first, results, lse);
                 });
         });
-    interleave(out, &results, s.queries, s);
+    interleave(out, &results, s, 1.);
 }
 
 /// One of `count` equal parts.
@@ -146,7 +159,7 @@ pub(super) fn attention_backward(
 ) -> Result<(Tensor, Tensor, Tensor)> {
     const OP: &str = "attention_backward";
     let AttentionSaved { q, k, v, out, lse } = *saved;
-    let s = Sizes::new(OP, q, k, v, kind.heads)?;
+    let s = Sizes::new(OP, q, k, v, kind)?;
     let fits = |t: &Tensor| t.shape() == q.shape() && t.dtype() == q.dtype();
     if !fits(dy) || !fits(out) || lse.shape() != [s.batch, s.heads, s.queries] {
         let detail = format!("q {q:?}, dy {dy:?}, out {out:?}, lse {lse:?}");
@@ -196,14 +209,13 @@ fn backward_sample<T: Scalar>(
     s: Sizes,
     kind: AttentionKind,
 ) {
-    let simd = Simd::detected();
-    let k_rows = pack_rows(x.k, s.keys, s, 1.);
-    let k_columns = pack_columns(x.k, (s.keys, KEYS), s, 1.);
-    let v_columns = pack_columns(x.v, (s.keys, KEYS), s, 1.);
-    let q_rows = pack_rows(x.q, s.queries, s, kind.scale);
-    let q_columns = pack_columns(x.q, (s.queries, TILE), s, kind.scale);
-    let dy_rows = pack_rows(x.dy, s.queries, s, 1.);
-    let dy_columns = pack_columns(x.dy, (s.queries, TILE), s, 1.);
+    let k_rows = pack_rows(x.k, s.keys, s);
+    let k_columns = pack_columns(x.k, s.keys, KEYS, s);
+    let v_columns = pack_columns(x.v, s.keys, KEYS, s);
+    let q_rows = pack_rows(x.q, s.queries, s);
+    let q_columns = pack_columns(x.q, s.queries, TILE, s);
+    let dy_rows = pack_rows(x.dy, s.queries, s);
+    let dy_columns = pack_columns(x.dy, s.queries, TILE, s);
     let deltas = pack::deltas(x.dy, x.out, s);
     let lse = pack::padded_lse(x.lse, s);
 
@@ -233,7 +245,9 @@ fn backward_sample<T: Scalar>(
                 queries: s.queries,
                 dim: s.dim,
                 padded: s.padded(),
+                scale: kind.scale,
                 causal: kind.causal,
+                arithmetic: s.arithmetic,
             };
             let keys = blocks * KEYS;
             dk.par_chunks_mut(keys * s.dim)
@@ -241,10 +255,10 @@ fn backward_sample<T: Scalar>(
                 .zip(dq.par_chunks_mut(queries))
                 .enumerate()
                 .for_each(|(task, ((dk, dv), dq))| {
-                    backward_keys(simd, &head, task * keys, (dk, dv), dq);
+                    backward_keys(&head, task * keys, (dk, dv), dq);
                 });
         });
-    interleave(dk, &dk_rows, s.keys, s);
-    interleave(dv, &dv_rows, s.keys, s);
+    interleave(dk, &dk_rows, s, kind.scale);
+    interleave(dv, &dv_rows, s, 1.);
     unpack_queries(dq, &dq_columns, tasks, s, kind.scale);
 }

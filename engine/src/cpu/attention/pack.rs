@@ -1,7 +1,12 @@
-//! Between interleaved heads `[T,heads·dim]` and the f32 layouts that tiles are computed from.
+//! Between interleaved heads `[T,heads·dim]` and the layouts that tiles are computed from.
+//!
+//! With [`super::product::Arithmetic::Pairs`] an element holds two bf16 that follow each other along
+//! the sum it will be part of: two dimensions in columns, two tokens in rows.
 
+use std::f32::consts::LOG2_E;
 use std::ops::{Deref, DerefMut};
 
+use half::bf16;
 use rayon::prelude::*;
 
 use super::Sizes;
@@ -38,12 +43,12 @@ impl DerefMut for Scratch {
 }
 
 vectorized! {
-    fn scaled_row<T: Scalar>(out: &mut [f32], x: &[T], factor: f32) {
-        out.iter_mut().zip(x).for_each(|(o, x)| *o = x.to_f32() * factor);
+    fn widen_row<T: Scalar>(out: &mut [f32], x: &[T]) {
+        out.iter_mut().zip(x).for_each(|(o, x)| *o = x.to_f32());
     }
 
-    fn round_row<T: Scalar>(out: &mut [T], x: &[f32]) {
-        out.iter_mut().zip(x).for_each(|(o, x)| *o = T::from_f32(*x));
+    fn round_row<T: Scalar>(out: &mut [T], x: &[f32], factor: f32) {
+        out.iter_mut().zip(x).for_each(|(o, x)| *o = T::from_f32(*x * factor));
     }
 
     fn dot_rows<T: Scalar>(a: &[T], b: &[T]) -> f32 {
@@ -60,16 +65,42 @@ vectorized! {
     }
 }
 
-/// `[heads][T][padded]`, times `factor`, the padding zero.
-pub(super) fn pack_rows<T: Scalar>(x: &[T], tokens: usize, s: Sizes, factor: f32) -> Scratch {
-    let (width, padded) = (s.heads * s.dim, s.padded());
-    let mut out = Scratch::take(s.heads * tokens * padded);
-    out.par_chunks_mut(tokens * padded).enumerate().for_each(|(head, out)| {
+/// Two numbers rounded to bf16 in the bits of an f32, the first in the lower half.
+#[inline(always)]
+pub(super) fn pair(first: f32, second: f32) -> f32 {
+    let bits = |x: f32| u32::from(<bf16 as Scalar>::from_f32(x).to_bits());
+    f32::from_bits(bits(first) | bits(second) << 16)
+}
+
+vectorized! {
+    fn pair_row<T: Scalar>(out: &mut [f32], first: &[T], second: &[T]) {
+        for ((out, first), second) in out.iter_mut().zip(first).zip(second) {
+            *out = pair(first.to_f32(), second.to_f32());
+        }
+    }
+}
+
+/// `[heads][T][padded]`, or with pairs of tokens `[heads][T/2][padded]`; the padding is zero.
+pub(super) fn pack_rows<T: Scalar>(x: &[T], tokens: usize, s: Sizes) -> Scratch {
+    let (width, padded, depth) = (s.heads * s.dim, s.padded(), s.arithmetic.depth());
+    let rows = tokens.div_ceil(depth);
+    let mut out = Scratch::take(s.heads * rows * padded);
+    out.par_chunks_mut(rows * padded).enumerate().for_each(|(head, out)| {
+        let token = |t: usize| &x[t * width + head * s.dim..][..s.dim];
         out.par_chunks_mut(TILE * padded).enumerate().for_each(|(tile, out)| {
-            for (token, out) in out.chunks_exact_mut(padded).enumerate() {
-                let from = (tile * TILE + token) * width + head * s.dim;
+            for (row, out) in out.chunks_exact_mut(padded).enumerate() {
                 let (values, zeros) = out.split_at_mut(s.dim);
-                scaled_row(values, &x[from..from + s.dim], factor);
+                let first = (tile * TILE + row) * depth;
+                if depth == 1 {
+                    widen_row(values, token(first));
+                } else if first + 1 < tokens {
+                    pair_row(values, token(first), token(first + 1));
+                } else {
+                    values
+                        .iter_mut()
+                        .zip(token(first))
+                        .for_each(|(o, x)| *o = pair(x.to_f32(), 0.));
+                }
                 zeros.fill(0.);
             }
         });
@@ -77,20 +108,15 @@ pub(super) fn pack_rows<T: Scalar>(x: &[T], tokens: usize, s: Sizes, factor: f32
     out
 }
 
-/// `[heads][blocks][dim][block]`, times `factor`, missing tokens zero; `tokens` is the number of
-/// tokens and of those in a block.
-pub(super) fn pack_columns<T: Scalar>(
-    x: &[T],
-    tokens: (usize, usize),
-    s: Sizes,
-    factor: f32,
-) -> Scratch {
-    let (tokens, block) = tokens;
+/// `[heads][blocks][dim][block]`, or with pairs of dimensions `[heads][blocks][dim/2][block]`;
+/// missing tokens are zero.
+pub(super) fn pack_columns<T: Scalar>(x: &[T], tokens: usize, block: usize, s: Sizes) -> Scratch {
     let blocks = tokens.div_ceil(block);
-    let mut out = Scratch::take(s.heads * blocks * s.dim * block);
-    out.par_chunks_mut(s.dim * block).enumerate().for_each(|(index, out)| {
+    let size = s.dim.div_ceil(s.arithmetic.depth()) * block;
+    let mut out = Scratch::take(s.heads * blocks * size);
+    out.par_chunks_mut(size).enumerate().for_each(|(index, out)| {
         let (head, first) = (index / blocks, index % blocks * block);
-        gather_columns(out, x, (head, first, tokens), s, factor);
+        gather_columns(out, x, (head, first, tokens), s);
     });
     out
 }
@@ -101,18 +127,23 @@ pub(super) fn gather_columns<T: Scalar>(
     x: &[T],
     of: (usize, usize, usize),
     s: Sizes,
-    factor: f32,
 ) {
     let (head, first, tokens) = of;
-    let (width, block) = (s.heads * s.dim, out.len() / s.dim);
+    let (width, depth) = (s.heads * s.dim, s.arithmetic.depth());
+    let block = out.len() / s.dim.div_ceil(depth);
     let present = (tokens - first).min(block);
     if present < block {
         out.fill(0.);
     }
     for token in 0..present {
-        let from = (first + token) * width + head * s.dim;
-        for (dim, x) in x[from..from + s.dim].iter().enumerate() {
-            out[dim * block + token] = x.to_f32() * factor;
+        let row = &x[(first + token) * width + head * s.dim..][..s.dim];
+        for (index, x) in row.chunks(depth).enumerate() {
+            out[index * block + token] = match x {
+                [x] if depth == 1 => x.to_f32(),
+                [x] => pair(x.to_f32(), 0.),
+                [first, second, ..] => pair(first.to_f32(), second.to_f32()),
+                [] => 0.,
+            };
         }
     }
 }
@@ -130,31 +161,33 @@ pub(super) fn deltas<T: Scalar>(dy: &[T], out: &[T], s: Sizes) -> Scratch {
     deltas
 }
 
-/// Log-sum-exp as `[heads][tiles·TILE]`, missing queries zero.
+/// Log-sum-exp in base 2 as `[heads][tiles·TILE]`, missing queries zero.
 pub(super) fn padded_lse(lse: &[f32], s: Sizes) -> Scratch {
     let size = s.query_tiles() * TILE;
     let mut out = Scratch::take(s.heads * size);
     for (out, lse) in out.chunks_exact_mut(size).zip(lse.chunks_exact(s.queries)) {
-        out[..s.queries].copy_from_slice(lse);
+        out.iter_mut().zip(lse).for_each(|(out, lse)| *out = lse * LOG2_E);
         out[s.queries..].fill(0.);
     }
     out
 }
 
-/// `[heads][T][dim]` to `[T,heads·dim]`.
-pub(super) fn interleave<T: Scalar>(out: &mut [T], x: &[f32], tokens: usize, s: Sizes) {
+/// `[heads][T][dim]`, times `factor`, to `[T,heads·dim]`.
+pub(super) fn interleave<T: Scalar>(out: &mut [T], x: &[f32], s: Sizes, factor: f32) {
+    let tokens = x.len() / (s.heads * s.dim);
     let width = s.heads * s.dim;
     out.par_chunks_mut(TILE * width).enumerate().for_each(|(tile, out)| {
         for (token, out) in out.chunks_exact_mut(width).enumerate() {
             for (head, out) in out.chunks_exact_mut(s.dim).enumerate() {
                 let from = (head * tokens + tile * TILE + token) * s.dim;
-                round_row(out, &x[from..from + s.dim]);
+                round_row(out, &x[from..from + s.dim], factor);
             }
         }
     });
 }
 
-/// Sums `[heads][tasks][tiles][dim][TILE]` over the tasks in order to `[queries,heads·dim]`.
+/// Sums `[heads][tasks][tiles][dim][TILE]` over the tasks in order, times `factor`, to
+/// `[queries,heads·dim]`.
 pub(super) fn unpack_queries<T: Scalar>(
     out: &mut [T],
     x: &[f32],

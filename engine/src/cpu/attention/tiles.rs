@@ -1,13 +1,19 @@
 //! The walk of one tile of queries over the keys, and of a range of keys over the queries.
 
-use super::product::{Product, TILE, product_columns, product_rows};
-use crate::cpu::simd::{Simd, vectorized};
-use crate::cpu::transcendental::exp;
+use std::f32::consts::{LN_2, LOG2_E};
+
+use half::bf16;
+
+use super::pack::pair;
+use super::product::{Arithmetic, Product, TILE, product_columns, product_rows};
+use crate::cpu::simd::{Scalar, vectorized};
+use crate::cpu::transcendental::exp2;
 
 /// Keys of a block: a multiple of the rows of a register tile (14, and 8 where three vectors wide).
 pub(super) const KEYS: usize = 112;
 
-/// One head as the forward reads it.
+/// One head as the forward reads it. With pairs, `dim` of the columns and the tokens of the rows are
+/// half as many (see [`super::pack`]).
 pub(super) struct ForwardHead<'a> {
     /// `[blocks][dim][KEYS]`.
     pub k_columns: &'a [f32],
@@ -16,13 +22,20 @@ pub(super) struct ForwardHead<'a> {
     pub keys: usize,
     pub dim: usize,
     pub padded: usize,
+    pub scale: f32,
     pub causal: bool,
+    pub arithmetic: Arithmetic,
 }
 
 vectorized! {
-    /// Updates the running maximum, turns scores into `e^(score - maximum)`, adds them to the running
-    /// sum; gives the factors of what was summed before.
-    fn soften(scores: &mut [f32], most: &mut [f32; TILE], sum: &mut [f32; TILE]) -> [f32; TILE] {
+    /// Updates the running maximum, turns scores into `2^(factor·(score - maximum))`, adds them to
+    /// the running sum; gives the factors of what was summed before.
+    fn soften(
+        scores: &mut [f32],
+        most: &mut [f32; TILE],
+        sum: &mut [f32; TILE],
+        factor: f32,
+    ) -> [f32; TILE] {
         let before = *most;
         let mut highest = before;
         for row in scores.chunks_exact(TILE) {
@@ -30,16 +43,18 @@ vectorized! {
                 *high = if *score > *high { *score } else { *high };
             }
         }
+        let mut shift = [0f32; TILE];
+        shift.iter_mut().zip(&highest).for_each(|(shift, high)| *shift = -(high * factor));
         let mut fresh = [0f32; TILE];
         for row in scores.chunks_exact_mut(TILE) {
-            for ((score, high), fresh) in row.iter_mut().zip(&highest).zip(&mut fresh) {
-                *score = exp(*score - *high);
+            for ((score, shift), fresh) in row.iter_mut().zip(&shift).zip(&mut fresh) {
+                *score = exp2(score.mul_add(factor, *shift));
                 *fresh += *score;
             }
         }
         let mut factors = [0f32; TILE];
         for lane in 0..TILE {
-            factors[lane] = exp(before[lane] - highest[lane]);
+            factors[lane] = exp2(before[lane].mul_add(factor, shift[lane]));
             sum[lane] = sum[lane] * factors[lane] + fresh[lane];
         }
         *most = highest;
@@ -52,14 +67,32 @@ vectorized! {
         }
     }
 
-    /// Scores to probabilities, their gradients to those of the scores.
-    fn harden(scores: &mut [f32], slopes: &mut [f32], lse: &[f32], deltas: &[f32]) {
+    /// Scores to probabilities, their gradients to those of the scores; `lse` is in base 2.
+    fn harden(scores: &mut [f32], slopes: &mut [f32], lse: &[f32], deltas: &[f32], factor: f32) {
         for (row, slopes) in scores.chunks_exact_mut(TILE).zip(slopes.chunks_exact_mut(TILE)) {
             for (((score, slope), lse), delta) in row.iter_mut().zip(slopes).zip(lse).zip(deltas) {
-                *score = exp(*score - lse);
+                *score = exp2(score.mul_add(factor, -lse));
                 *slope = *score * (*slope - delta);
             }
         }
+    }
+
+    /// Pairs of rows as pairs of bf16; a last row alone gets zeros.
+    fn pair_rows(out: &mut [f32], rows: &[f32]) {
+        let zeros = [0f32; TILE];
+        for (out, rows) in out.chunks_exact_mut(TILE).zip(rows.chunks(2 * TILE)) {
+            let (first, second) = rows.split_at(TILE);
+            let second = if second.is_empty() { &zeros } else { second };
+            for ((out, first), second) in out.iter_mut().zip(first).zip(second) {
+                *out = pair(*first, *second);
+            }
+        }
+    }
+
+    /// Neighbours in a row as pairs of bf16.
+    fn pair_lanes(out: &mut [f32], rows: &[f32]) {
+        let out: &mut [bf16] = bytemuck::cast_slice_mut(out);
+        out.iter_mut().zip(rows).for_each(|(out, x)| *out = Scalar::from_f32(*x));
     }
 }
 
@@ -76,21 +109,22 @@ fn columns(present: usize) -> usize {
     present.min(TILE).next_multiple_of(16)
 }
 
-/// Attention of the queries from `first` on, `[dim][TILE]` and scaled: `[n][dim]` and `[n]`.
+/// Attention of the queries from `first` on, packed as a block of columns: `[n][dim]` and `[n]`.
 pub(super) fn forward_queries(
-    simd: Simd,
     head: &ForwardHead,
     queries: &[f32],
     first: usize,
     out: &mut [f32],
     lse: &mut [f32],
 ) {
-    let ForwardHead { keys, dim, .. } = *head;
-    let present = lse.len();
-    let mut scores = [0f32; KEYS * TILE];
+    let ForwardHead { keys, dim, padded, arithmetic, .. } = *head;
+    let (present, depth) = (lse.len(), arithmetic.depth());
+    let factor = head.scale * LOG2_E;
+    let (mut scores, mut pairs) = ([0f32; KEYS * TILE], [0f32; KEYS / 2 * TILE]);
     let mut sums = vec![0f32; dim * TILE];
     let (mut most, mut total) = ([f32::NEG_INFINITY; TILE], [0f32; TILE]);
-    for (block, k_columns) in head.k_columns.chunks_exact(dim * KEYS).enumerate() {
+    let size = dim.div_ceil(depth) * KEYS;
+    for (block, k_columns) in head.k_columns.chunks_exact(size).enumerate() {
         let key = block * KEYS;
         if head.causal && key >= first + present {
             break;
@@ -100,34 +134,41 @@ pub(super) fn forward_queries(
         let product = Product {
             rows: count,
             columns: columns(present),
-            steps: dim,
+            steps: dim.div_ceil(depth),
             a_step: KEYS,
             b_step: TILE,
             c_row: TILE,
             accumulate: false,
         };
-        product_columns(simd, &product, k_columns, queries, scores);
+        product_columns(arithmetic, &product, k_columns, queries, scores);
         if head.causal && key + count > first {
             hide(scores, key, first);
         }
-        let factors = soften(scores, &mut most, &mut total);
+        let factors = soften(scores, &mut most, &mut total, factor);
         if block > 0 && factors.iter().any(|f| *f != 1.) {
             multiply_rows(&mut sums, &factors);
         }
-        let product =
-            Product { rows: dim, steps: count, a_step: head.padded, accumulate: true, ..product };
-        product_columns(simd, &product, &head.v_rows[key * head.padded..], scores, &mut sums);
+        let steps = count.div_ceil(depth);
+        let weights = if depth == 2 {
+            pair_rows(&mut pairs[..steps * TILE], scores);
+            &pairs[..steps * TILE]
+        } else {
+            scores
+        };
+        let product = Product { rows: dim, steps, a_step: padded, accumulate: true, ..product };
+        let values = &head.v_rows[key / depth * padded..];
+        product_columns(arithmetic, &product, values, weights, &mut sums);
     }
     for (query, (out, lse)) in out.chunks_exact_mut(dim).zip(lse).enumerate() {
         let inverse = 1. / total[query];
         for (out, sums) in out.iter_mut().zip(sums.chunks_exact(TILE)) {
             *out = sums[query] * inverse;
         }
-        *lse = most[query] + total[query].ln();
+        *lse = most[query].mul_add(factor, total[query].log2()) * LN_2;
     }
 }
 
-/// One head as the backward reads it; queries are scaled.
+/// One head as the backward reads it, packed like a [`ForwardHead`].
 pub(super) struct BackwardHead<'a> {
     /// `[keys][padded]`.
     pub k_rows: &'a [f32],
@@ -145,18 +186,19 @@ pub(super) struct BackwardHead<'a> {
     pub dy_columns: &'a [f32],
     /// `[tiles·TILE]`.
     pub deltas: &'a [f32],
-    /// `[tiles·TILE]`.
+    /// `[tiles·TILE]`, base 2.
     pub lse: &'a [f32],
     pub queries: usize,
     pub dim: usize,
     pub padded: usize,
+    pub scale: f32,
     pub causal: bool,
+    pub arithmetic: Arithmetic,
 }
 
-/// Gradients of the keys from `first` on, `[n][dim]` each, and what they add to the gradients of
-/// the unscaled queries before the factor of the scores: `[tiles][dim][TILE]`.
+/// Gradients of the keys and values from `first` on, `[n][dim]` each, and what they add to the
+/// gradients of the queries, `[tiles][dim][TILE]`; the factor `scale` of queries and keys is missing.
 pub(super) fn backward_keys(
-    simd: Simd,
     head: &BackwardHead,
     first: usize,
     grads: (&mut [f32], &mut [f32]),
@@ -167,6 +209,7 @@ pub(super) fn backward_keys(
     let mut scratch = KeyScratch {
         scores: vec![0.; KEYS * TILE],
         slopes: vec![0.; KEYS * TILE],
+        pairs: vec![0.; KEYS / 2 * TILE],
         dk: vec![0.; KEYS * padded],
         dv: vec![0.; KEYS * padded],
     };
@@ -177,7 +220,7 @@ pub(super) fn backward_keys(
         scratch.dk.fill(0.);
         scratch.dv.fill(0.);
         for (tile, dq) in dq.chunks_exact_mut(dim * TILE).enumerate() {
-            backward_tile(simd, head, (key, count), tile, &mut scratch, dq);
+            backward_tile(head, (key, count), tile, &mut scratch, dq);
         }
         for (to, from) in [(dk, &scratch.dk), (dv, &scratch.dv)] {
             for (to, from) in to.chunks_exact_mut(dim).zip(from.chunks_exact(padded)) {
@@ -191,58 +234,76 @@ struct KeyScratch {
     /// `[KEYS][TILE]`.
     scores: Vec<f32>,
     slopes: Vec<f32>,
+    /// Half as much.
+    pairs: Vec<f32>,
     /// `[KEYS][padded]`.
     dk: Vec<f32>,
     dv: Vec<f32>,
 }
 
+/// Adds what a block of keys (first and number) and a tile of queries give each other.
 fn backward_tile(
-    simd: Simd,
     head: &BackwardHead,
     keys: (usize, usize),
     tile: usize,
     scratch: &mut KeyScratch,
     dq: &mut [f32],
 ) {
-    let BackwardHead { queries, dim, padded, .. } = *head;
+    let BackwardHead { queries, dim, padded, arithmetic, .. } = *head;
     let ((key, count), query) = (keys, tile * TILE);
     let present = TILE.min(queries - query);
     if head.causal && key >= query + present {
         return;
     }
-    let block = key / KEYS * dim * KEYS;
-    let columns_at = query * dim;
+    let depth = arithmetic.depth();
+    let height = dim.div_ceil(depth);
     let scores = &mut scratch.scores[..count * TILE];
     let slopes = &mut scratch.slopes[..count * TILE];
     let product = Product {
         rows: count,
         columns: columns(present),
-        steps: dim,
+        steps: height,
         a_step: KEYS,
         b_step: TILE,
         c_row: TILE,
         accumulate: false,
     };
-    let (q, dy) = (&head.q_columns[columns_at..], &head.dy_columns[columns_at..]);
-    product_columns(simd, &product, &head.k_columns[block..], q, scores);
-    product_columns(simd, &product, &head.v_columns[block..], dy, slopes);
+    let (q, dy) = (&head.q_columns[query * height..], &head.dy_columns[query * height..]);
+    product_columns(arithmetic, &product, &head.k_columns[key * height..], q, scores);
+    product_columns(arithmetic, &product, &head.v_columns[key * height..], dy, slopes);
     if head.causal && key + count > query {
         hide(scores, key, query);
     }
     let lanes = query..query + TILE;
-    harden(scores, slopes, &head.lse[lanes.clone()], &head.deltas[lanes]);
+    let factor = head.scale * LOG2_E;
+    harden(scores, slopes, &head.lse[lanes.clone()], &head.deltas[lanes], factor);
 
     let rows = Product {
         rows: count,
         columns: padded,
-        steps: present,
+        steps: present.div_ceil(depth),
         a_step: 1,
         b_step: padded,
         c_row: padded,
         accumulate: true,
     };
-    product_rows(simd, &rows, scores, &head.dy_rows[query * padded..], &mut scratch.dv);
-    product_rows(simd, &rows, slopes, &head.q_rows[query * padded..], &mut scratch.dk);
-    let onto = Product { rows: dim, steps: count, a_step: padded, accumulate: true, ..product };
-    product_columns(simd, &onto, &head.k_rows[key * padded..], slopes, dq);
+    let steps = count.div_ceil(depth);
+    let onto = Product { rows: dim, steps, a_step: padded, accumulate: true, ..product };
+    let dy_rows = &head.dy_rows[query / depth * padded..];
+    let q_rows = &head.q_rows[query / depth * padded..];
+    let k_rows = &head.k_rows[key / depth * padded..];
+    if depth == 1 {
+        product_rows(arithmetic, &rows, scores, dy_rows, &mut scratch.dv);
+        product_rows(arithmetic, &rows, slopes, q_rows, &mut scratch.dk);
+        product_columns(arithmetic, &onto, k_rows, slopes, dq);
+    } else {
+        let pairs = &mut scratch.pairs[..count * TILE / 2];
+        pair_lanes(pairs, scores);
+        product_rows(arithmetic, &rows, pairs, dy_rows, &mut scratch.dv);
+        pair_lanes(pairs, slopes);
+        product_rows(arithmetic, &rows, pairs, q_rows, &mut scratch.dk);
+        let pairs = &mut scratch.pairs[..steps * TILE];
+        pair_rows(pairs, slopes);
+        product_columns(arithmetic, &onto, k_rows, pairs, dq);
+    }
 }
