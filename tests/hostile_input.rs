@@ -171,12 +171,36 @@ fn a_corrupt_image_is_skipped_by_name_or_refused() {
     refuses(&scene, &[], CONFIGURATION, &["5.png"]);
 }
 
+/// Changes the keys of a LoRA for the small model and trains from it.
+fn with_weights(rename: impl Fn(&str) -> String) -> Scene {
+    let mut scene = Scene::new();
+    let mut file =
+        formats::lora_file::read(&data("parity/lierla/init.safetensors")).expect("a LoRA");
+    file.tensors = file.tensors.into_iter().map(|(key, tensor)| (rename(&key), tensor)).collect();
+    let path = scene.folder.path().join("foreign.safetensors");
+    let save_as = formats::lora_file::SaveAs::Safetensors;
+    formats::lora_file::write(&path, &file.tensors, &file.metadata, save_as).expect("a file");
+    scene.set("network_weights", quoted(&path.display().to_string()));
+    scene
+}
+
 #[test]
 fn weights_of_another_architecture() {
-    let mut scene = Scene::new();
-    let weights = data("parity-sd2/lierla/init.safetensors");
-    scene.set("network_weights", quoted(&weights.display().to_string()));
-    refuses(&scene, &[], CONFIGURATION, &["init.safetensors", "network_weights"]);
+    // SDXL's names: not one module belongs to SD1.
+    let scene = with_weights(|key| {
+        let key = key.replace("lora_te_", "lora_te1_");
+        key.replace("lora_unet_down_blocks", "lora_unet_input_blocks")
+            .replace("lora_unet_up_blocks", "lora_unet_output_blocks")
+            .replace("lora_unet_mid_block", "lora_unet_middle_block")
+    });
+    refuses(&scene, &[], CONFIGURATION, &["foreign.safetensors", "network_weights"]);
+
+    // The same names with other shapes: the halves of every module swapped.
+    let scene = with_weights(|key| match key.split_once(".lora_down") {
+        Some((module, rest)) => format!("{module}.lora_up{rest}"),
+        None => key.replace(".lora_up", ".lora_down"),
+    });
+    refuses(&scene, &[], CONFIGURATION, &["foreign.safetensors", "lora_down.weight"]);
 }
 
 #[test]

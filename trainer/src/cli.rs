@@ -9,7 +9,7 @@ use engine::Device;
 use models::ModelError;
 
 use crate::dataset::DatasetError;
-use crate::options::{self, Action};
+use crate::options::{self, Action, UsageError};
 use crate::run::Run;
 use crate::train::Ending;
 use crate::{console, selftest};
@@ -28,7 +28,10 @@ pub fn train_main(args: &[OsString], env: &Env) -> i32 {
 
 fn train(args: &[OsString], env: &Env) -> Result<i32, Failure> {
     let wrong = |error| Failure { code: exit_code::CONFIGURATION, error };
-    let parsed = options::parse(args).map_err(wrong)?;
+    let parsed = options::parse(args).map_err(|error| Failure {
+        code: if error.is::<UsageError>() { exit_code::USAGE } else { exit_code::CONFIGURATION },
+        error,
+    })?;
     match &parsed.action {
         Action::Help(search) => {
             let text = options::help_text(search.as_deref()).map_err(wrong)?;

@@ -109,7 +109,11 @@ impl Run {
         if comm.rank() == 0 {
             check_writable(&plan.saving.output_dir)?;
         }
+        let known_warnings = group.warnings.len();
         let (group, latents) = cache(&options, &comm, &base, group)?;
+        for warning in group.warnings.iter().skip(known_warnings) {
+            console::warn(warning);
+        }
         // Damaged images were left out: the plan must count what is there.
         let plan = Plan::new(&options, &group, &base, plan.seed, comm.world_size())?;
         let group = Arc::new(group);

@@ -67,7 +67,7 @@ struct RandomWeights {
 
 impl RandomWeights {
     fn new(shapes: Vec<models::TensorShape>) -> Self {
-        Self { shapes: shapes.into_iter().map(|t| (t.name, t.shape)).collect() }
+        Self { shapes: shapes.into_iter().collect() }
     }
 }
 

@@ -36,7 +36,7 @@ mod value;
 pub use arguments::{AdamwArgs, NetworkArgs};
 pub use choices::*;
 pub use help::help_text;
-pub use parse::{Action, Parsed, find_option, parse, write_config};
+pub use parse::{Action, Parsed, UsageError, find_option, parse, write_config};
 pub use table::{Group, OptionSpec, Origin, Support};
 pub use value::{CropRange, IntOrFloat, Kind, Mismatch, OptionValue, Resolution};
 

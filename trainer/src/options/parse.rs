@@ -37,6 +37,22 @@ pub struct Parsed {
     pub notes: Vec<String>,
 }
 
+/// A fault of the command line itself, as opposed to one in a config file.
+#[derive(Debug)]
+pub struct UsageError(anyhow::Error);
+
+impl std::fmt::Display for UsageError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:#}", self.0)
+    }
+}
+
+impl std::error::Error for UsageError {}
+
+fn usage(error: anyhow::Error) -> anyhow::Error {
+    UsageError(error).into()
+}
+
 /// Finds an option by name.
 pub fn find_option(name: &str) -> Option<&'static OptionSpec> {
     OPTIONS.iter().find(|spec| spec.name == name)
@@ -44,7 +60,7 @@ pub fn find_option(name: &str) -> Option<&'static OptionSpec> {
 
 /// Reads the words after `train` and the config file they name.
 pub fn parse(args: &[OsString]) -> Result<Parsed> {
-    let line = CommandLine::read(args)?;
+    let line = CommandLine::read(args).map_err(usage)?;
     let mut parsed = Parsed {
         action: Action::Train,
         options: Options::default(),
@@ -57,7 +73,7 @@ pub fn parse(args: &[OsString]) -> Result<Parsed> {
         return Ok(parsed);
     }
     for (spec, value) in &line.values {
-        assign(&mut parsed.options, spec, value, Origin::CommandLine)?;
+        assign(&mut parsed.options, spec, value, Origin::CommandLine).map_err(usage)?;
     }
     let config = config_name(line.positional, &parsed.options)?;
     if parsed.options.output_config {
