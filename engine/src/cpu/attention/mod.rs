@@ -262,3 +262,55 @@ fn backward_sample<T: Scalar>(
     interleave(dv, &dv_rows, s, 1.);
     unpack_queries(dq, &dq_columns, tasks, s, kind.scale);
 }
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+    use crate::DType;
+    use crate::cpu::simd::Simd;
+
+    fn noise<T: Scalar>(len: usize, seed: usize) -> Vec<T> {
+        let number = |i: usize| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504. - 1.;
+        (0..len).map(|i| T::from_f32(bf16::from_f32(number(i)).to_f32())).collect()
+    }
+
+    /// Output and gradients of one sample.
+    fn run<T: Scalar>(s: Sizes, causal: bool) -> Vec<f32> {
+        let kind = AttentionKind { heads: s.heads, scale: 0.3, causal };
+        let (of_q, of_k) = s.samples();
+        let (q, k, v) = (noise::<T>(of_q, 1), noise::<T>(of_k, 2), noise::<T>(of_k, 3));
+        let (dy, mut out) = (noise::<T>(of_q, 4), noise::<T>(of_q, 5));
+        let mut lse = vec![0.; s.heads * s.queries];
+        forward_sample([&q, &k, &v], &mut out, &mut lse, (s, kind));
+        let [mut dq, mut dk, mut dv] = [of_q, of_k, of_k].map(|len| noise::<T>(len, 6));
+        let sample = Sample { q: &q, k: &k, v: &v, out: &out, dy: &dy, lse: &lse };
+        backward_sample(&sample, [&mut dq, &mut dk, &mut dv], s, kind);
+        [out, dq, dk, dv].concat().into_iter().map(Scalar::to_f32).collect()
+    }
+
+    #[test]
+    fn every_arithmetic_gives_the_same_results() {
+        let best = Simd::detected();
+        let sets = [Simd::Avx512, Simd::Avx2, Simd::Portable];
+        let from = sets.iter().position(|s| *s == best).unwrap();
+        for (queries, keys, heads, dim) in [(70, 115, 2, 40), (33, 5, 1, 7), (64, 230, 3, 24)] {
+            for causal in [false, true] {
+                let with = |arithmetic| Sizes { batch: 1, heads, queries, keys, dim, arithmetic };
+                let portable = with(Arithmetic::Single(Simd::Portable));
+                let want = run::<f32>(portable, causal);
+                let close = |got: Vec<f32>, tolerance: f32| {
+                    for (got, want) in got.iter().zip(&want) {
+                        assert!((got - want).abs() < tolerance, "{got} {want}, {queries} {keys}");
+                    }
+                };
+                for simd in &sets[from..] {
+                    close(run::<f32>(with(Arithmetic::Single(*simd)), causal), 2e-5);
+                    close(run::<bf16>(with(Arithmetic::Single(*simd)), causal), 3e-2);
+                }
+                close(run::<bf16>(with(Arithmetic::of(DType::BF16)), causal), 3e-2);
+            }
+        }
+    }
+}
