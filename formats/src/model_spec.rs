@@ -9,7 +9,7 @@ use std::path::Path;
 use crate::{Family, FormatError};
 
 /// What a LoRA's ModelSpec keys are made of.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
     /// Of the base model.
     pub family: Family,
@@ -17,16 +17,15 @@ pub struct ModelSpec {
     pub v_parameterization: bool,
     /// `metadata_title`, otherwise the output name.
     pub title: String,
-    /// Width and height trained at; `None` gives the family's own.
-    pub resolution: Option<(u32, u32)>,
-    /// Unix seconds of the date.
+    /// Width and height in pixels of the option `resolution`; `None` gives the family's own, as
+    /// sd-scripts does where a dataset config sets them.
+    pub resolution: Option<(usize, usize)>,
+    /// Unix seconds of the date, written as UTC (sd-scripts writes local time without an offset).
     pub timestamp: i64,
-    /// Seconds to add to UTC; sd-scripts writes local time without an offset.
-    pub utc_offset: i64,
     /// Smallest and largest timestep trained, when restricted.
-    pub timestep_range: Option<(u32, u32)>,
+    pub timestep_range: Option<(usize, usize)>,
     /// `clip_skip`, when set.
-    pub clip_skip: Option<u32>,
+    pub clip_skip: Option<usize>,
     /// Program and version: `modelspec.implementation_version`.
     pub implementation_version: String,
     /// The user's `metadata_*` options.
@@ -34,7 +33,7 @@ pub struct ModelSpec {
 }
 
 /// The user's own words: `metadata_author` and so on; `None` leaves the key out.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 #[expect(missing_docs, reason = "each is the option `metadata_` + its name")]
 pub struct OptionalSpec {
     pub author: Option<String>,
@@ -62,7 +61,7 @@ impl ModelSpec {
         set("implementation", "diffusers".to_owned());
         set("implementation_version", self.implementation_version.clone());
         set("title", self.title.clone());
-        set("date", iso_date(self.timestamp + self.utc_offset));
+        set("date", iso_date(self.timestamp));
         let (width, height) = self.resolution.unwrap_or_else(|| self.own_resolution());
         set("resolution", format!("{width}x{height}"));
         set("prediction_type", if self.v_parameterization { "v" } else { "epsilon" }.to_owned());
@@ -101,7 +100,7 @@ impl ModelSpec {
         }
     }
 
-    fn own_resolution(&self) -> (u32, u32) {
+    fn own_resolution(&self) -> (usize, usize) {
         match (self.family, self.v_parameterization) {
             (Family::Sd2, true) => (768, 768),
             _ => (512, 512),
@@ -109,10 +108,13 @@ impl ModelSpec {
     }
 }
 
-/// `YYYY-MM-DDThh:mm:ss` of Unix seconds (proleptic Gregorian calendar; days to date after
-/// Howard Hinnant, <https://howardhinnant.github.io/date_algorithms.html>).
-pub fn iso_date(seconds: i64) -> String {
+/// Year, month, day, hour, minute and second (UTC) of Unix seconds.
+///
+/// Proleptic Gregorian calendar; days to date after Howard Hinnant,
+/// <https://howardhinnant.github.io/date_algorithms.html>.
+pub fn civil_time(seconds: i64) -> [i64; 6] {
     let (days, second) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
+    // Years begin in March, so that a leap day ends one.
     let shifted = days + 719_468;
     let era = shifted.div_euclid(146_097);
     let day_of_era = shifted.rem_euclid(146_097);
@@ -123,7 +125,12 @@ pub fn iso_date(seconds: i64) -> String {
     let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
     let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
     let year = year_of_era + era * 400 + i64::from(month <= 2);
-    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    [year, month, day, second / 3600, second / 60 % 60, second % 60]
+}
+
+/// `YYYY-MM-DDThh:mm:ss` (UTC) of Unix seconds.
+pub fn iso_date(seconds: i64) -> String {
+    let [year, month, day, hour, minute, second] = civil_time(seconds);
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}")
 }
 

@@ -5,17 +5,16 @@
 //! The `sshs_*` hashes are added by `formats` when the file is written. Keys come sorted. Times are
 //! passed in, so that the same facts give the same bytes.
 
-mod model_spec;
 mod python;
 #[cfg(test)]
 mod tests;
 
-pub use model_spec::civil_time;
 pub use python::{python_float, python_json, python_literal};
 
 use crate::options::Options;
-use anyhow::Result;
-use model_spec::{iso_date, model_spec};
+use anyhow::{Context, Result};
+use formats::Family;
+use formats::model_spec::{ModelSpec, OptionalSpec, thumbnail_url};
 use python::PythonText;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -117,7 +116,7 @@ pub enum DatasetFacts {
 #[derive(Clone, Debug, PartialEq)]
 pub struct FileMetadata {
     entries: BTreeMap<String, String>,
-    model_spec: BTreeMap<String, String>,
+    model_spec: ModelSpec,
     minimum_only: bool,
 }
 
@@ -148,10 +147,42 @@ impl FileMetadata {
         if self.minimum_only {
             file.retain(|key, _| MINIMUM_KEYS.contains(&key.as_str()));
         }
-        file.extend(self.model_spec.clone());
-        file.insert("modelspec.date".to_owned(), iso_date(finished_at));
+        let spec = ModelSpec { timestamp: finished_at as i64, ..self.model_spec.clone() };
+        file.extend(spec.to_metadata());
         file
     }
+}
+
+/// What the file is, for programs that list models; the date is each file's own.
+fn model_spec(options: &Options, run: &RunFacts) -> Result<ModelSpec> {
+    let v2 = run.base_model_version.starts_with("sd_v2");
+    let title = options.metadata_title.clone().or_else(|| options.output_name.clone());
+    let thumbnail = options.metadata_thumbnail.as_deref().map(thumbnail_url).transpose();
+    let restricted = options.min_timestep.is_some() || options.max_timestep.is_some();
+    let range = (options.min_timestep.unwrap_or(0), options.max_timestep.unwrap_or(1000));
+    Ok(ModelSpec {
+        family: if v2 { Family::Sd2 } else { Family::Sd1 },
+        v_parameterization: options.v_parameterization,
+        title: title.unwrap_or_else(|| format!("LoRA@{}", python_float(run.started_at))),
+        // Not the size trained at: the reference ignores the dataset config here.
+        resolution: options.resolution.map(|size| (size.width, size.height)),
+        timestamp: run.started_at as i64,
+        timestep_range: restricted.then_some(range),
+        clip_skip: options.clip_skip,
+        implementation_version: concat!("lorarun/", env!("CARGO_PKG_VERSION")).to_owned(),
+        optional: OptionalSpec {
+            author: options.metadata_author.clone(),
+            description: options.metadata_description.clone(),
+            license: options.metadata_license.clone(),
+            tags: options.metadata_tags.clone(),
+            usage_hint: options.metadata_usage_hint.clone(),
+            thumbnail: thumbnail.context("cannot read the picture of `metadata_thumbnail`")?,
+            merged_from: options.metadata_merged_from.clone(),
+            trigger_phrase: options.metadata_trigger_phrase.clone(),
+            preprocessor: options.metadata_preprocessor.clone(),
+            is_negative_embedding: options.metadata_is_negative_embedding.clone(),
+        },
+    })
 }
 
 /// Inserts `ss_<name>` for each listed expression.

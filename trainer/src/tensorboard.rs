@@ -5,9 +5,9 @@
 //! hand; field numbers are those of tensorflow's `event.proto` and `summary.proto`.
 //! Rank 0 writes alone. Each call is flushed, so a killed run keeps every finished step.
 
-use crate::metadata::civil_time;
 use crate::options::Options;
 use anyhow::{Context, Result};
+use formats::model_spec::civil_time;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -79,7 +79,7 @@ impl RunLog {
 
 /// `logging_dir/<prefix><date and time>/<tracker>`, the time in UTC.
 fn log_dir(options: &Options, started_at: f64) -> Option<PathBuf> {
-    let [year, month, day, hour, minute, second] = civil_time(started_at.max(0.0) as u64);
+    let [year, month, day, hour, minute, second] = civil_time(started_at as i64);
     let prefix = options.log_prefix.as_deref().unwrap_or_default();
     let run = format!("{prefix}{year:04}{month:02}{day:02}{hour:02}{minute:02}{second:02}");
     let tracker = options.log_tracker_name.as_deref().unwrap_or("network_train");

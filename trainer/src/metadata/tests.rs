@@ -1,7 +1,7 @@
 //! Metadata against a file that sd-scripts 0.10.1 wrote.
 
-use super::model_spec::{base64, data_url};
 use super::*;
+use crate::options::Resolution;
 use serde_json::json;
 use std::path::PathBuf;
 
@@ -139,12 +139,26 @@ fn folders_write_their_settings_one_by_one() {
 }
 
 #[test]
-fn a_thumbnail_becomes_a_data_url() {
-    assert_eq!(data_url("data:image/png;base64,AA==").unwrap(), "data:image/png;base64,AA==");
-    assert!(data_url("nowhere.png").unwrap_err().to_string().contains("nowhere.png"));
-    let encoded: Vec<String> =
-        ["", "f", "fo", "foo", "foob"].iter().map(|text| base64(text.as_bytes())).collect();
-    assert_eq!(encoded, ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg=="]);
+fn what_the_user_says_of_the_model_is_written() {
+    let reference = reference();
+    let with = |options: Options| {
+        let metadata = FileMetadata::new(&options, &facts(&reference), &dataset(&reference))?;
+        anyhow::Ok(metadata.at(1, 1, 0.0))
+    };
+    let url = "data:image/png;base64,AA==";
+    let file = with(Options {
+        output_name: None,
+        metadata_thumbnail: Some(url.into()),
+        resolution: Some(Resolution { width: 256, height: 384 }),
+        ..options()
+    });
+    let file = file.unwrap();
+    assert_eq!(file["modelspec.thumbnail"], url);
+    assert_eq!(file["modelspec.resolution"], "256x384");
+    assert_eq!(file["modelspec.title"], "LoRA@1795364330.3322709");
+    let error = with(Options { metadata_thumbnail: Some("nowhere.png".into()), ..options() });
+    let error = format!("{:#}", error.unwrap_err());
+    assert!(error.contains("`metadata_thumbnail`") && error.contains("nowhere.png"), "{error}");
 }
 
 #[test]
@@ -172,13 +186,4 @@ fn numbers_print_as_python_does() {
         python_json(&json!({"a": [1, 2.0, null, true], "b\"\n": "é😀"})),
         r#"{"a": [1, 2.0, null, true], "b\"\n": "\u00e9\ud83d\ude00"}"#
     );
-}
-
-#[test]
-fn calendar() {
-    assert_eq!(civil_time(0), [1970, 1, 1, 0, 0, 0]);
-    assert_eq!(civil_time(951_782_399), [2000, 2, 28, 23, 59, 59]);
-    assert_eq!(civil_time(951_782_400), [2000, 2, 29, 0, 0, 0]);
-    assert_eq!(civil_time(4_107_542_400), [2100, 3, 1, 0, 0, 0]);
-    assert_eq!(iso_date(1795364356.43), "2026-11-22T16:19:16");
 }
