@@ -1,3 +1,5 @@
+//! Dataset configs: precedence, one format in TOML and JSON, and what wrong input is told.
+
 use super::*;
 
 const FULL: &str = r#"

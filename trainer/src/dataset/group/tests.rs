@@ -1,3 +1,5 @@
+//! Datasets from folders: buckets, repeats, regularisation images, damaged and absurd input.
+
 use super::*;
 use crate::dataset::config::{DatasetDefaults, DatasetInput, plan_datasets};
 use std::path::Path;

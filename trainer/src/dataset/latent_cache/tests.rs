@@ -1,3 +1,5 @@
+//! The latent cache: encoded once, repaired, shared by the ranks, and resumed.
+
 use super::*;
 use crate::dataset::config::{DatasetDefaults, DatasetInput, plan_datasets};
 use std::sync::atomic::{AtomicUsize, Ordering};

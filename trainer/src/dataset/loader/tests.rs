@@ -1,3 +1,5 @@
+//! Batches: the same on any number of ranks, from any step on, also when files go bad.
+
 use super::*;
 use crate::dataset::config::{DatasetDefaults, DatasetInput, plan_datasets};
 

@@ -1,3 +1,5 @@
+//! Pictures: resizing, cropping, mirroring, orientation, colours, and bad files.
+
 use super::*;
 use crate::dataset::config::{DatasetDefaults, DatasetInput, plan_datasets};
 use crate::dataset::group::DatasetGroup;

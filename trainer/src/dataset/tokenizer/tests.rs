@@ -1,3 +1,5 @@
+//! Token ids, chunks and prompt weights against transformers and the reference.
+
 use super::*;
 
 /// Ids of transformers' tokenizer and of the reference: `tests/data/dataset/make_tokens.py`.
