@@ -181,10 +181,10 @@ fn cache(
         let agreed = comm.broadcast(0, own.display().to_string().into_bytes())?;
         CachePlace::Temporary(PathBuf::from(String::from_utf8(agreed)?))
     };
-    let mut shown = Instant::now();
+    let mut shown = (Instant::now(), 0);
     let mut progress = |done: usize, all: usize| {
-        if done == all || shown.elapsed() > LINE_INTERVAL {
-            shown = Instant::now();
+        if done != shown.1 && (done == all || shown.0.elapsed() > LINE_INTERVAL) {
+            shown = (Instant::now(), done);
             console::note(&format!("latents of {done} of {all} images"));
         }
     };
