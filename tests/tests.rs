@@ -5,6 +5,7 @@
 //! - `equality`: world sizes agree, runs repeat to the byte, checkpointing changes nothing
 //! - `hostile_input`: every kind of bad input gives one clear error and no partial file
 //! - `interruption`: killed ranks, Ctrl-C, full disk
+//! - `keys`: tensors and metadata of our files beside those of sd-scripts, and lossless continuing
 //! - `quickstart`: the README's example
 //! - `selftest`: agreement with the PyTorch reference, and that a changed reference is noticed
 
@@ -12,6 +13,7 @@ mod equality;
 mod harness;
 mod hostile_input;
 mod interruption;
+mod keys;
 mod layering;
 mod quickstart;
 mod selftest;
