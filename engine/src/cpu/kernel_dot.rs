@@ -73,9 +73,30 @@ mod x86 {
 
     use super::Run;
 
+    /// The sum of each of up to 4 vectors.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512dq")]
+    fn sums_of<const C: usize>(v: &[__m512; C]) -> [f32; 4] {
+        let at = |c: usize| if c < C { v[c] } else { _mm512_setzero_ps() };
+        let pair = |a, b| _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        let (left, right) =
+            (_mm512_castps_pd(pair(at(0), at(1))), _mm512_castps_pd(pair(at(2), at(3))));
+        // Every 128-bit lane now sums to the four results in order.
+        let lanes = _mm512_add_ps(
+            _mm512_castpd_ps(_mm512_unpacklo_pd(left, right)),
+            _mm512_castpd_ps(_mm512_unpackhi_pd(left, right)),
+        );
+        let half = _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps::<1>(lanes));
+        let quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half));
+        let mut out = [0f32; 4];
+        // SAFETY: four elements are written to an array of four.
+        unsafe { _mm_storeu_ps(out.as_mut_ptr(), quarter) };
+        out
+    }
+
     /// # Safety
     /// See [`super::DotKernel`].
-    #[target_feature(enable = "avx512f")]
+    #[target_feature(enable = "avx512f,avx512dq")]
     pub(super) unsafe fn single<const R: usize, const C: usize>(
         runs: &[Run<f32>],
         columns: *const f32,
@@ -105,13 +126,13 @@ mod x86 {
             }
         }
         for (out, sums) in out.iter_mut().zip(&sums) {
-            out.iter_mut().zip(sums).for_each(|(o, s)| *o = _mm512_reduce_add_ps(*s));
+            *out = sums_of(sums);
         }
     }
 
     /// # Safety
     /// See [`super::DotKernel`].
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512bf16")]
     pub(super) unsafe fn pair<const R: usize, const C: usize>(
         runs: &[Run<bf16>],
         columns: *const bf16,
@@ -124,9 +145,9 @@ mod x86 {
             while k < run.len {
                 let left = run.len - k;
                 let mask = if left < 32 { (1u32 << left) - 1 } else { u32::MAX };
-                // SAFETY: the mask keeps within the run, which the caller promises to exist; the
-                // cast keeps all 512 bits.
                 let load = |at: *const bf16| -> __m512bh {
+                    // SAFETY: the mask keeps within the run, which the caller promises to exist;
+                    // the cast keeps all 512 bits.
                     unsafe { std::mem::transmute(_mm512_maskz_loadu_epi16(mask, at.cast())) }
                 };
                 let mut b = [load(columns); C];
@@ -145,7 +166,7 @@ mod x86 {
             }
         }
         for (out, sums) in out.iter_mut().zip(&sums) {
-            out.iter_mut().zip(sums).for_each(|(o, s)| *o = _mm512_reduce_add_ps(*s));
+            *out = sums_of(sums);
         }
     }
 }

@@ -32,6 +32,9 @@ pub(super) fn transpose_words<T: bytemuck::Pod>(
 mod x86 {
     use std::arch::x86_64::*;
 
+    /// Bytes: the block after the next along k.
+    const AHEAD: usize = 256;
+
     /// # Safety
     /// AVX-512; 16 rows of 64 bytes, `pitch` bytes apart, can be read and 16 rows of 16 words,
     /// `to_pitch` words apart, written.
@@ -39,8 +42,11 @@ mod x86 {
     pub(super) unsafe fn transpose(from: *const u8, pitch: usize, to: *mut u32, to_pitch: usize) {
         let mut r = [_mm512_setzero_si512(); 16];
         for (i, r) in r.iter_mut().enumerate() {
-            // SAFETY: row `i < 16`.
-            *r = unsafe { _mm512_loadu_si512(from.add(i * pitch).cast()) };
+            // SAFETY: row `i < 16`; what is asked for ahead is never read here.
+            unsafe {
+                *r = _mm512_loadu_si512(from.add(i * pitch).cast());
+                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(i * pitch + AHEAD).cast());
+            }
         }
         // Within 128-bit lanes: words, then pairs of words.
         let mut s = r;

@@ -2,9 +2,9 @@
 //!
 //! A task owns up to 1024 rows by 1280 columns and all of k, so threads share nothing and k is never
 //! split between them: results do not depend on the number of threads. Within a task, k goes in
-//! passes of at most [`PASS`] words; a tall panel of `a` (21 KB) stays in the first-level cache while
+//! passes of at most [`PASS`] words; a panel of `a` (up to 28 KB) stays in the first-level cache while
 //! slivers of `b` (up to 512 KB at a time) stream from the second; sums of earlier passes wait
-//! in tiles. Packing costs about half a cycle per element against n/16 or m/16 cycles of arithmetic.
+//! in tiles. A panel is packed just before its first use, while the one after it is on its way. Packing costs about half a cycle per element against n/16 or m/16 cycles of arithmetic.
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -13,12 +13,12 @@ use rayon::prelude::*;
 
 use super::finish::{Finish, Tile};
 use super::operand::{Data, Feed, Left, Right};
-use super::pack::{Slivers, pack_left, pack_right};
+use super::pack::{Slivers, pack_left, pack_right, prefetch_left};
 use crate::cpu::features::Level;
 use crate::cpu::kernel_tile::{TileKernel, Word, tile_kernels, tile_shape};
 
 /// Words of k in one pass at most.
-const PASS: usize = 384;
+const PASS: usize = 512;
 /// Words of packed `b` that are used together: half of a 1 MiB second-level cache.
 const RESIDENT: usize = 128 << 10;
 /// Rows and columns of a task at most.
@@ -160,14 +160,12 @@ impl<'a> Packing<'a> {
         (from..to, (to - from).div_ceil(per).next_multiple_of(4))
     }
 
-    fn pack_rows(&self, panels: &Panels, k: Range<usize>, words: usize, packed: &mut [u32]) {
-        let feed = Feed::new(self.pair.a.0, self.word);
-        for i in 0..panels.count {
-            let rows = panels.rows(i);
-            let from = (rows.start - panels.range.start) * words;
-            let panel = &mut packed[from..from + rows.len() * words];
-            pack_left(feed, self.pair.a.1, rows, k.clone(), panel);
-        }
+    fn pack_rows(&self, rows: Range<usize>, k: Range<usize>, panel: &mut [u32]) {
+        pack_left(Feed::new(self.pair.a.0, self.word), self.pair.a.1, rows, k, panel);
+    }
+
+    fn prefetch_rows(&self, rows: Range<usize>, k: Range<usize>, part: (usize, usize)) {
+        prefetch_left(Feed::new(self.pair.a.0, self.word), self.pair.a.1, rows, k, part);
     }
 
     fn pack_columns(&self, place: &Slivers, packed: &mut [u32]) {
@@ -225,13 +223,18 @@ impl<'a> Task<'a> {
         (RESIDENT / (self.main.pass.max(1) * self.width)).clamp(1, self.slivers())
     }
 
+    /// Whether packed panels are used again, by another group of slivers.
+    fn keeps_panels(&self) -> bool {
+        self.group() < self.slivers()
+    }
+
     fn run(&self) {
         let rows = self.panels.range.len();
         let padded = self.slivers() * self.width;
         let low = self.low_rank.as_ref().map_or(0, |low| low.part(0).1);
         let waiting = if self.main.passes > 1 { rows * padded } else { 16 * self.width };
         let sizes = [
-            rows * self.main.pass,
+            if self.keeps_panels() { rows } else { rows.min(16) } * self.main.pass,
             self.group() * self.width * self.main.pass,
             rows * low,
             padded * low,
@@ -251,7 +254,12 @@ impl<'a> Task<'a> {
     fn passes(&self, parts: &mut Parts) {
         if let Some(low) = &self.low_rank {
             let (k, words) = low.part(0);
-            low.pack_rows(&self.panels, k.clone(), words, parts.low_a);
+            for panel in 0..self.panels.count {
+                let rows = self.panels.rows(panel);
+                let from = (rows.start - self.panels.range.start) * words;
+                let panel = &mut parts.low_a[from..from + rows.len() * words];
+                low.pack_rows(rows, k.clone(), panel);
+            }
             let (columns, width) = (self.columns.clone(), self.width);
             let size = self.slivers() * width * words;
             if size > 0 {
@@ -261,7 +269,6 @@ impl<'a> Task<'a> {
         }
         for pass in 0..self.main.passes {
             let (k, words) = self.main.part(pass);
-            self.main.pack_rows(&self.panels, k.clone(), words, parts.a);
             for first in (0..self.slivers()).step_by(self.group()) {
                 let slivers = first..self.slivers().min(first + self.group());
                 let from = self.columns.start + first * self.width;
@@ -271,22 +278,33 @@ impl<'a> Task<'a> {
                     let place = Slivers { columns, k: k.clone(), width, words };
                     self.main.pack_columns(&place, &mut parts.b[..slivers.len() * width * words]);
                 }
-                self.multiply(parts, pass, words, slivers);
+                self.multiply(parts, pass, slivers);
             }
         }
     }
 
-    /// All panels by a group of packed slivers.
-    fn multiply(&self, parts: &mut Parts, pass: usize, words: usize, slivers: Range<usize>) {
+    /// All panels by a group of packed slivers; the first group packs the panels.
+    fn multiply(&self, parts: &mut Parts, pass: usize, slivers: Range<usize>) {
+        let (k, words) = self.main.part(pass);
         let single = self.main.passes == 1;
         let last = pass + 1 == self.main.passes;
         let beta = if pass == 0 { 0. } else { 1. };
         for panel in 0..self.panels.count {
             let rows = self.panels.rows(panel);
             let (height, above) = (rows.len(), rows.start - self.panels.range.start);
-            let a = &parts.a[above * words..][..height * words];
+            let from = if self.keeps_panels() { above * words } else { 0 };
+            let a = &mut parts.a[from..from + height * words];
+            if slivers.start == 0 {
+                self.main.pack_rows(rows.clone(), k.clone(), a);
+            }
+            let next = (panel + 1 < self.panels.count && slivers.start == 0)
+                .then(|| self.panels.rows(panel + 1));
             let kernel = self.main.kernels[height - 1];
             for sliver in slivers.clone() {
+                if let Some(next) = &next {
+                    let part = (sliver - slivers.start, slivers.len());
+                    self.main.prefetch_rows(next.clone(), k.clone(), part);
+                }
                 let b = (sliver - slivers.start) * self.width * words;
                 let b = &parts.b[b..][..self.width * words];
                 let at = if single {

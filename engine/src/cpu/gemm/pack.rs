@@ -18,6 +18,26 @@ trait Convert: Default {
     /// Elements of a word.
     const PER_WORD: usize;
     fn convert(x: Self::From) -> Self::To;
+
+    /// Converts four words' elements.
+    ///
+    /// # Safety
+    /// `from` and `to` hold that many.
+    #[inline(always)]
+    unsafe fn group(from: *const Self::From, to: *mut Self::To) {
+        // A plain loop over slices becomes a call of `memmove` for every 16 bytes.
+        if size_of::<Self::From>() == size_of::<Self::To>() {
+            // SAFETY: both are plain numbers of one size, and 16 bytes of them exist.
+            unsafe {
+                to.cast::<[u8; 16]>().write_unaligned(from.cast::<[u8; 16]>().read_unaligned())
+            }
+        } else {
+            for i in 0..4 * Self::PER_WORD {
+                // SAFETY: the caller promises this many.
+                unsafe { to.add(i).write(Self::convert(from.add(i).read())) }
+            }
+        }
+    }
 }
 
 #[derive(Default)]
@@ -54,6 +74,54 @@ impl Convert for Pair {
     #[inline(always)]
     fn convert(x: bf16) -> bf16 {
         x
+    }
+}
+
+/// Asks for the part `share` of `of` of the cache lines that packing a panel will read, where that is
+/// easy to say; gathered windows lie mostly in the cache already.
+pub(super) fn prefetch_left(
+    feed: Feed,
+    left: &Left,
+    rows: Range<usize>,
+    k: Range<usize>,
+    (share, of): (usize, usize),
+) {
+    match feed {
+        Feed::Single(data) => prefetch(data, left, rows, k, (share, of)),
+        Feed::Widened(data) | Feed::Pair(data) => prefetch(data, left, rows, k, (share, of)),
+    }
+}
+
+fn prefetch<T>(
+    data: &[T],
+    left: &Left,
+    rows: Range<usize>,
+    k: Range<usize>,
+    (share, of): (usize, usize),
+) {
+    let Left::Rows { stride } = left else { return };
+    if *stride == k.len() {
+        // One stretch of memory, which the processor sees by itself.
+        return;
+    }
+    let (from, to) = (rows.len() * share / of, rows.len() * (share + 1) / of);
+    for row in rows.start + from..rows.start + to {
+        ask_for(&data[row * stride + k.start..row * stride + k.end]);
+    }
+}
+
+/// Starts to bring `data` into the second-level cache.
+#[inline(always)]
+fn ask_for<T>(data: &[T]) {
+    for line in data.chunks(64 / size_of::<T>()) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: every x86-64 processor has the instruction; the address is in `data`.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = line;
     }
 }
 
@@ -99,20 +167,19 @@ impl<C: Convert> Panel<'_, C> {
             }
             return;
         }
-        let pitch = self.rows * group;
-        let groups = self.words[k / group * pitch..].chunks_exact_mut(pitch).take(len / group);
-        match source {
-            Some(source) => {
-                for (to, from) in groups.zip(source.chunks_exact(group)) {
-                    let to = &mut to[row * group..(row + 1) * group];
-                    for (to, from) in to.iter_mut().zip(from) {
-                        *to = C::convert(*from);
-                    }
+        let (pitch, groups) = (self.rows * group, len / group);
+        let at = k / group * pitch + row * group;
+        assert!(groups == 0 || at + (groups - 1) * pitch + group <= self.words.len());
+        assert!(source.is_none_or(|source| source.len() >= len));
+        for i in 0..groups {
+            // SAFETY: the last group's end was just compared with both lengths.
+            unsafe {
+                let to = self.words.as_mut_ptr().add(at + i * pitch);
+                match source {
+                    Some(source) => C::group(source.as_ptr().add(i * group), to),
+                    None => to.cast::<[u8; 16]>().write_unaligned([0; 16]),
                 }
             }
-            None => groups.for_each(|to| {
-                to[row * group..(row + 1) * group].fill(C::To::default());
-            }),
         }
     }
 }
@@ -271,16 +338,34 @@ vectorized! {
         let mut block = 0;
         while block < place.k.len() {
             let end = place.k.len().min(block + BLOCK * per);
+            for at in end..place.k.len().min(end + BLOCK * per) {
+                // Rows of a convolution's weight lie pages apart: no processor foresees them.
+                let k = place.k.start + at;
+                let from = taps[k / inner] + k % inner * stride + place.columns.start;
+                ask_for(&data[from..from + place.columns.len()]);
+            }
             for (s, sliver) in packed.chunks_exact_mut(pitch * place.words).enumerate() {
                 let first = place.columns.start + s * place.width;
                 let count = place.columns.end.min(first + place.width) - first;
-                for at in block..end {
-                    let k = place.k.start + at;
-                    let from = taps[k / inner] + k % inner * stride + first;
-                    let source = &data[from..from + count];
-                    let to = &mut sliver[at / per * pitch..(at / per + 1) * pitch];
-                    for (to, x) in to[at % per..].iter_mut().step_by(per).zip(source) {
-                        *to = C::convert(*x);
+                for word in block / per..end.div_ceil(per) {
+                    let row = |at: usize| {
+                        let k = place.k.start + at;
+                        let from = taps[k / inner] + k % inner * stride + first;
+                        &data[from..from + count]
+                    };
+                    let to = &mut sliver[word * pitch..(word + 1) * pitch];
+                    let low = row(word * per);
+                    if per == 1 {
+                        to.iter_mut().zip(low).for_each(|(to, x)| *to = C::convert(*x));
+                    } else if word * per + 1 < place.k.len() {
+                        let both = low.iter().zip(row(word * per + 1));
+                        for (to, (x, y)) in to.chunks_exact_mut(2).zip(both) {
+                            to[0] = C::convert(*x);
+                            to[1] = C::convert(*y);
+                        }
+                    } else {
+                        // The other half is the padding of an odd k, already zero.
+                        to.chunks_exact_mut(2).zip(low).for_each(|(to, x)| to[0] = C::convert(*x));
                     }
                 }
             }
