@@ -220,7 +220,13 @@ impl<'a> Task<'a> {
 
     /// Slivers that are packed and used together.
     fn group(&self) -> usize {
-        (RESIDENT / (self.main.pass.max(1) * self.width)).clamp(1, self.slivers())
+        let resident = if self.panels.count > 8 { RESIDENT } else { RESIDENT * 4 };
+        (resident / (self.main.pass.max(1) * self.width)).clamp(1, self.slivers())
+    }
+
+    fn columns_of(&self, sliver: usize) -> Range<usize> {
+        let from = self.columns.start + sliver * self.width;
+        from..self.columns.end.min(from + self.width)
     }
 
     /// Whether packed panels are used again, by another group of slivers.
@@ -313,6 +319,9 @@ impl<'a> Task<'a> {
                     (above * self.slivers() + sliver * height) * self.width
                 };
                 let tile = &mut parts.tiles[at..][..height * self.width];
+                if last {
+                    self.p.finish.prefetch(rows.clone(), self.columns_of(sliver));
+                }
                 // SAFETY: the level was detected; the slices have just these lengths, and every
                 // piece of scratch starts at a multiple of 64 bytes.
                 unsafe { kernel(a.as_ptr(), b.as_ptr(), words / 4, tile.as_mut_ptr(), beta) };
@@ -335,8 +344,7 @@ impl<'a> Task<'a> {
             unsafe { kernel(a.as_ptr(), b.as_ptr(), words / 4, tile.as_mut_ptr(), alpha) };
             alpha = 1.;
         }
-        let from = self.columns.start + sliver * self.width;
-        let columns = from..self.columns.end.min(from + self.width);
+        let columns = self.columns_of(sliver);
         let tile = Tile { sums: tile, pitch: self.width, rows, columns };
         // SAFETY: who calls `run` promises the output; tiles do not overlap.
         unsafe { self.p.finish.tile(tile, alpha) };

@@ -77,8 +77,8 @@ impl Convert for Pair {
     }
 }
 
-/// Asks for the part `share` of `of` of the cache lines that packing a panel will read, where that is
-/// easy to say; gathered windows lie mostly in the cache already.
+/// Asks for the part `share` of `of` of the cache lines that packing a panel will read, where they
+/// are long stretches.
 pub(super) fn prefetch_left(
     feed: Feed,
     left: &Left,
@@ -99,14 +99,25 @@ fn prefetch<T>(
     k: Range<usize>,
     (share, of): (usize, usize),
 ) {
-    let Left::Rows { stride } = left else { return };
-    if *stride == k.len() {
-        // One stretch of memory, which the processor sees by itself.
-        return;
-    }
     let (from, to) = (rows.len() * share / of, rows.len() * (share + 1) / of);
-    for row in rows.start + from..rows.start + to {
-        ask_for(&data[row * stride + k.start..row * stride + k.end]);
+    let rows = rows.start + from..rows.start + to;
+    match left {
+        // Whole rows are one stretch of memory, which the processor foresees by itself.
+        Left::Rows { stride } if *stride != k.len() => {
+            for row in rows {
+                ask_for(&data[row * stride + k.start..row * stride + k.end]);
+            }
+        }
+        Left::Patches(p) => {
+            for row in rows {
+                p.runs(row, k.clone(), |_, len, from| {
+                    if let Some(from) = from {
+                        ask_for(&data[from..from + len]);
+                    }
+                });
+            }
+        }
+        _ => {}
     }
 }
 
@@ -225,24 +236,30 @@ fn patches<C: Convert>(
     rows: Range<usize>,
     k: Range<usize>,
 ) {
-    let (down, across) = p.grid;
     for (r, row) in rows.enumerate() {
-        let (image, y, x) = (row / (down * across), row / across % down, row % across);
-        let mut at = k.start;
-        while at < k.end {
-            let (tap, channel) = (at / p.c, at % p.c);
-            let len = (p.c - channel).min(k.end - at);
-            let source = p.source(image, (y, x), tap).map(|pixel| {
-                let from = pixel * p.c + channel;
-                &data[from..from + len]
-            });
-            panel.run(r, at - k.start, len, source);
-            at += len;
-        }
+        p.runs(row, k.clone(), |at, len, from| {
+            panel.run(r, at, len, from.map(|from| &data[from..from + len]));
+        });
     }
 }
 
 impl Patches {
+    /// Calls `each(offset in k, elements, first element in the map unless outside)` for the stretches
+    /// of a row.
+    #[inline(always)]
+    fn runs(&self, row: usize, k: Range<usize>, mut each: impl FnMut(usize, usize, Option<usize>)) {
+        let (down, across) = self.grid;
+        let (image, y, x) = (row / (down * across), row / across % down, row % across);
+        let mut at = k.start;
+        while at < k.end {
+            let (tap, channel) = (at / self.c, at % self.c);
+            let len = (self.c - channel).min(k.end - at);
+            let pixel = self.source(image, (y, x), tap);
+            each(at - k.start, len, pixel.map(|pixel| pixel * self.c + channel));
+            at += len;
+        }
+    }
+
     /// The pixel (counted over the batch) under `tap` of window `(y,x)`, if inside the map.
     #[inline]
     pub(super) fn source(&self, image: usize, (y, x): (usize, usize), tap: usize) -> Option<usize> {
