@@ -72,10 +72,17 @@ pub(super) fn pair(first: f32, second: f32) -> f32 {
     f32::from_bits(bits(first) | bits(second) << 16)
 }
 
+/// [`pair`] of numbers that are bf16 already.
+#[inline(always)]
+fn join<T: Scalar>(first: T, second: T) -> f32 {
+    let (first, second) = (first.to_f32().to_bits(), second.to_f32().to_bits());
+    f32::from_bits(first >> 16 | second & 0xffff_0000)
+}
+
 vectorized! {
     fn pair_row<T: Scalar>(out: &mut [f32], first: &[T], second: &[T]) {
         for ((out, first), second) in out.iter_mut().zip(first).zip(second) {
-            *out = pair(first.to_f32(), second.to_f32());
+            *out = join(*first, *second);
         }
     }
 }
@@ -99,7 +106,7 @@ pub(super) fn pack_rows<T: Scalar>(x: &[T], tokens: usize, s: Sizes) -> Scratch 
                     values
                         .iter_mut()
                         .zip(token(first))
-                        .for_each(|(o, x)| *o = pair(x.to_f32(), 0.));
+                        .for_each(|(o, x)| *o = join(*x, T::default()));
                 }
                 zeros.fill(0.);
             }
@@ -135,15 +142,41 @@ pub(super) fn gather_columns<T: Scalar>(
     if present < block {
         out.fill(0.);
     }
-    for token in 0..present {
-        let row = &x[(first + token) * width + head * s.dim..][..s.dim];
-        for (index, x) in row.chunks(depth).enumerate() {
-            out[index * block + token] = match x {
-                [x] if depth == 1 => x.to_f32(),
-                [x] => pair(x.to_f32(), 0.),
-                [first, second, ..] => pair(first.to_f32(), second.to_f32()),
-                [] => 0.,
-            };
+    let row = |token: usize| &x[(first + token) * width + head * s.dim..][..s.dim];
+    let mut token = 0;
+    while token + 8 <= present {
+        let rows: [&[T]; 8] = std::array::from_fn(|i| row(token + i));
+        transpose(out, rows, (block, token), depth);
+        token += 8;
+    }
+    for token in token..present {
+        transpose(out, [row(token)], (block, token), depth);
+    }
+}
+
+/// Writes `N` tokens beside each other: `at` is the distance of the dimensions and the first token.
+#[inline(always)]
+fn transpose<T: Scalar, const N: usize>(
+    out: &mut [f32],
+    rows: [&[T]; N],
+    at: (usize, usize),
+    depth: usize,
+) {
+    let ((block, token), dim) = (at, rows[0].len());
+    let rows: [&[T]; N] = std::array::from_fn(|i| &rows[i][..dim]);
+    let columns = out.chunks_exact_mut(block).map(|column| &mut column[token..token + N]);
+    if depth == 1 {
+        for (index, column) in (0..dim).zip(columns) {
+            for (to, row) in column.iter_mut().zip(rows) {
+                *to = row[index].to_f32();
+            }
+        }
+    } else {
+        for (index, column) in (0..dim).step_by(2).zip(columns) {
+            for (to, row) in column.iter_mut().zip(rows) {
+                // The partner of an odd last dimension is zero.
+                *to = join(row[index], row.get(index + 1).copied().unwrap_or_default());
+            }
         }
     }
 }
@@ -206,8 +239,9 @@ pub(super) fn unpack_queries<T: Scalar>(
                 sum.iter_mut().zip(&x[from..from + size]).for_each(|(s, x)| *s += x);
             }
             for (token, out) in out.chunks_exact_mut(width).enumerate() {
-                for (dim, out) in out[head * s.dim..][..s.dim].iter_mut().enumerate() {
-                    *out = T::from_f32(sum[dim * TILE + token] * factor);
+                let columns = sum.chunks_exact(TILE).map(|column| column[token]);
+                for (out, sum) in out[head * s.dim..][..s.dim].iter_mut().zip(columns) {
+                    *out = T::from_f32(sum * factor);
                 }
             }
         }
