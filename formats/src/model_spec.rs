@@ -17,8 +17,7 @@ pub struct ModelSpec {
     pub v_parameterization: bool,
     /// `metadata_title`, otherwise the output name.
     pub title: String,
-    /// Width and height in pixels of the option `resolution`; `None` gives the family's own, as
-    /// sd-scripts does where a dataset config sets them.
+    /// Width and height in pixels that it was made for; `None` gives the family's own.
     pub resolution: Option<(usize, usize)>,
     /// Unix seconds of the date, written as UTC (sd-scripts writes local time without an offset).
     pub timestamp: i64,

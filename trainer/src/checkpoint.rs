@@ -65,12 +65,12 @@ impl Saving {
 
     /// Whether a file is due after `epoch` (from 1) of `epochs`; the last one is the final file.
     pub fn due_after_epoch(&self, epoch: usize, epochs: usize) -> bool {
-        self.every_n_epochs.is_some_and(|n| epoch % n == 0) && epoch < epochs
+        self.every_n_epochs.is_some_and(|n| epoch.is_multiple_of(n)) && epoch < epochs
     }
 
     /// Whether a file is due after `step` (from 1).
     pub fn due_after_step(&self, step: usize) -> bool {
-        self.every_n_steps.is_some_and(|n| step % n == 0)
+        self.every_n_steps.is_some_and(|n| step.is_multiple_of(n))
     }
 
     /// The older file that is no longer wanted once `point` is written.

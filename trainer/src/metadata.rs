@@ -165,7 +165,8 @@ fn model_spec(options: &Options, run: &RunFacts) -> Result<ModelSpec> {
         v_parameterization: options.v_parameterization,
         title: title.unwrap_or_else(|| format!("LoRA@{}", python_float(run.started_at))),
         // Not the size trained at: the reference ignores the dataset config here.
-        resolution: options.resolution.map(|size| (size.width, size.height)),
+        // The reference ignores the dataset config here; the file says what it was trained at.
+        resolution: Some(run.resolution),
         timestamp: run.started_at as i64,
         timestep_range: restricted.then_some(range),
         clip_skip: options.clip_skip,

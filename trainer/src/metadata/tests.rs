@@ -1,7 +1,6 @@
 //! Metadata against a file that sd-scripts 0.10.1 wrote.
 
 use super::*;
-use crate::options::Resolution;
 use serde_json::json;
 use std::path::PathBuf;
 
@@ -149,12 +148,11 @@ fn what_the_user_says_of_the_model_is_written() {
     let file = with(Options {
         output_name: None,
         metadata_thumbnail: Some(url.into()),
-        resolution: Some(Resolution { width: 256, height: 384 }),
         ..options()
     });
     let file = file.unwrap();
     assert_eq!(file["modelspec.thumbnail"], url);
-    assert_eq!(file["modelspec.resolution"], "256x384");
+    assert_eq!(file["modelspec.resolution"], "512x512");
     assert_eq!(file["modelspec.title"], "LoRA@1795364330.3322709");
     let error = with(Options { metadata_thumbnail: Some("nowhere.png".into()), ..options() });
     let error = format!("{:#}", error.unwrap_err());
