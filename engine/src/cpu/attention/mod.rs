@@ -7,6 +7,7 @@
 //! queries' gradients to a buffer of its own, and these are joined in a fixed order. How the work is
 //! cut depends on the shapes alone.
 
+mod lanes;
 mod pack;
 mod product;
 mod tiles;

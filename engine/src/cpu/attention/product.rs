@@ -4,6 +4,9 @@
 //! in the nearest caches, so nothing is packed here. With AVX512-BF16 an element of `a` and `b` is
 //! the bits of two bf16 numbers that follow each other in the direction of the sum.
 
+#[cfg(target_arch = "x86_64")]
+use super::lanes::x86;
+use super::lanes::{Lane, Plain};
 use crate::DType;
 use crate::cpu::simd::Simd;
 
@@ -67,18 +70,6 @@ pub(super) struct Product {
     pub accumulate: bool,
 }
 
-/// How a tile is held in registers.
-trait Lane {
-    type V: Copy;
-    const LANES: usize;
-    /// Rows of a tile of two vectors per row.
-    const ROWS: usize;
-    unsafe fn splat(x: f32) -> Self::V;
-    unsafe fn load(p: *const f32) -> Self::V;
-    unsafe fn store(p: *mut f32, v: Self::V);
-    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
-}
-
 /// A lane type and the one of half its width for the last eight columns.
 trait Kernel {
     type Full: Lane;
@@ -86,180 +77,26 @@ trait Kernel {
 }
 
 #[cfg(target_arch = "x86_64")]
-mod lanes {
-    use super::Lane;
-    use std::arch::x86_64::*;
-    use std::mem::transmute;
-
-    pub(super) struct Zmm;
-
-    impl Lane for Zmm {
-        type V = __m512;
-        const LANES: usize = 16;
-        const ROWS: usize = 14;
-        #[inline(always)]
-        unsafe fn splat(x: f32) -> __m512 {
-            // SAFETY: the caller has AVX-512.
-            unsafe { _mm512_set1_ps(x) }
-        }
-        #[inline(always)]
-        unsafe fn load(p: *const f32) -> __m512 {
-            // SAFETY: the caller has AVX-512 and sixteen readable elements at `p`.
-            unsafe { _mm512_loadu_ps(p) }
-        }
-        #[inline(always)]
-        unsafe fn store(p: *mut f32, v: __m512) {
-            // SAFETY: the caller has AVX-512 and sixteen writable elements at `p`.
-            unsafe { _mm512_storeu_ps(p, v) }
-        }
-        #[inline(always)]
-        unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
-            // SAFETY: the caller has AVX-512.
-            unsafe { _mm512_fmadd_ps(a, b, c) }
-        }
-    }
-
-    /// Sixteen pairs of bf16, sums in f32.
-    pub(super) struct ZmmPairs;
-
-    impl Lane for ZmmPairs {
-        type V = __m512;
-        const LANES: usize = 16;
-        const ROWS: usize = 14;
-        #[inline(always)]
-        unsafe fn splat(x: f32) -> __m512 {
-            // SAFETY: the caller has AVX-512.
-            unsafe { _mm512_set1_ps(x) }
-        }
-        #[inline(always)]
-        unsafe fn load(p: *const f32) -> __m512 {
-            // SAFETY: the caller has AVX-512 and sixteen readable elements at `p`.
-            unsafe { _mm512_loadu_ps(p) }
-        }
-        #[inline(always)]
-        unsafe fn store(p: *mut f32, v: __m512) {
-            // SAFETY: the caller has AVX-512 and sixteen writable elements at `p`.
-            unsafe { _mm512_storeu_ps(p, v) }
-        }
-        #[inline(always)]
-        unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
-            // SAFETY: the caller has AVX512-BF16; both types are 64 plain bytes.
-            unsafe {
-                let (a, b) = (transmute::<__m512, __m512bh>(a), transmute::<__m512, __m512bh>(b));
-                _mm512_dpbf16_ps(c, a, b)
-            }
-        }
-    }
-
-    /// Eight pairs of bf16, sums in f32.
-    pub(super) struct YmmPairs;
-
-    impl Lane for YmmPairs {
-        type V = __m256;
-        const LANES: usize = 8;
-        const ROWS: usize = 14;
-        #[inline(always)]
-        unsafe fn splat(x: f32) -> __m256 {
-            // SAFETY: the caller has AVX2.
-            unsafe { _mm256_set1_ps(x) }
-        }
-        #[inline(always)]
-        unsafe fn load(p: *const f32) -> __m256 {
-            // SAFETY: the caller has AVX2 and eight readable elements at `p`.
-            unsafe { _mm256_loadu_ps(p) }
-        }
-        #[inline(always)]
-        unsafe fn store(p: *mut f32, v: __m256) {
-            // SAFETY: the caller has AVX2 and eight writable elements at `p`.
-            unsafe { _mm256_storeu_ps(p, v) }
-        }
-        #[inline(always)]
-        unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
-            // SAFETY: the caller has AVX512-BF16 and VL; both types are 32 plain bytes.
-            unsafe {
-                let (a, b) = (transmute::<__m256, __m256bh>(a), transmute::<__m256, __m256bh>(b));
-                _mm256_dpbf16_ps(c, a, b)
-            }
-        }
-    }
-
-    pub(super) struct Ymm;
-
-    impl Lane for Ymm {
-        type V = __m256;
-        const LANES: usize = 8;
-        const ROWS: usize = 6;
-        #[inline(always)]
-        unsafe fn splat(x: f32) -> __m256 {
-            // SAFETY: the caller has AVX2.
-            unsafe { _mm256_set1_ps(x) }
-        }
-        #[inline(always)]
-        unsafe fn load(p: *const f32) -> __m256 {
-            // SAFETY: the caller has AVX2 and eight readable elements at `p`.
-            unsafe { _mm256_loadu_ps(p) }
-        }
-        #[inline(always)]
-        unsafe fn store(p: *mut f32, v: __m256) {
-            // SAFETY: the caller has AVX2 and eight writable elements at `p`.
-            unsafe { _mm256_storeu_ps(p, v) }
-        }
-        #[inline(always)]
-        unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
-            // SAFETY: the caller has FMA.
-            unsafe { _mm256_fmadd_ps(a, b, c) }
-        }
-    }
-}
-
-/// Four lanes that the compiler maps to whatever the build targets.
-struct Plain;
-
-impl Lane for Plain {
-    type V = [f32; 4];
-    const LANES: usize = 4;
-    const ROWS: usize = 6;
-    #[inline(always)]
-    unsafe fn splat(x: f32) -> [f32; 4] {
-        [x; 4]
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const f32) -> [f32; 4] {
-        // SAFETY: the caller has four readable elements at `p`.
-        unsafe { p.cast::<[f32; 4]>().read_unaligned() }
-    }
-    #[inline(always)]
-    unsafe fn store(p: *mut f32, v: [f32; 4]) {
-        // SAFETY: the caller has four writable elements at `p`.
-        unsafe { p.cast::<[f32; 4]>().write_unaligned(v) }
-    }
-    #[inline(always)]
-    unsafe fn fma(a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] {
-        std::array::from_fn(|i| a[i] * b[i] + c[i])
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
 struct Avx512;
 #[cfg(target_arch = "x86_64")]
 impl Kernel for Avx512 {
-    type Full = lanes::Zmm;
-    type Half = lanes::Ymm;
+    type Full = x86::Zmm;
+    type Half = x86::Ymm;
 }
 
 #[cfg(target_arch = "x86_64")]
 struct Avx512Pairs;
 #[cfg(target_arch = "x86_64")]
 impl Kernel for Avx512Pairs {
-    type Full = lanes::ZmmPairs;
-    type Half = lanes::YmmPairs;
+    type Full = x86::ZmmPairs;
+    type Half = x86::YmmPairs;
 }
 
 #[cfg(target_arch = "x86_64")]
 struct Avx2;
 #[cfg(target_arch = "x86_64")]
 impl Kernel for Avx2 {
-    type Full = lanes::Ymm;
+    type Full = x86::Ymm;
     type Half = Plain;
 }
 
