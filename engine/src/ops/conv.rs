@@ -3,9 +3,9 @@
 //! The LoRA's `down` is a convolution of the same window with `r` outputs, its `up` is 1x1: fused
 //! into the frozen convolution as a low-rank product. A 1x1 window runs as a GEMM in the backend.
 
-use super::linear::Adapter;
-use crate::backend::{Conv, ConvGeometry, Gemm, LowRank};
-use crate::{DType, EngineError, Result, Tape, Tensor, Value};
+use super::linear::{Active, Adapter};
+use crate::backend::{Conv, ConvGeometry};
+use crate::{EngineError, Result, Tape, Tensor, Value};
 
 /// A convolution.
 #[derive(Clone, Debug)]
@@ -64,67 +64,39 @@ impl Conv2d {
         let input = self.check(x)?;
         let geometry = self.geometry;
         let backend = x.tensor().device().backend();
-        let active = match &self.adapter {
-            Some(adapter) => Some(adapter.activate(tape, x.tensor().dtype())?),
-            None => None,
-        };
-        let plain = |w| Conv {
-            x: x.tensor(),
-            w,
-            geometry,
-            low_rank: None,
-            bias: None,
-            per_image: None,
-            residual: None,
-        };
-        let hidden = match &active {
-            Some(a) => Some(backend.conv2d(&plain(&a.down_cast))?),
-            None => None,
-        };
-        let low_rank = active.as_ref().zip(hidden.as_ref()).map(|(a, hidden)| LowRank {
-            left: hidden,
-            right: &a.up_scaled,
-            trans_right: true,
+        let active = self.adapter.as_ref();
+        let active = active.map(|a| {
+            a.activate(tape, x, |down| backend.conv2d(&plain(x.tensor(), down, geometry)))
         });
+        let active = active.transpose()?;
         let y = backend.conv2d(&Conv {
-            low_rank,
+            low_rank: active.as_ref().map(Active::low_rank),
             bias: self.bias.as_ref(),
             per_image: per_image.map(Value::tensor),
             residual: residual.map(Value::tensor),
-            ..plain(&self.weight)
+            ..plain(x.tensor(), &self.weight, geometry)
         })?;
 
         let weight = self.weight.clone();
-        let x_origin = x.origin();
+        let (x_origin, x_tracked) = (x.origin(), x.is_tracked());
         let per_image_origin = per_image.filter(|v| v.is_tracked()).map(Value::origin);
         let residual_origin = residual.map(Value::origin);
-        let mut inputs = vec![x];
-        inputs.extend(per_image);
-        inputs.extend(residual);
-        let params = active.as_ref().map(|a| (a.down.clone(), a.up.clone()));
-        if let Some((down, up)) = &params {
-            inputs.extend([down, up]);
-        }
-        let saved = active.zip(hidden).map(|(a, hidden)| (a, hidden, x.tensor().clone()));
-        let x_tracked = x.is_tracked();
+        let params = active.as_ref().map(Active::params);
+        let frozen = [x].into_iter().chain(per_image).chain(residual);
+        let inputs: Vec<&Value> = frozen.chain(params.iter().flatten()).collect();
         Ok(tape.record(y, &inputs, move |dy, grads| {
             let backend = dy.device().backend();
-            let mut through: Option<(Tensor, Tensor)> = None;
-            if let Some((a, hidden, x)) = &saved {
-                let dh = backend.gemm(&Gemm::new(&dy, false, &a.up_scaled, false))?;
-                let dh = dh.reshape(hidden.shape())?;
-                let up =
-                    Gemm { alpha: a.scale, out: DType::F32, ..Gemm::new(&dy, true, hidden, false) };
-                grads.add(a.up.origin(), backend.gemm(&up)?.reshape(a.up.shape())?)?;
-                grads.add(a.down.origin(), backend.conv2d_backward_weight(x, &dh, geometry)?)?;
-                through = Some((dh, a.down_cast.clone()));
-            }
+            let through = active.as_ref().map(|active| {
+                active.backward(&dy, grads, |x, dh| backend.conv2d_backward_weight(x, dh, geometry))
+            });
+            let through = through.transpose()?;
             if let Some(origin) = per_image_origin {
                 grads.add(origin, backend.sum_rows(&dy)?)?;
             }
             if x_tracked {
                 let mut dx = backend.conv2d_backward_input(&dy, &weight, geometry, input, None)?;
-                if let Some((dh, down)) = &through {
+                if let Some((dh, active)) = through.as_ref().zip(active.as_ref()) {
+                    let down = &active.down_cast;
                     dx = backend.conv2d_backward_input(dh, down, geometry, input, Some(dx))?;
                 }
                 grads.add(x_origin, dx)?;
@@ -132,4 +104,9 @@ impl Conv2d {
             residual_origin.map_or(Ok(()), |origin| grads.add(origin, dy))
         }))
     }
+}
+
+/// A convolution without additions.
+fn plain<'a>(x: &'a Tensor, w: &'a Tensor, geometry: ConvGeometry) -> Conv<'a> {
+    Conv { x, w, geometry, low_rank: None, bias: None, per_image: None, residual: None }
 }

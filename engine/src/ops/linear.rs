@@ -4,6 +4,7 @@
 //! saved for `down`'s, the frozen weight is shared, not copied.
 
 use crate::backend::{Gemm, LowRank};
+use crate::tape::Gradients;
 use crate::{DType, EngineError, ParamId, Result, Tape, Tensor, Value};
 
 /// A low-rank update of a layer (Hu et al., arXiv:2106.09685).
@@ -28,24 +29,65 @@ pub struct Linear {
     pub adapter: Option<Adapter>,
 }
 
-/// The tensors of an adapter in the compute type, and where their gradients go.
+/// An adapter at work on one input: its tensors in the compute type, and what its backward needs.
 pub(super) struct Active {
-    pub down: Value,
-    pub up: Value,
-    /// In the compute type, the rank's axes flattened: `[r,k]`.
+    down: Value,
+    up: Value,
+    scale: f32,
+    x: Tensor,
+    /// `down` in the compute type.
     pub down_cast: Tensor,
     /// `scale·up` in the compute type, `[out,r]`.
-    pub up_scaled: Tensor,
-    pub scale: f32,
+    up_scaled: Tensor,
+    /// `down` applied to the input, `[...,r]`.
+    hidden: Tensor,
 }
 
 impl Adapter {
-    pub(super) fn activate(&self, tape: &Tape, dtype: DType) -> Result<Active> {
-        let (down, up) = (tape.param(self.down)?, tape.param(self.up)?);
-        let backend = up.tensor().device().backend();
-        let down_cast = down.tensor().to_dtype(dtype)?;
-        let up_scaled = backend.scale(up.tensor(), self.scale)?.to_dtype(dtype)?;
-        Ok(Active { down, up, down_cast, up_scaled, scale: self.scale })
+    /// Applies `down` to `x` by the given operation of the layer's kind.
+    pub(super) fn activate(
+        &self,
+        tape: &Tape,
+        x: &Value,
+        apply: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<Active> {
+        let (down, up, x) = (tape.param(self.down)?, tape.param(self.up)?, x.tensor().clone());
+        let backend = x.device().backend();
+        let down_cast = down.tensor().to_dtype(x.dtype())?;
+        let up_scaled = backend.scale(up.tensor(), self.scale)?.to_dtype(x.dtype())?;
+        let hidden = apply(&down_cast)?;
+        Ok(Active { down, up, scale: self.scale, x, down_cast, up_scaled, hidden })
+    }
+}
+
+impl Active {
+    /// The product that the layer adds to its own.
+    pub(super) fn low_rank(&self) -> LowRank<'_> {
+        LowRank { left: &self.hidden, right: &self.up_scaled, trans_right: true }
+    }
+
+    /// The trainable inputs of the layer.
+    pub(super) fn params(&self) -> [Value; 2] {
+        [self.down.clone(), self.up.clone()]
+    }
+
+    /// Adds the gradients of `up` and `down`; gives that of the hidden values, `[...,r]`.
+    pub(super) fn backward(
+        &self,
+        dy: &Tensor,
+        grads: &mut Gradients<'_, '_>,
+        down_gradient: impl FnOnce(&Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let backend = dy.device().backend();
+        // dL/dh = dy·(scale·up), shared by the gradients of `down` and of the input.
+        let dh = backend.gemm(&Gemm::new(dy, false, &self.up_scaled, false))?;
+        let dh = dh.reshape(self.hidden.shape())?;
+        let up = Gemm::new(dy, true, &self.hidden, false);
+        let up = backend.gemm(&Gemm { alpha: self.scale, out: DType::F32, ..up })?;
+        grads.add(self.up.origin(), up.reshape(self.up.shape())?)?;
+        let down = down_gradient(&self.x, &dh)?;
+        grads.add(self.down.origin(), down.reshape(self.down.shape())?)?;
+        Ok(dh)
     }
 }
 
@@ -71,21 +113,13 @@ impl Linear {
             *last = out_dim;
         }
         let backend = x.tensor().device().backend();
-        let active = match &self.adapter {
-            Some(adapter) => Some(adapter.activate(tape, x.tensor().dtype())?),
-            None => None,
-        };
-        let hidden = match &active {
-            Some(a) => Some(backend.gemm(&Gemm::new(x.tensor(), false, &a.down_cast, true))?),
-            None => None,
-        };
-        let low_rank = active.as_ref().zip(hidden.as_ref()).map(|(a, hidden)| LowRank {
-            left: hidden,
-            right: &a.up_scaled,
-            trans_right: true,
+        let active = self.adapter.as_ref().map(|adapter| {
+            let product = |down: &Tensor| backend.gemm(&Gemm::new(x.tensor(), false, down, true));
+            adapter.activate(tape, x, product)
         });
+        let active = active.transpose()?;
         let y = backend.gemm(&Gemm {
-            low_rank,
+            low_rank: active.as_ref().map(Active::low_rank),
             bias: self.bias.as_ref(),
             residual: residual.map(Value::tensor),
             ..Gemm::new(x.tensor(), false, &self.weight, true)
@@ -93,34 +127,23 @@ impl Linear {
         let y = y.reshape(&shape)?;
 
         let weight = self.weight.clone();
-        let x_origin = x.origin();
+        let (x_origin, x_shape, x_tracked) = (x.origin(), x.shape().to_vec(), x.is_tracked());
         let residual_origin = residual.map(Value::origin);
-        let mut inputs = vec![x];
-        inputs.extend(residual);
-        let params = active.as_ref().map(|a| (a.down.clone(), a.up.clone()));
-        if let Some((down, up)) = &params {
-            inputs.extend([down, up]);
-        }
-        let saved = active.zip(hidden).map(|(a, hidden)| (a, hidden, x.tensor().clone()));
-        let x_tracked = x.is_tracked();
-        let x_shape = x.shape().to_vec();
+        let params = active.as_ref().map(Active::params);
+        let inputs: Vec<&Value> =
+            [x].into_iter().chain(residual).chain(params.iter().flatten()).collect();
         Ok(tape.record(y, &inputs, move |dy, grads| {
             let backend = dy.device().backend();
-            let mut through = None;
-            if let Some((a, hidden, x)) = &saved {
-                // dL/dh = dy·(scale·up), shared by the gradients of `down` and of `x`.
-                let dh = backend.gemm(&Gemm::new(&dy, false, &a.up_scaled, false))?;
-                let up =
-                    Gemm { alpha: a.scale, out: DType::F32, ..Gemm::new(&dy, true, hidden, false) };
-                grads.add(a.up.origin(), backend.gemm(&up)?.reshape(a.up.shape())?)?;
-                let down = Gemm { out: DType::F32, ..Gemm::new(&dh, true, x, false) };
-                grads.add(a.down.origin(), backend.gemm(&down)?.reshape(a.down.shape())?)?;
-                through = Some((dh, a.down_cast.clone()));
-            }
+            let through = active.as_ref().map(|active| {
+                active.backward(&dy, grads, |x, dh| {
+                    backend.gemm(&Gemm { out: DType::F32, ..Gemm::new(dh, true, x, false) })
+                })
+            });
+            let through = through.transpose()?;
             if x_tracked {
-                let low_rank = through.as_ref().map(|(dh, down)| LowRank {
+                let low_rank = through.as_ref().zip(active.as_ref()).map(|(dh, active)| LowRank {
                     left: dh,
-                    right: down,
+                    right: &active.down_cast,
                     trans_right: false,
                 });
                 let dx = Gemm { low_rank, ..Gemm::new(&dy, false, &weight, false) };
