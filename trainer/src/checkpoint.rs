@@ -34,7 +34,9 @@ impl Saving {
     /// Reads the saving options; `epochs` is the length of the run.
     pub fn from_options(options: &Options, epochs: usize) -> Result<Self> {
         let Some(output_dir) = options.output_dir.clone() else {
-            bail!("`output_dir` is missing\nhint: say where the LoRA goes, for example `output_dir = \"output\"`");
+            bail!(
+                "`output_dir` is missing\nhint: say where the LoRA goes, for example `output_dir = \"output\"`"
+            );
         };
         let ratio = options.save_n_epoch_ratio.filter(|n| *n > 0).map(|n| (epochs / n).max(1));
         Ok(Self {
@@ -92,7 +94,8 @@ impl Saving {
 
     /// Every file that a run of `steps` steps and `epochs` epochs will write, in order of name.
     pub fn planned(&self, steps: usize, epochs: usize) -> Vec<PathBuf> {
-        let by_epoch = (1..=epochs).filter(|e| self.due_after_epoch(*e, epochs)).map(SavePoint::Epoch);
+        let by_epoch =
+            (1..=epochs).filter(|e| self.due_after_epoch(*e, epochs)).map(SavePoint::Epoch);
         let by_step = (1..=steps).filter(|s| self.due_after_step(*s)).map(SavePoint::Step);
         by_epoch.chain(by_step).chain([SavePoint::Last]).map(|point| self.path(point)).collect()
     }
@@ -132,7 +135,10 @@ mod tests {
     fn names_are_those_of_the_reference() {
         let saving = saving();
         assert_eq!(saving.path(SavePoint::Epoch(2)), Path::new("out/cat-000002.safetensors"));
-        assert_eq!(saving.path(SavePoint::Step(100)), Path::new("out/cat-step00000100.safetensors"));
+        assert_eq!(
+            saving.path(SavePoint::Step(100)),
+            Path::new("out/cat-step00000100.safetensors")
+        );
         assert_eq!(saving.path(SavePoint::Last), Path::new("out/cat.safetensors"));
         let unnamed = Saving { name: None, ..saving };
         assert_eq!(unnamed.path(SavePoint::Last), Path::new("out/last.safetensors"));

@@ -57,9 +57,7 @@ fn train(args: &[OsString], env: &Env) -> Result<i32, Failure> {
             match run.train(env) {
                 Ok(Ending::Complete) => Ok(exit_code::DONE),
                 Ok(Ending::Stopped) => Ok(exit_code::REQUEUE),
-                Err(error) => {
-                    Err(Failure { code: code_of(&error, exit_code::FAILURE), error })
-                }
+                Err(error) => Err(Failure { code: code_of(&error, exit_code::FAILURE), error }),
             }
         }
     }
@@ -116,10 +114,8 @@ pub fn selftest_main(args: &[OsString], env: &Env) -> i32 {
 fn run_selftest(args: &SelftestArgs) -> Result<i32> {
     let device = Device::parse(&args.device)?;
     let report = match (&args.reference, &args.base) {
-        (Some(case), Some(base)) => {
-            selftest::run(case, base, device, args.gradient_checkpointing)
-                .with_context(|| format!("selftest of {}", case.display()))?
-        }
+        (Some(case), Some(base)) => selftest::run(case, base, device, args.gradient_checkpointing)
+            .with_context(|| format!("selftest of {}", case.display()))?,
         _ => selftest::run_embedded(device, args.gradient_checkpointing)?,
     };
     let failed = report.failed.len();

@@ -143,7 +143,8 @@ impl Reduction<'_> {
 
     fn send(&mut self, tail: Vec<f32>) -> Result<()> {
         self.unsent -= 1;
-        let mut data = self.gradients.flat[self.gradients.buckets[self.unsent].range.clone()].to_vec();
+        let mut data =
+            self.gradients.flat[self.gradients.buckets[self.unsent].range.clone()].to_vec();
         data.extend(tail);
         let pending = self.comm.all_reduce_start(data);
         self.in_flight.push((self.unsent, pending));

@@ -130,7 +130,10 @@ mod tests {
         assert!((4.0..6.6).contains(&plain), "{plain}");
         let checkpointed = gib(at_512(true, DType::F32).total());
         assert!((3.2..4.5).contains(&checkpointed), "{checkpointed}");
-        assert!(at_512(false, DType::BF16).total() * 2 < at_512(false, DType::F32).total() + (100 << 20));
+        assert!(
+            at_512(false, DType::BF16).total() * 2
+                < at_512(false, DType::F32).total() + (100 << 20)
+        );
     }
 
     #[test]

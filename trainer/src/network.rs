@@ -67,7 +67,10 @@ impl PreparedNetwork {
             notes.push(format!("continue from {path}: {} modules", report.loaded));
             for (what, modules) in [("lacks", &report.missing), ("has in excess", &report.unused)] {
                 if let Some(first) = modules.first() {
-                    notes.push(format!("{path} {what} {} modules, the first: {first}", modules.len()));
+                    notes.push(format!(
+                        "{path} {what} {} modules, the first: {first}",
+                        modules.len()
+                    ));
                 }
             }
             if let Some((module, before, now)) = report.alphas.first() {
@@ -96,7 +99,9 @@ fn key_number(key: &str) -> u64 {
 /// Learning rate of each part: its own, else the common one.
 pub fn learning_rate(options: &Options, part: Part) -> f64 {
     let own = match part {
-        Part::TextEncoder => options.text_encoder_lr.as_ref().and_then(|rates| rates.first().copied()),
+        Part::TextEncoder => {
+            options.text_encoder_lr.as_ref().and_then(|rates| rates.first().copied())
+        }
         Part::Unet => options.unet_lr,
     };
     own.unwrap_or(options.learning_rate)

@@ -34,8 +34,7 @@ impl Noising {
     /// Noises this rank's part of a batch.
     pub fn noise(&self, batch: &Batch) -> Result<Noised> {
         let (width, height) = (batch.size.0 as usize, batch.size.1 as usize);
-        let shape =
-            [batch.samples.len(), height / LATENT_SCALE, width / LATENT_SCALE, CHANNELS];
+        let shape = [batch.samples.len(), height / LATENT_SCALE, width / LATENT_SCALE, CHANNELS];
         let moments = match (&batch.moments, &batch.images, &self.vae) {
             (Some(moments), _, _) => moments.clone(),
             (None, Some(images), Some(vae)) => {
@@ -74,12 +73,14 @@ impl Noising {
                     (mean + (0.5 * logvar).exp() * rng.normal()) * self.scaling
                 }));
             }
-            latents[before..].iter().all(|x: &f32| x.is_finite()).then_some(()).with_context(|| {
-                format!(
-                    "the latents are not finite: {}\nhint: the image or the VAE is damaged",
-                    sample.image_path.display()
-                )
-            })?;
+            latents[before..].iter().all(|x: &f32| x.is_finite()).then_some(()).with_context(
+                || {
+                    format!(
+                        "the latents are not finite: {}\nhint: the image or the VAE is damaged",
+                        sample.image_path.display()
+                    )
+                },
+            )?;
         }
         Ok(latents)
     }

@@ -78,7 +78,9 @@ impl Objective {
         let steps = schedule.steps();
         let timesteps = options.min_timestep.unwrap_or(0)..options.max_timestep.unwrap_or(steps);
         if timesteps.is_empty() || timesteps.end > steps {
-            bail!("`min_timestep` and `max_timestep` leave no timestep within 0..{steps}: {timesteps:?}");
+            bail!(
+                "`min_timestep` and `max_timestep` leave no timestep within 0..{steps}: {timesteps:?}"
+            );
         }
         Ok(Self {
             schedule,
@@ -177,7 +179,8 @@ impl Objective {
         for (channel, normal) in draw.offset.iter().enumerate() {
             let mut strength = offset;
             if let Some(adaptive) = self.adaptive_noise_scale {
-                let sum: f64 = latents[channel..].iter().step_by(channels).map(|x| f64::from(*x)).sum();
+                let sum: f64 =
+                    latents[channel..].iter().step_by(channels).map(|x| f64::from(*x)).sum();
                 strength = (strength + adaptive * (sum / pixels).abs() as f32).max(0.);
             }
             noise[channel..].iter_mut().step_by(channels).for_each(|n| *n += strength * normal);

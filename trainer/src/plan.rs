@@ -170,7 +170,9 @@ pub fn describe(
     let rates: Vec<String> = network
         .groups()
         .iter()
-        .map(|g| format!("{} {:e}", g.part.group_name(), crate::network::learning_rate(options, g.part)))
+        .map(|g| {
+            format!("{} {:e}", g.part.group_name(), crate::network::learning_rate(options, g.part))
+        })
         .collect();
     add("learning rate", format!("{}, {}", rates.join(", "), options.lr_scheduler.as_str()));
     let precision = if base.dtype == DType::BF16 { "bf16" } else { "float32" };

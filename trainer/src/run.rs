@@ -128,7 +128,8 @@ impl Run {
             0 => RunLog::open(&options, Stamp::Clock.now())?,
             _ => None,
         };
-        let mut models = Models { text_encoder: base.load_text_encoder()?, unet: base.load_unet()? };
+        let mut models =
+            Models { text_encoder: base.load_text_encoder()?, unet: base.load_unet()? };
         engine::release_pool();
         let params = prepared.parameters(&base)?;
         let network = prepared.network;
@@ -216,16 +217,12 @@ fn start_loader(
     let accumulation = options.gradient_accumulation_steps;
     let sampler = Sampler::new(&group, plan.seed, plan.world_size, accumulation);
     let token_length = options.max_token_length.map(|length| length as u32);
-    let token_length = TokenLength::from_option(token_length)
-        .context("`max_token_length` must be 150 or 225")?;
+    let token_length =
+        TokenLength::from_option(token_length).context("`max_token_length` must be 150 or 225")?;
     let tokenizer =
         ClipTokenizer::open(base.files.tokenizer_dir.as_deref(), base.preset.pads_with_zero)?;
-    let parts = LoaderParts {
-        group,
-        sampler: Arc::new(sampler),
-        tokenizer: Arc::new(tokenizer),
-        latents,
-    };
+    let parts =
+        LoaderParts { group, sampler: Arc::new(sampler), tokenizer: Arc::new(tokenizer), latents };
     let options = LoaderOptions {
         rank: env.rank,
         world_size: env.world_size,

@@ -140,7 +140,9 @@ fn run_facts(
         num_batches_per_epoch: dataset.batches_per_epoch,
         optimizer_name: plan.optimizer.reference_name().to_owned(),
         optimizer_args: options.read_adamw_args()?.python_text,
-        total_batch_size: dataset.batch_size * plan.world_size * options.gradient_accumulation_steps,
+        total_batch_size: dataset.batch_size
+            * plan.world_size
+            * options.gradient_accumulation_steps,
         resolution: dataset.resolution,
         base_model: model_facts(&base.files)?,
         vae: base.files.vae_identity.as_ref().map(identity_facts).transpose()?,

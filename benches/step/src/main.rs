@@ -12,7 +12,9 @@ use anyhow::{Context, Result};
 use clap::{Parser, ValueEnum};
 use engine::{DType, Device, ParamId};
 use formats::{Dtype, FormatError, TensorView, Weights};
-use models::lora::{Algorithm, LoraNetwork, Rank, UniformRanks, text_encoder_targets, unet_targets};
+use models::lora::{
+    Algorithm, LoraNetwork, Rank, UniformRanks, text_encoder_targets, unet_targets,
+};
 use models::{ClipConfig, ClipTextModel, Unet, UnetConfig};
 use trainer::gradients::Gradients;
 use trainer::memory::peak_resident;
@@ -140,7 +142,8 @@ fn main() -> Result<()> {
     let side = args.resolution / 8;
     let shape = [args.batch_size, side, side, 4];
     let len = side * side * 4;
-    let ids: Vec<u32> = (0..77).map(|i| if i == 0 { 49406 } else { 49407 - (i % 5) * 900 }).collect();
+    let ids: Vec<u32> =
+        (0..77).map(|i| if i == 0 { 49406 } else { 49407 - (i % 5) * 900 }).collect();
     let prompts = Prompts { ids: ids.repeat(args.batch_size), weights: None, chunks: 1 };
     let setting = Setting { clip_skip: None, checkpointing: args.gradient_checkpointing };
     let weights = vec![1. / args.batch_size as f32; args.batch_size];
@@ -149,8 +152,9 @@ fn main() -> Result<()> {
     let mut last_loss = 0.;
     for step in 0..args.warmup + args.steps {
         let started = Instant::now();
-        let draws: Vec<_> =
-            (0..args.batch_size).map(|b| objective.draw(1, (step * 64 + b) as u64, len, 4)).collect();
+        let draws: Vec<_> = (0..args.batch_size)
+            .map(|b| objective.draw(1, (step * 64 + b) as u64, len, 4))
+            .collect();
         let latents: Vec<f32> = objective.draw(2, step as u64, len * args.batch_size, 4).noise;
         let noised = objective.prepare(&latents, shape, &draws, &weights)?;
         let mut gradients = Gradients::new(&params);

@@ -145,11 +145,8 @@ fn what_the_user_says_of_the_model_is_written() {
         anyhow::Ok(metadata.at(1, 1, 0.0))
     };
     let url = "data:image/png;base64,AA==";
-    let file = with(Options {
-        output_name: None,
-        metadata_thumbnail: Some(url.into()),
-        ..options()
-    });
+    let file =
+        with(Options { output_name: None, metadata_thumbnail: Some(url.into()), ..options() });
     let file = file.unwrap();
     assert_eq!(file["modelspec.thumbnail"], url);
     assert_eq!(file["modelspec.resolution"], "512x512");

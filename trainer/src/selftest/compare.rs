@@ -96,9 +96,10 @@ fn judge(got: &[f32], want: &[f32], rule: Rule, noise: f64) -> (bool, String) {
     }
     let f = figures(got, want);
     match rule {
-        Rule::Distance(limit) => {
-            (f.distance <= limit, format!("relative error {:.1e} (at most {limit:.0e})", f.distance))
-        }
+        Rule::Distance(limit) => (
+            f.distance <= limit,
+            format!("relative error {:.1e} (at most {limit:.0e})", f.distance),
+        ),
         Rule::Gradient(limit) => (
             f.norm_error <= limit && f.cosine >= MIN_COSINE,
             format!(

@@ -12,7 +12,9 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use engine::{DType, Device, ParamId, ParamStore, Tape, Tensor};
 use formats::{OpenOptions, TensorFile, open_base_model};
-use models::lora::{Algorithm, LoraNetwork, Part, Rank, UniformRanks, text_encoder_targets, unet_targets};
+use models::lora::{
+    Algorithm, LoraNetwork, Part, Rank, UniformRanks, text_encoder_targets, unet_targets,
+};
 use models::pixel_order::{nchw_from_nhwc, nhwc_from_nchw};
 use models::{UnetInput, Vae};
 
@@ -23,8 +25,8 @@ use crate::optimizer::{AdamWSettings, Optimizer, OptimizerSettings, Stretch};
 use crate::step::{CHUNK, Models, Prompts, Setting, encode_prompts, forward_backward};
 
 pub use compare::Report;
-pub use embedded::run_embedded;
 use compare::{FORWARD, GRADIENT, GRADIENT_NORM, WEIGHTS};
+pub use embedded::run_embedded;
 use reference::{Case, Reference, options_from_json, read, read_integers};
 
 /// Largest number of prompts' tokens etc. of a reference's batch.
@@ -52,7 +54,8 @@ struct Bench {
 pub fn run(case: &Path, base: &Path, device: Device, checkpointing: bool) -> Result<Report> {
     let reference = Reference::open(case, base)?;
     let model = reference.model.display().to_string();
-    let mut opened = Base::from_files(open_base_model(&model, &OpenOptions::default())?, DType::F32)?;
+    let mut opened =
+        Base::from_files(open_base_model(&model, &OpenOptions::default())?, DType::F32)?;
     opened.device = device;
     let inputs = Inputs::read(&*reference.inputs, opened.vae.scaling)?;
     let models = Models { text_encoder: opened.load_text_encoder()?, unet: opened.load_unet()? };
@@ -72,13 +75,18 @@ pub fn run(case: &Path, base: &Path, device: Device, checkpointing: bool) -> Res
 
 /// `[n,c,h,w]` to `[n,h,w,c]`, for any number of images.
 fn to_nhwc(shape: &[usize], data: &[f32]) -> Vec<f32> {
-    let (channels, pixels) = (shape[shape.len() - 3], shape[shape.len() - 2] * shape[shape.len() - 1]);
-    data.chunks(channels * pixels).flat_map(|image| nhwc_from_nchw(image, channels, pixels)).collect()
+    let (channels, pixels) =
+        (shape[shape.len() - 3], shape[shape.len() - 2] * shape[shape.len() - 1]);
+    data.chunks(channels * pixels)
+        .flat_map(|image| nhwc_from_nchw(image, channels, pixels))
+        .collect()
 }
 
 fn to_nchw(shape: &[usize], data: &[f32]) -> Vec<f32> {
     let (channels, pixels) = (shape[3], shape[1] * shape[2]);
-    data.chunks(channels * pixels).flat_map(|image| nchw_from_nhwc(image, channels, pixels)).collect()
+    data.chunks(channels * pixels)
+        .flat_map(|image| nchw_from_nhwc(image, channels, pixels))
+        .collect()
 }
 
 impl Inputs {
@@ -116,7 +124,11 @@ impl Inputs {
     }
 
     fn prompts(&self) -> Prompts {
-        Prompts { ids: self.ids.clone(), weights: None, chunks: self.ids.len() / CHUNK / self.shape[0] }
+        Prompts {
+            ids: self.ids.clone(),
+            weights: None,
+            chunks: self.ids.len() / CHUNK / self.shape[0],
+        }
     }
 }
 
@@ -191,7 +203,8 @@ impl Bench {
         let moments = vae.encode(&image)?;
         let (noise_shape, noise) = read(&*self.reference.inputs, "vae_noise")?;
         let sample = moments.sample(&to_nhwc(&noise_shape, &noise), self.base.vae.scaling);
-        let tensor = |data: &[f32]| Tensor::from_f32(self.base.device, &moments.shape, data, DType::F32);
+        let tensor =
+            |data: &[f32]| Tensor::from_f32(self.base.device, &moments.shape, data, DType::F32);
         let mean = tensor(&moments.mean)?;
         self.check_against(report, file, ("vae_mean", "base/vae_mean"), &mean)?;
         let logvar = tensor(&moments.logvar)?;
@@ -199,7 +212,12 @@ impl Bench {
         let sample = tensor(&sample)?;
         self.check_against(report, file, ("vae_sample_scaled", "base/vae_sample_scaled"), &sample)?;
         let decoded = vae.decode(&mean)?;
-        self.check_against(report, file, ("vae_decode_of_mean", "base/vae_decode_of_mean"), &decoded)
+        self.check_against(
+            report,
+            file,
+            ("vae_decode_of_mean", "base/vae_decode_of_mean"),
+            &decoded,
+        )
     }
 
     /// Builds the network from its settings and takes the values of `init.safetensors`.
@@ -287,11 +305,8 @@ impl Bench {
         report: &mut Report,
     ) -> Result<()> {
         let adamw = &self.reference.cases.adamw;
-        let settings = AdamWSettings {
-            betas: adamw.betas,
-            eps: adamw.eps,
-            weight_decay: adamw.weight_decay,
-        };
+        let settings =
+            AdamWSettings { betas: adamw.betas, eps: adamw.eps, weight_decay: adamw.weight_decay };
         let mut optimizer = Optimizer::new(OptimizerSettings::AdamW(settings), &params)?;
         let objective = self.objective(None)?;
         let stretches: Vec<Stretch> = network
