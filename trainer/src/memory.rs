@@ -104,6 +104,26 @@ pub fn peak_resident() -> Option<usize> {
     Some(kib * 1024)
 }
 
+/// Refuses what cannot fit into this machine's free memory, before the system kills the process.
+pub fn refuse_beyond_memory(what: &str, bytes: usize, hint: &str) -> anyhow::Result<()> {
+    match available() {
+        Some(free) if bytes > free => anyhow::bail!(
+            "{what} take about {}, this machine has free: {}\nhint: {hint}",
+            show_bytes(bytes),
+            show_bytes(free)
+        ),
+        _ => Ok(()),
+    }
+}
+
+/// Memory that can be had without swapping, in bytes; `None` where the system does not tell.
+fn available() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+    let kib: usize = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kib * 1024)
+}
+
 /// Bytes for people: `3.4 GiB`, `12 MiB`.
 pub fn show_bytes(bytes: usize) -> String {
     let mib = bytes as f64 / (1 << 20) as f64;
@@ -134,6 +154,15 @@ mod tests {
             at_512(false, DType::BF16).total() * 2
                 < at_512(false, DType::F32).total() + (100 << 20)
         );
+    }
+
+    #[test]
+    fn what_cannot_fit_is_refused_with_numbers() {
+        assert!(refuse_beyond_memory("weights", 1 << 20, "").is_ok());
+        if available().is_some() {
+            let error = refuse_beyond_memory("weights", usize::MAX, "lower it").unwrap_err();
+            assert!(error.to_string().contains("hint: lower it"), "{error}");
+        }
     }
 
     #[test]

@@ -9,8 +9,12 @@ use models::lora::{
 };
 
 use crate::base::Base;
+use crate::memory::refuse_beyond_memory;
 use crate::options::Options;
 use crate::rng::{Purpose, stream};
+
+/// A trainable number, its gradient and its two moments, f32.
+const STATE_BYTES: usize = 16;
 
 /// The modules of a run, with their values before the first step.
 pub struct PreparedNetwork {
@@ -54,6 +58,9 @@ impl PreparedNetwork {
             }),
         };
         let mut network = LoraNetwork::new(targets, &*rule, Algorithm::LowRank)?;
+        let state = network.element_count().saturating_mul(STATE_BYTES);
+        let hint = "lower `network_dim` (and `conv_dim`)";
+        refuse_beyond_memory("the LoRA's weights, gradients and moments", state, hint)?;
         let mut values = network.initial_values(&mut |key, count| {
             let mut rng = stream(seed, Purpose::LoraInit, key_number(key), 0);
             (0..count).map(|_| rng.uniform_f32()).collect()

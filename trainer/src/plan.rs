@@ -193,7 +193,8 @@ pub fn describe(
     lines
 }
 
-fn estimate_memory(
+/// What a rank of this run will take.
+pub fn estimate_memory(
     options: &Options,
     group: &DatasetGroup,
     base: &Base,

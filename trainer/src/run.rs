@@ -18,13 +18,13 @@ use crate::dataset::{
 };
 use crate::latents::{VaeEncoder, vae_fingerprint};
 use crate::lr::Schedule;
-use crate::memory::{peak_resident, show_bytes};
+use crate::memory::{peak_resident, refuse_beyond_memory, show_bytes};
 use crate::network::PreparedNetwork;
 use crate::noising::Noising;
 use crate::objective::Objective;
 use crate::optimizer::Optimizer;
 use crate::options::{Options, Parsed};
-use crate::plan::{Plan, Stamp, choose_seed, describe};
+use crate::plan::{Plan, Stamp, choose_seed, describe, estimate_memory};
 use crate::progress::format_summary;
 use crate::saver::{DatasetNumbers, Saver};
 use crate::step::Models;
@@ -74,6 +74,7 @@ impl Run {
         for note in &prepared.notes {
             console::note(note);
         }
+        check_before_loading(&options, &comm, (&group, &base, &prepared, &plan))?;
         Ok(Self { options, comm, base, group, prepared, plan })
     }
 
@@ -91,6 +92,29 @@ impl Run {
     }
 }
 
+/// What would fail only after minutes of loading and caching.
+fn check_before_loading(
+    options: &Options,
+    comm: &Comm,
+    (group, base, prepared, plan): (&DatasetGroup, &Base, &PreparedNetwork, &Plan),
+) -> Result<()> {
+    let layers = base.text_encoder.layers;
+    if options.clip_skip.is_some_and(|skip| skip > layers) {
+        anyhow::bail!(
+            "`clip_skip` leaves no layer of the text encoder's {layers}: {}",
+            options.clip_skip.unwrap_or_default()
+        );
+    }
+    let need = estimate_memory(options, group, base, prepared).total();
+    let hint = "lower the batch size or the resolution, or set `gradient_checkpointing`, \
+                `mixed_precision = \"bf16\"`";
+    refuse_beyond_memory("the ranks of this run", need * comm.world_size(), hint)?;
+    if comm.rank() == 0 && !options.dry_run {
+        check_writable(&plan.saving.output_dir)?;
+    }
+    Ok(())
+}
+
 /// Ranks that chose a seed each would train different things.
 fn agree_on_seed(options: &Options, comm: &Comm) -> Result<u64> {
     if let Some(seed) = options.seed {
@@ -106,9 +130,6 @@ impl Run {
     /// Caches latents, loads the models, trains, and writes the files.
     pub fn train(self, env: &Env) -> Result<Ending> {
         let Self { options, comm, base, group, prepared, plan } = self;
-        if comm.rank() == 0 {
-            check_writable(&plan.saving.output_dir)?;
-        }
         let known_warnings = group.warnings.len();
         let (group, latents) = cache(&options, &comm, &base, group)?;
         for warning in group.warnings.iter().skip(known_warnings) {
@@ -156,6 +177,8 @@ impl Run {
             saver,
             log,
         };
+        // The mapped files are read; their pages go back to the system.
+        drop(base);
         let ending = trainer.run(&mut loader)?;
         if let Some(peak) = peak_resident() {
             console::note(&format!("peak memory of rank 0: {}", show_bytes(peak)));

@@ -97,6 +97,9 @@ impl Trainer<'_> {
                 return self.stop(step + 1, epoch + 1);
             }
         }
+        if !self.plan.steps.is_multiple_of(self.plan.steps_per_epoch) {
+            progress.end_epoch(self.plan.steps, self.plan.epochs, recorder.moving_average());
+        }
         drop(progress);
         self.save(SavePoint::Last, self.plan.steps, self.plan.epochs)?;
         self.comm.barrier().context("wait for the last file")?;

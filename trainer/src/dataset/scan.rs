@@ -94,7 +94,13 @@ fn list_images(folder: &Path, warnings: &mut Vec<String>) -> Result<Vec<PathBuf>
         if path.is_dir() {
             folders += 1;
         } else if is_image(&path) {
-            images.push(path);
+            // A pipe or device would be waited for; a link that leads nowhere is named when read.
+            let special = path.metadata().is_ok_and(|found| !found.is_file());
+            if special {
+                warnings.push(format!("not a regular file, it is left out: {}", path.display()));
+            } else {
+                images.push(path);
+            }
         } else if has_extension(&path, &["avif", "jxl", "gif", "tif", "tiff", "heic"]) {
             unreadable += 1;
         }

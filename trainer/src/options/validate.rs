@@ -95,6 +95,9 @@ impl Check<'_> {
     fn support(&mut self, notes: &mut Vec<String>) {
         for spec in OPTIONS.iter().filter(|spec| !spec.is_default(self.options)) {
             match spec.support {
+                // Configs written by programs carry every key: empty and zero ask for nothing.
+                Support::NotYet(_) if (spec.read)(self.options).is_some_and(|v| is_nothing(&v)) => {
+                }
                 Support::Supported => {}
                 Support::NotYet(advice) => {
                     self.problem(spec.name, "is not supported yet", advice);
@@ -383,5 +386,17 @@ impl Check<'_> {
                 notes.push(format!("`{last}` has no effect without `{needed}`"));
             }
         }
+    }
+}
+
+/// Whether a value asks for nothing: off, zero, or empty.
+fn is_nothing(value: &toml::Value) -> bool {
+    match value {
+        toml::Value::Boolean(on) => !on,
+        toml::Value::Integer(number) => *number == 0,
+        toml::Value::Float(number) => *number == 0.,
+        toml::Value::String(text) => text.is_empty(),
+        toml::Value::Array(items) => items.is_empty(),
+        _ => false,
     }
 }
