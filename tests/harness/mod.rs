@@ -23,10 +23,10 @@ pub struct Scene {
 }
 
 impl Scene {
+    /// Eight captioned 128x128 pictures and options for ten steps of batch 4 on the small model.
+    ///
     /// At 128 pixels the lowest level of the U-Net still has 2x2 pixels: with one, its
     /// self-attention has a zero gradient, and AdamW would make weights of the rounding.
-    ///
-    /// Eight captioned 128x128 pictures and options for ten steps of batch 4 on the small model.
     pub fn new() -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let images = folder.path().join("images");
@@ -120,7 +120,7 @@ pub fn quoted(text: &str) -> String {
     format!("'{text}'")
 }
 
-/// The binary under test, with one thread per rank so that tests do not fight for the cores.
+/// The binary under test, run from the root of the repository.
 pub fn lorarun() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lorarun"));
     command.current_dir(root());

@@ -1,7 +1,5 @@
 //! From the run's options to the description of its datasets.
 
-use std::path::PathBuf;
-
 use anyhow::{Context, Result, bail};
 
 use crate::dataset::{DatasetDefaults, DatasetInput, DatasetOptions, Interpolation, SubsetOptions};
@@ -84,9 +82,4 @@ pub fn dataset_defaults(options: &Options) -> Result<DatasetDefaults> {
         class_tokens: None,
     };
     Ok(DatasetDefaults { dataset, subset, ..DatasetDefaults::default() })
-}
-
-/// Folders whose files go into a run, for the time stamp of reproducible files.
-pub fn input_files(images: impl Iterator<Item = PathBuf>, model: PathBuf) -> Vec<PathBuf> {
-    images.chain([model]).collect()
 }

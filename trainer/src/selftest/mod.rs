@@ -29,7 +29,7 @@ use compare::{FORWARD, GRADIENT, GRADIENT_NORM, WEIGHTS};
 pub use embedded::run_embedded;
 use reference::{Case, Reference, options_from_json, read, read_integers};
 
-/// Largest number of prompts' tokens etc. of a reference's batch.
+/// The inputs of a reference, in the engine's order of axes.
 struct Inputs {
     ids: Vec<u32>,
     /// NHWC, scaled.
