@@ -178,12 +178,9 @@ impl Group {
             }
             self.look_for_lost_peers(call)?;
             if waited >= call.deadline {
-                return Err(CollectiveError::Deadline {
-                    op: self.describe(call),
-                    seq: call.seq,
-                    waited,
-                    missing_ranks: self.missing_ranks(),
-                });
+                let missing_ranks = self.missing_ranks()?;
+                let op = self.describe(call);
+                return Err(CollectiveError::Deadline { op, seq: call.seq, waited, missing_ranks });
             }
         }
     }
@@ -203,9 +200,16 @@ impl Group {
         Ok(word.wrapping_sub(own) as i32 >= 0)
     }
 
-    /// Ranks that have not come as far as this one.
-    fn missing_ranks(&self) -> Vec<usize> {
-        (0..self.world_size).filter(|&peer| matches!(self.has_arrived(peer), Ok(false))).collect()
+    /// Ranks that have not come as far as this one; an abort is an error, since from then on the
+    /// counts tell nothing.
+    fn missing_ranks(&self) -> Result<Vec<usize>> {
+        let mut missing = Vec::new();
+        for peer in 0..self.world_size {
+            if !self.has_arrived(peer)? {
+                missing.push(peer);
+            }
+        }
+        Ok(missing)
     }
 
     /// Fails when a rank that is still missing will never arrive.
@@ -214,7 +218,7 @@ impl Group {
             return Ok(());
         }
         self.last_look = Instant::now();
-        for peer in self.missing_ranks() {
+        for peer in self.missing_ranks()? {
             let slot = self.segment.slot(peer);
             let how = match slot.state.load(Ordering::Acquire) {
                 ABSENT => continue,
