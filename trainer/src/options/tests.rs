@@ -100,18 +100,6 @@ fn defaults_are_those_of_the_reference() {
 }
 
 #[test]
-fn supported_options_are_frozen() {
-    let supported: Vec<&str> = OPTIONS
-        .iter()
-        .filter(|spec| spec.support == Support::Supported)
-        .map(|spec| spec.name)
-        .collect();
-    let text = data("supported.txt");
-    let expected: Vec<&str> = text.lines().collect();
-    assert_eq!(supported, expected, "tests/data/options/supported.txt lists what is built");
-}
-
-#[test]
 fn every_option_teaches() {
     for spec in OPTIONS {
         let help = spec.help.trim();

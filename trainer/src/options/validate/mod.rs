@@ -1,0 +1,129 @@
+//! Rules across options: what is not built yet, what contradicts, what must not be zero.
+//!
+//! All broken rules are reported at once, each with the place where the option was written.
+
+mod dataset;
+mod model;
+mod network;
+mod objective;
+mod optimizer;
+mod output;
+mod values;
+
+use super::{OPTIONS, Options, Origin, Support};
+use anyhow::{Result, bail};
+
+/// Completes options that follow from others, then checks all rules. Returns remarks for the user;
+/// the error holds every broken rule.
+pub(super) fn check_and_complete(
+    options: &mut Options,
+    inline_datasets: bool,
+) -> Result<Vec<String>> {
+    let mut notes = Vec::new();
+    complete(options, &mut notes)?;
+    let mut check = Check { options, problems: Vec::new() };
+    check.support(&mut notes);
+    check.values();
+    check.model();
+    check.network();
+    check.dataset(inline_datasets, &mut notes);
+    check.optimizer(&mut notes);
+    check.objective(&mut notes);
+    check.output(&mut notes);
+    if check.problems.is_empty() { Ok(notes) } else { bail!(check.problems.join("\n")) }
+}
+
+/// Old spellings, and options that others imply.
+fn complete(options: &mut Options, notes: &mut Vec<String>) -> Result<()> {
+    if let Some(extension) = options.caption_extention.take() {
+        options.caption_extension = extension;
+        if let Some(origin) = options.written.remove("caption_extention") {
+            options.written.insert("caption_extension", origin);
+        }
+        notes.push("`caption_extention` is an old spelling of `caption_extension`".to_owned());
+    }
+    for (old, new) in [("use_8bit_adam", "AdamW8bit"), ("use_lion_optimizer", "Lion")] {
+        let set =
+            if old == "use_8bit_adam" { options.use_8bit_adam } else { options.use_lion_optimizer };
+        if !set {
+            continue;
+        }
+        if !options.optimizer_type.is_empty() {
+            bail!(
+                "`{old}` and `optimizer_type` both choose an optimizer: `{}`\nhint: give only `optimizer_type`",
+                options.optimizer_type
+            );
+        }
+        options.optimizer_type = new.to_owned();
+        if let Some(origin) = options.written.get(old).cloned() {
+            options.written.insert("optimizer_type", origin);
+        }
+    }
+    if options.cache_latents_to_disk && !options.cache_latents {
+        options.cache_latents = true;
+        notes.push("`cache_latents_to_disk` turns `cache_latents` on".to_owned());
+    }
+    if options.max_token_length == Some(75) {
+        options.max_token_length = None;
+    }
+    Ok(())
+}
+
+/// The rules, each of which may add a problem.
+struct Check<'a> {
+    options: &'a Options,
+    problems: Vec<String>,
+}
+
+impl Check<'_> {
+    /// The option as it was written, for the start of a sentence.
+    fn name(&self, option: &str) -> String {
+        match self.options.written.get(option) {
+            Some(origin) => origin.name_option(option),
+            None => Origin::CommandLine.name_option(option),
+        }
+    }
+
+    /// Adds a problem with an option and, unless empty, a hint.
+    fn problem(&mut self, option: &str, fault: &str, hint: &str) {
+        let hint = if hint.is_empty() { String::new() } else { format!("\nhint: {hint}") };
+        self.problems.push(format!("{} {fault}{hint}", self.name(option)));
+    }
+
+    /// Adds a problem where `broken`.
+    fn forbid(&mut self, broken: bool, option: &str, fault: &str, hint: &str) {
+        if broken {
+            self.problem(option, fault, hint);
+        }
+    }
+
+    /// Options that are known but not built, and options without effect.
+    fn support(&mut self, notes: &mut Vec<String>) {
+        for spec in OPTIONS.iter().filter(|spec| !spec.is_default(self.options)) {
+            match spec.support {
+                // Configs written by programs carry every key: empty and zero ask for nothing.
+                Support::NotYet(_) if (spec.read)(self.options).is_some_and(|v| is_nothing(&v)) => {
+                }
+                Support::Supported => {}
+                Support::NotYet(advice) => {
+                    self.problem(spec.name, "is not supported yet", advice);
+                }
+                Support::NoEffect(reason) => {
+                    notes.push(format!("{} has no effect here: {reason}", self.name(spec.name)));
+                }
+            }
+        }
+    }
+}
+
+/// Whether a value asks for nothing: off, zero, or empty.
+fn is_nothing(value: &toml::Value) -> bool {
+    match value {
+        toml::Value::Boolean(on) => !on,
+        toml::Value::Integer(number) => *number == 0,
+        toml::Value::Float(number) => *number == 0.,
+        toml::Value::String(text) => text.is_empty(),
+        toml::Value::Array(items) => items.is_empty(),
+        _ => false,
+    }
+}

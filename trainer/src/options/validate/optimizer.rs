@@ -1,0 +1,46 @@
+//! Rules of optimizer and learning rate.
+
+use super::Check;
+use crate::options::{IntOrFloat, LrScheduler};
+
+impl Check<'_> {
+    /// Optimizer and learning rate.
+    pub(super) fn optimizer(&mut self, notes: &mut Vec<String>) {
+        let o = self.options;
+        if !o.optimizer_type.is_empty() && !o.optimizer_type.eq_ignore_ascii_case("adamw") {
+            let fault = format!("is not supported yet: `{}`", o.optimizer_type);
+            self.problem("optimizer_type", &fault, "use `AdamW`");
+        } else if let Err(fault) = o.read_adamw_args() {
+            self.problems.push(fault.to_string());
+        }
+        let built = [
+            LrScheduler::Constant,
+            LrScheduler::ConstantWithWarmup,
+            LrScheduler::Linear,
+            LrScheduler::Cosine,
+        ];
+        if !built.contains(&o.lr_scheduler) {
+            let fault = format!("is not supported yet: `{}`", o.lr_scheduler.as_str());
+            self.problem(
+                "lr_scheduler",
+                &fault,
+                "use constant, constant_with_warmup, linear or cosine",
+            );
+        }
+        self.forbid(
+            o.lr_scheduler == LrScheduler::Constant && o.lr_warmup_steps != IntOrFloat::Steps(0),
+            "lr_warmup_steps",
+            "has no place in the schedule `constant`",
+            "use `lr_scheduler = \"constant_with_warmup\"`",
+        );
+        if o.text_encoder_lr.as_ref().is_some_and(|rates| rates.len() > 1) {
+            notes.push("`text_encoder_lr` has more than one value: this model has one text encoder, only the first counts".to_owned());
+        }
+        if !o.is_written("learning_rate") && (o.unet_lr.is_none() || o.text_encoder_lr.is_none()) {
+            notes.push(format!(
+                "`learning_rate` is not given: `{}` is used, which is low for a LoRA",
+                o.learning_rate
+            ));
+        }
+    }
+}
