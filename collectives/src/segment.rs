@@ -327,7 +327,7 @@ impl Segment {
             if let Some(record) = self.abort_record() {
                 return record;
             }
-            if start.elapsed() > Duration::from_millis(50) {
+            if start.elapsed() > Duration::from_millis(500) {
                 return AbortRecord {
                     by: Author::Launcher,
                     culprit: None,
