@@ -78,6 +78,17 @@ impl ParamStore {
         &self.flat
     }
 
+    /// Changes the values in place, in the order of the flat tensor.
+    pub fn update<R>(&mut self, run: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
+        self.flat.with_mut::<f32, _>("update of parameters", run)
+    }
+
+    /// Parameters of the same shapes with other values.
+    pub fn with_values(&self, values: &[f32]) -> Result<Self> {
+        let flat = Tensor::from_f32(self.device(), &[self.len()], values, DType::F32)?;
+        Ok(Self { flat, places: self.places.clone() })
+    }
+
     /// The flat tensor, for the optimizer.
     pub fn flat_mut(&mut self) -> &mut Tensor {
         &mut self.flat

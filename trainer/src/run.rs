@@ -22,7 +22,7 @@ use crate::memory::{peak_resident, refuse_beyond_memory, show_bytes};
 use crate::network::PreparedNetwork;
 use crate::noising::Noising;
 use crate::objective::Objective;
-use crate::optimizer::Optimizer;
+use crate::optimizer::TensorForm;
 use crate::options::{Options, Parsed};
 use crate::plan::{Plan, Stamp, choose_seed, describe, estimate_memory};
 use crate::progress::format_summary;
@@ -165,7 +165,7 @@ impl Run {
             vae: if has_latents { None } else { Some(RefCell::new(VaeEncoder::load(&base)?)) },
         };
         let trainer = Trainer {
-            optimizer: Optimizer::new(plan.optimizer, &params)?,
+            optimizer: plan.optimizer.build(&params, &TensorForm::of(&network))?,
             schedule: Schedule::new(&options, plan.steps)?,
             options: &options,
             plan: &plan,

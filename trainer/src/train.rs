@@ -17,7 +17,7 @@ use crate::gradients::{Control, Gradients};
 use crate::lr::Schedule;
 use crate::network::learning_rate;
 use crate::noising::Noising;
-use crate::optimizer::{Optimizer, Stretch};
+use crate::optimizer::{Optimize, StepInput, TensorStep};
 use crate::options::Options;
 use crate::plan::Plan;
 use crate::progress::{LossRecorder, Progress};
@@ -42,7 +42,7 @@ pub struct Trainer<'a> {
     pub models: Models,
     pub network: LoraNetwork,
     pub params: ParamStore,
-    pub optimizer: Optimizer,
+    pub optimizer: Box<dyn Optimize>,
     pub schedule: Schedule,
     pub noising: Noising,
     /// Rank 0 only.
@@ -133,8 +133,13 @@ impl Trainer<'_> {
         let agreed = reduction.finish(own)?;
         let norm = gradients.clip(self.options.max_grad_norm);
         self.refuse_non_finite(step, &batch, own, agreed, norm)?;
-        let stretches = self.stretches(step, gradients.touched());
-        self.optimizer.step(&mut self.params, gradients.flat(), &stretches)?;
+        let tensors = self.tensor_steps(step, gradients.touched());
+        let input = StepInput {
+            gradient: gradients.flat(),
+            tensors: &tensors,
+            schedule_factor: self.schedule.factor(step),
+        };
+        self.optimizer.step(&mut self.params, &input)?;
         Ok(StepResult { loss: f64::from(agreed.loss), gradient_norm: norm, stop: agreed.stop > 0. })
     }
 
@@ -190,27 +195,22 @@ impl Trainer<'_> {
         trained.then(|| learning_rate(self.options, part) * self.schedule.factor(step))
     }
 
-    /// The stretches of the flat tensor that move: parameters that a gradient reached, in groups of
-    /// one learning rate. (PyTorch leaves parameters without a gradient alone: no weight decay.)
-    fn stretches(&self, step: usize, touched: &[bool]) -> Vec<Stretch> {
-        let mut stretches: Vec<Stretch> = Vec::new();
+    /// The tensors that move: those that a gradient reached, with their learning rates. (PyTorch
+    /// leaves parameters without a gradient alone: no weight decay.)
+    fn tensor_steps(&self, step: usize, touched: &[bool]) -> Vec<TensorStep> {
+        let factor = self.schedule.factor(step);
+        let mut steps: Vec<TensorStep> = Vec::new();
         for group in self.network.groups() {
             let base = learning_rate(self.options, group.part);
             if base == 0. {
                 continue;
             }
-            let lr = (base * self.schedule.factor(step)) as f32;
-            for id in group.params.map(engine::ParamId).filter(|id| touched[id.0]) {
-                let range = self.params.range(id);
-                match stretches.last_mut() {
-                    Some(last) if last.range.end == range.start && last.lr == lr => {
-                        last.range.end = range.end;
-                    }
-                    _ => stretches.push(Stretch { range, lr }),
-                }
-            }
+            let lr = (base * factor) as f32;
+            let ids = group.params.map(engine::ParamId).filter(|id| touched[id.0]);
+            steps.extend(ids.map(|id| TensorStep { id, range: self.params.range(id), lr }));
         }
-        stretches
+        steps.sort_by_key(|tensor| tensor.id);
+        steps
     }
 
     fn save_what_is_due(&self, step: usize, epoch: usize, epoch_ends: bool) -> Result<()> {
@@ -225,9 +225,13 @@ impl Trainer<'_> {
     }
 
     fn save(&self, point: SavePoint, step: usize, epoch: usize) -> Result<()> {
-        match &self.saver {
-            Some(saver) => saver.save(&self.network, &self.params, point, (step, epoch)),
-            None => Ok(()),
+        let Some(saver) = &self.saver else { return Ok(()) };
+        match self.optimizer.evaluation_weights(&self.params)? {
+            Some(weights) => {
+                let params = self.params.with_values(&weights)?;
+                saver.save(&self.network, &params, point, (step, epoch))
+            }
+            None => saver.save(&self.network, &self.params, point, (step, epoch)),
         }
     }
 

@@ -19,7 +19,7 @@ use models::{ClipConfig, ClipTextModel, Unet, UnetConfig};
 use trainer::gradients::Gradients;
 use trainer::memory::peak_resident;
 use trainer::objective::Objective;
-use trainer::optimizer::{AdamWSettings, Optimizer, OptimizerSettings, Stretch};
+use trainer::optimizer::{AdamWSettings, OptimizerSettings, StepInput, TensorForm, TensorStep};
 use trainer::options::Options;
 use trainer::step::{Models, Prompts, Setting, forward_backward};
 
@@ -135,8 +135,10 @@ fn main() -> Result<()> {
     let mut params = network.parameters(Device::Cpu, values)?;
     network.install(&mut models.text_encoder, &mut models.unet, 1.)?;
     let settings = OptimizerSettings::AdamW(AdamWSettings::default());
-    let mut optimizer = Optimizer::new(settings, &params)?;
-    let stretches = [Stretch { range: 0..params.len(), lr: 1e-4 }];
+    let mut optimizer = settings.build(&params, &TensorForm::of(&network))?;
+    let tensors: Vec<TensorStep> = (0..params.count())
+        .map(|id| TensorStep { id: ParamId(id), range: params.range(ParamId(id)), lr: 1e-4 })
+        .collect();
 
     let objective = Objective::from_options(&Options::default())?;
     let side = args.resolution / 8;
@@ -163,7 +165,9 @@ fn main() -> Result<()> {
         last_loss = forward.losses.iter().sum();
         drop(forward);
         gradients.clip(1.);
-        optimizer.step(&mut params, gradients.flat(), &stretches)?;
+        let input =
+            StepInput { gradient: gradients.flat(), tensors: &tensors, schedule_factor: 1. };
+        optimizer.step(&mut params, &input)?;
         let took = started.elapsed().as_secs_f64();
         eprintln!("step {step}: {took:.2} s, loss {last_loss:.4}");
         if step >= args.warmup {

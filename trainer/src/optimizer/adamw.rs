@@ -1,10 +1,12 @@
-//! AdamW (Loshchilov & Hutter, arXiv:1711.05101) in PyTorch's order of operations.
+//! AdamW (Loshchilov & Hutter, arXiv:1711.05101) in PyTorch's order of operations, by the engine's
+//! own kernel.
 
 use anyhow::Result;
 use engine::backend::AdamWStep;
-use engine::{DType, ParamStore, Tensor};
+use engine::{DType, Device, ParamStore, Tensor};
 
-use super::Stretch;
+use super::state::{Reader, Writer};
+use super::{Optimize, OptimizerState, StepInput, TensorForm};
 
 /// Settings of AdamW; the defaults are PyTorch's.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,40 +28,93 @@ impl Default for AdamWSettings {
 /// AdamW with its moments, two numbers per parameter.
 pub struct AdamW {
     settings: AdamWSettings,
-    step: u32,
+    forms: Vec<TensorForm>,
+    device: Device,
+    /// Steps that each tensor has taken: PyTorch counts them one by one, since a tensor without
+    /// a gradient takes none.
+    steps: Vec<u32>,
     first: Tensor,
     second: Tensor,
 }
 
 impl AdamW {
     /// Moments of zero.
-    pub fn new(settings: AdamWSettings, params: &ParamStore) -> Result<Self> {
+    pub fn new(settings: AdamWSettings, params: &ParamStore, forms: &[TensorForm]) -> Result<Self> {
         let zeros = || Tensor::zeros(params.device(), &[params.len()], DType::F32);
-        Ok(Self { settings, step: 0, first: zeros()?, second: zeros()? })
+        Ok(Self {
+            settings,
+            forms: forms.to_vec(),
+            device: params.device(),
+            steps: vec![0; forms.len()],
+            first: zeros()?,
+            second: zeros()?,
+        })
     }
 
-    /// One step over the stretches.
-    pub fn step(
-        &mut self,
-        params: &mut ParamStore,
-        gradient: &[f32],
-        stretches: &[Stretch],
-    ) -> Result<()> {
-        self.step += 1;
-        let backend = params.device().backend();
-        for stretch in stretches {
-            let step = AdamWStep {
-                range: stretch.range.clone(),
-                lr: stretch.lr,
-                beta1: self.settings.betas.0,
-                beta2: self.settings.betas.1,
-                eps: self.settings.eps as f32,
-                weight_decay: self.settings.weight_decay as f32,
-                step: self.step,
-            };
-            let moments = (&mut self.first, &mut self.second);
-            backend.adamw(&step, params.flat_mut(), gradient, moments)?;
+    /// Neighbours with one learning rate and one number of steps go through the kernel together.
+    fn stretches(&mut self, input: &StepInput) -> Vec<AdamWStep> {
+        let mut stretches: Vec<AdamWStep> = Vec::new();
+        for tensor in input.tensors {
+            let count = &mut self.steps[tensor.id.0];
+            *count += 1;
+            match stretches.last_mut() {
+                Some(last)
+                    if last.range.end == tensor.range.start
+                        && last.lr == tensor.lr
+                        && last.step == *count =>
+                {
+                    last.range.end = tensor.range.end;
+                }
+                _ => stretches.push(AdamWStep {
+                    range: tensor.range.clone(),
+                    lr: tensor.lr,
+                    beta1: self.settings.betas.0,
+                    beta2: self.settings.betas.1,
+                    eps: self.settings.eps as f32,
+                    weight_decay: self.settings.weight_decay as f32,
+                    step: *count,
+                }),
+            }
         }
+        stretches
+    }
+}
+
+impl Optimize for AdamW {
+    fn step(&mut self, params: &mut ParamStore, input: &StepInput) -> Result<()> {
+        let backend = params.device().backend();
+        for stretch in self.stretches(input) {
+            let moments = (&mut self.first, &mut self.second);
+            backend.adamw(&stretch, params.flat_mut(), input.gradient, moments)?;
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> Result<OptimizerState> {
+        let (first, second) = (self.first.to_vec_f32()?, self.second.to_vec_f32()?);
+        let mut writer = Writer::default();
+        let mut start = 0;
+        for (form, count) in self.forms.iter().zip(&self.steps) {
+            let range = start..start + form.len();
+            writer.number("step", &form.name, f64::from(*count));
+            writer.values("exp_avg", &form.name, &first[range.clone()])?;
+            writer.values("exp_avg_sq", &form.name, &second[range])?;
+            start += form.len();
+        }
+        Ok(writer.finish())
+    }
+
+    fn load_state(&mut self, state: OptimizerState) -> Result<()> {
+        let mut reader = Reader::new("AdamW", state);
+        let (mut steps, mut first, mut second) = (Vec::new(), Vec::new(), Vec::new());
+        for form in &self.forms {
+            steps.push(reader.count("step", &form.name)?);
+            first.extend(reader.values("exp_avg", &form.name, form.len())?);
+            second.extend(reader.values("exp_avg_sq", &form.name, form.len())?);
+        }
+        reader.finish()?;
+        let tensor = |data: &[f32]| Tensor::from_f32(self.device, &[data.len()], data, DType::F32);
+        (self.first, self.second, self.steps) = (tensor(&first)?, tensor(&second)?, steps);
         Ok(())
     }
 }

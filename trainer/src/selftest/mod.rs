@@ -21,7 +21,7 @@ use models::{UnetInput, Vae};
 use crate::base::Base;
 use crate::gradients::Gradients;
 use crate::objective::{Draw, Noised, Objective};
-use crate::optimizer::{AdamWSettings, Optimizer, OptimizerSettings, Stretch};
+use crate::optimizer::{AdamWSettings, OptimizerSettings, StepInput, TensorForm, TensorStep};
 use crate::step::{CHUNK, Models, Prompts, Setting, encode_prompts, forward_backward};
 
 pub use compare::Report;
@@ -307,18 +307,15 @@ impl Bench {
         let adamw = &self.reference.cases.adamw;
         let settings =
             AdamWSettings { betas: adamw.betas, eps: adamw.eps, weight_decay: adamw.weight_decay };
-        let mut optimizer = Optimizer::new(OptimizerSettings::AdamW(settings), &params)?;
+        let settings = OptimizerSettings::AdamW(settings);
+        let mut optimizer = settings.build(&params, &TensorForm::of(network))?;
         let objective = self.objective(None)?;
-        let stretches: Vec<Stretch> = network
-            .groups()
-            .iter()
-            .map(|group| {
-                let start = params.range(ParamId(group.params.start)).start;
-                let end = params.range(ParamId(group.params.end - 1)).end;
-                let lr = adamw.lr[usize::from(group.part == Part::Unet)];
-                Stretch { range: start..end, lr: lr as f32 }
-            })
-            .collect();
+        let mut tensors: Vec<TensorStep> = Vec::new();
+        for group in network.groups() {
+            let lr = adamw.lr[usize::from(group.part == Part::Unet)] as f32;
+            let ids = group.params.map(ParamId);
+            tensors.extend(ids.map(|id| TensorStep { id, range: params.range(id), lr }));
+        }
         let prompts = self.inputs.prompts();
         let figures = adamw.losses.iter().zip(&adamw.grad_norm_before_clip).enumerate();
         for (step, (loss, grad_norm)) in figures {
@@ -334,7 +331,9 @@ impl Bench {
             let norm = gradients.clip(adamw.max_grad_norm) as f32;
             let name = format!("adamw/{step}/grad_norm");
             report.check(&name, &[norm], &[*grad_norm], GRADIENT_NORM, 0.);
-            optimizer.step(&mut params, gradients.flat(), &stretches)?;
+            let gradient = gradients.flat();
+            let input = StepInput { gradient, tensors: &tensors, schedule_factor: 1. };
+            optimizer.step(&mut params, &input)?;
         }
         for id in (0..params.count()).map(ParamId) {
             let key = network.key(id);
