@@ -18,7 +18,9 @@ mod tensor;
 pub use backend::{Activation, ConvGeometry, ElementLoss, LossSpec};
 pub use device::Device;
 pub use error::{EngineError, Result};
-pub use ops::{Adapter, AttentionShape, Conv2d, Embedding, GroupNorm, LayerNorm, Linear};
+pub use ops::{
+    Adapter, AttentionShape, Conv2d, Embedding, GroupNorm, LayerNorm, Linear, LowRankAdapter,
+};
 pub use params::{ParamId, ParamStore};
 pub use pool::{PoolStats, pool_stats, release_pool};
 pub use tape::{Tape, Value};

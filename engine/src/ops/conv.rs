@@ -1,9 +1,9 @@
-//! Convolutions with frozen weights and an optional LoRA, NHWC.
+//! Convolutions with frozen weights and an optional adapter, NHWC.
 //!
-//! The LoRA's `down` is a convolution of the same window with `r` outputs, its `up` is 1x1: fused
+//! A LoRA's `down` is a convolution of the same window with `r` outputs, its `up` is 1x1: fused
 //! into the frozen convolution as a low-rank product. A 1x1 window runs as a GEMM in the backend.
 
-use super::linear::{Active, Adapter};
+use super::adapter::{self, Active, Adapter};
 use crate::backend::{Conv, ConvGeometry};
 use crate::{EngineError, Result, Tape, Tensor, Value};
 
@@ -64,13 +64,10 @@ impl Conv2d {
         let input = self.check(x)?;
         let geometry = self.geometry;
         let backend = x.tensor().device().backend();
-        let active = self.adapter.as_ref();
-        let active = active.map(|a| {
-            a.activate(tape, x, |down| backend.conv2d(&plain(x.tensor(), down, geometry)))
-        });
-        let active = active.transpose()?;
+        let product = |w: &Tensor| backend.conv2d(&plain(x.tensor(), w, geometry));
+        let active = adapter::activate(self.adapter.as_ref(), tape, x, product)?;
         let y = backend.conv2d(&Conv {
-            low_rank: active.as_ref().map(Active::low_rank),
+            low_rank: active.as_ref().and_then(Active::low_rank),
             bias: self.bias.as_ref(),
             per_image: per_image.map(Value::tensor),
             residual: residual.map(Value::tensor),
@@ -81,9 +78,9 @@ impl Conv2d {
         let (x_origin, x_tracked) = (x.origin(), x.is_tracked());
         let per_image_origin = per_image.filter(|v| v.is_tracked()).map(Value::origin);
         let residual_origin = residual.map(Value::origin);
-        let params = active.as_ref().map(Active::params);
+        let params = active.as_ref().map_or_else(Vec::new, |active| active.params().to_vec());
         let frozen = [x].into_iter().chain(per_image).chain(residual);
-        let inputs: Vec<&Value> = frozen.chain(params.iter().flatten()).collect();
+        let inputs: Vec<&Value> = frozen.chain(&params).collect();
         Ok(tape.record(y, &inputs, move |dy, grads| {
             let backend = dy.device().backend();
             let through = active.as_ref().map(|active| {
@@ -95,8 +92,9 @@ impl Conv2d {
             }
             if x_tracked {
                 let mut dx = backend.conv2d_backward_input(&dy, &weight, geometry, input, None)?;
-                if let Some((dh, active)) = through.as_ref().zip(active.as_ref()) {
-                    let down = &active.down_cast;
+                let term = active.as_ref().zip(through.as_ref());
+                let term = term.and_then(|(active, through)| active.input_term(through));
+                if let Some((dh, down)) = term {
                     dx = backend.conv2d_backward_input(dh, down, geometry, input, Some(dx))?;
                 }
                 grads.add(x_origin, dx)?;

@@ -1,6 +1,7 @@
 //! The closed set of differentiable operations, each a forward that says what it saves and a
 //! backward written by hand.
 
+mod adapter;
 mod attention;
 mod conv;
 mod linear;
@@ -8,7 +9,8 @@ mod norm;
 mod pointwise;
 mod shape;
 
+pub use adapter::{Adapter, LowRankAdapter};
 pub use attention::{AttentionShape, Embedding};
 pub use conv::Conv2d;
-pub use linear::{Adapter, Linear};
+pub use linear::Linear;
 pub use norm::{GroupNorm, LayerNorm};

@@ -2,7 +2,7 @@
 
 use candle_core::{Device as Cpu, Tensor as Candle, Var};
 use engine::{
-    Adapter, Conv2d, ConvGeometry, Device, Linear, ParamId, ParamStore, Result, Tape, Tensor, Value,
+    Adapter, Conv2d, ConvGeometry, Device, Linear, ParamStore, Result, Tape, Tensor, Value,
 };
 
 use crate::trial::*;
@@ -10,7 +10,7 @@ use crate::trial::*;
 const SCALE: f32 = 0.75;
 
 fn adapter(down: usize, up: usize) -> Adapter {
-    Adapter { down: ParamId(down), up: ParamId(up), scale: SCALE }
+    low_rank(down, up, SCALE)
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Checkpointed segments, the order of gradients, precision and threads of a whole network.
 
 use engine::{
-    Activation, Adapter, AttentionShape, Conv2d, ConvGeometry, DType, Device, ElementLoss,
-    EngineError, GroupNorm, Linear, LossSpec, ParamId, ParamStore, Result, Tape, Tensor, Value,
+    Activation, AttentionShape, Conv2d, ConvGeometry, DType, Device, ElementLoss, EngineError,
+    GroupNorm, Linear, LossSpec, ParamId, ParamStore, Result, Tape, Tensor, Value,
 };
 
 use crate::trial::*;
@@ -24,8 +24,7 @@ impl Net {
                 noise(shape.iter().product(), seed).iter().map(|x| x * 0.0625).collect();
             Tensor::from_f32(Device::Cpu, shape, &data, dtype).unwrap()
         };
-        let adapter =
-            |i: usize| Some(Adapter { down: ParamId(2 * i), up: ParamId(2 * i + 1), scale: 0.5 });
+        let adapter = |i: usize| Some(low_rank(2 * i, 2 * i + 1, 0.5));
         let linear = |i: usize| Linear {
             weight: small(&[WIDTH, WIDTH], 10 + i as u32),
             bias: Some(frozen(&[WIDTH], 20 + i as u32)),
@@ -148,7 +147,7 @@ fn a_parameter_used_by_two_layers_is_ready_after_both() {
     let layer = |seed| Linear {
         weight: frozen(&[6, 6], seed),
         bias: None,
-        adapter: Some(Adapter { down: ParamId(1), up: ParamId(2), scale: 1. }),
+        adapter: Some(low_rank(1, 2, 1.)),
     };
     let (first, second) = (layer(1), layer(2));
     let params = [param(&[2, 6], 3), param(&[2, 6], 4), param(&[6, 2], 5)];

@@ -1,7 +1,8 @@
 //! Runs a small network on the tape and, in f64, by formula.
 
 use engine::{
-    DType, Device, ElementLoss, LossSpec, ParamId, ParamStore, Result, Tape, Tensor, Value,
+    Adapter, DType, Device, ElementLoss, LossSpec, LowRankAdapter, ParamId, ParamStore, Result,
+    Tape, Tensor, Value,
 };
 
 /// A named parameter's shape and numbers.
@@ -24,6 +25,10 @@ pub fn param(shape: &[usize], seed: u32) -> Param {
 pub fn frozen(shape: &[usize], seed: u32) -> Tensor {
     let data = noise(shape.iter().product(), seed);
     Tensor::from_f32(Device::Cpu, shape, &data, DType::F32).unwrap()
+}
+
+pub fn low_rank(down: usize, up: usize, scale: f32) -> Adapter {
+    Adapter::LowRank(LowRankAdapter { down: ParamId(down), up: ParamId(up), scale })
 }
 
 pub fn wide(t: &Tensor) -> Vec<f64> {

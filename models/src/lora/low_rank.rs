@@ -1,6 +1,6 @@
 //! LoRA proper: `up·down` of rank `dim`, `up` a 1x1 window (Hu et al., arXiv:2106.09685).
 
-use engine::{Adapter, ParamId};
+use engine::{Adapter, LowRankAdapter, ParamId};
 
 use super::target::{LayerKind, Target};
 use super::{Init, TensorPlan};
@@ -35,5 +35,5 @@ pub(super) fn tensors(target: &Target, dim: usize) -> Vec<TensorPlan> {
 }
 
 pub(super) fn adapter(first: ParamId, scale: f32) -> Adapter {
-    Adapter { down: first, up: ParamId(first.0 + 1), scale }
+    Adapter::LowRank(LowRankAdapter { down: first, up: ParamId(first.0 + 1), scale })
 }
