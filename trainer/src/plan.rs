@@ -174,7 +174,7 @@ pub fn describe(
             format!("{} {:e}", g.part.group_name(), crate::network::learning_rate(options, g.part))
         })
         .collect();
-    add("learning rate", format!("{}, {}", rates.join(", "), options.lr_scheduler.as_str()));
+    add("learning rate", format!("{}, {}", rates.join(", "), options.lr_schedule_name()));
     let precision = if base.dtype == DType::BF16 { "bf16" } else { "float32" };
     add("arithmetic", format!("{precision} on {}", base.device));
     let memory = estimate_memory(options, group, base, prepared);

@@ -98,6 +98,7 @@ fn check_before_loading(
     comm: &Comm,
     (group, base, prepared, plan): (&DatasetGroup, &Base, &PreparedNetwork, &Plan),
 ) -> Result<()> {
+    Schedule::new(options, plan.steps)?;
     let layers = base.text_encoder.layers;
     if options.clip_skip.is_some_and(|skip| skip > layers) {
         anyhow::bail!(

@@ -192,20 +192,19 @@ impl Trainer<'_> {
 
     fn rate(&self, part: Part, step: usize) -> Option<f64> {
         let trained = self.network.module_count(part) > 0;
-        trained.then(|| learning_rate(self.options, part) * self.schedule.factor(step))
+        trained.then(|| self.schedule.rate(learning_rate(self.options, part), step))
     }
 
     /// The tensors that move: those that a gradient reached, with their learning rates. (PyTorch
     /// leaves parameters without a gradient alone: no weight decay.)
     fn tensor_steps(&self, step: usize, touched: &[bool]) -> Vec<TensorStep> {
-        let factor = self.schedule.factor(step);
         let mut steps: Vec<TensorStep> = Vec::new();
         for group in self.network.groups() {
             let base = learning_rate(self.options, group.part);
             if base == 0. {
                 continue;
             }
-            let lr = (base * factor) as f32;
+            let lr = self.schedule.rate(base, step) as f32;
             let ids = group.params.map(engine::ParamId).filter(|id| touched[id.0]);
             steps.extend(ids.map(|id| TensorStep { id, range: self.params.range(id), lr }));
         }

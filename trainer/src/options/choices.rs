@@ -5,6 +5,10 @@ use super::value::{Kind, Mismatch, OptionValue, describe};
 /// Declares an enum, the word of each variant, and how it is read from and written to TOML.
 macro_rules! choice {
     ($(#[$doc:meta])* $name:ident { $($variant:ident = $word:literal),+ $(,)? }) => {
+        choice! { @read str::trim; $(#[$doc])* $name { $($variant = $word),+ } }
+    };
+    // With what makes a word of the text that was written.
+    (@read $read:path; $(#[$doc:meta])* $name:ident { $($variant:ident = $word:literal),+ $(,)? }) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum $name { $(#[doc = concat!("`", $word, "`")] $variant),+ }
@@ -23,7 +27,7 @@ macro_rules! choice {
             const KIND: Kind = Kind::Choice(Self::WORDS);
 
             fn from_toml(value: &toml::Value) -> Result<Self, Mismatch> {
-                match value.as_str() {
+                match value.as_str().map($read) {
                     $(Some(word) if word.eq_ignore_ascii_case($word) => Ok(Self::$variant),)+
                     _ => Err(Mismatch::new(format!("one of {}", Self::WORDS.join(", ")), describe(value))),
                 }
@@ -68,7 +72,8 @@ choice! {
     HuberSchedule { Constant = "constant", Exponential = "exponential", Snr = "snr" }
 }
 choice! {
-    /// Names of learning-rate schedules of the reference; `crate::lr` has those that are built.
+    @read without_initial_rate;
+    /// Names of learning-rate schedules.
     LrScheduler {
         Constant = "constant", ConstantWithWarmup = "constant_with_warmup", Linear = "linear",
         Cosine = "cosine", CosineWithRestarts = "cosine_with_restarts", Polynomial = "polynomial",
@@ -77,6 +82,16 @@ choice! {
         Adafactor = "adafactor",
     }
 }
+
+/// `adafactor:0.0001` is `adafactor`: the number, which the reference shows before the first step,
+/// is replaced by `learning_rate` there too.
+fn without_initial_rate(text: &str) -> &str {
+    match text.split_once(':') {
+        Some(("adafactor", rate)) if rate.trim().parse::<f64>().is_ok() => "adafactor",
+        _ => text,
+    }
+}
+
 choice! {
     /// Tools that a run can log to.
     LogWith { Tensorboard = "tensorboard", Wandb = "wandb", All = "all" }

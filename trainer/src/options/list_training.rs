@@ -56,26 +56,38 @@ macro_rules! optimizer_options {
         text_encoder_lr: Option<Vec<f64>> = None, Supported;
         /// Scale all gradients down when their common norm exceeds this. Default 1.0; 0 never.
         max_grad_norm: f64 = 1.0, Supported;
-        /// Course of the learning rate: `constant`, `constant_with_warmup`, `linear` (falls to 0)
-        /// or `cosine` (falls to 0). Default `constant`.
+        /// Course of the learning rate. `constant` (the default), `constant_with_warmup`; falling to
+        /// 0: `linear`, `cosine`, `polynomial`, `cosine_with_restarts`; falling less:
+        /// `cosine_with_min_lr`, `inverse_sqrt`; `warmup_stable_decay` stays high and falls in the
+        /// last `--lr_decay_steps`; `piecewise_constant` takes `step_rules`; `adafactor` is chosen by
+        /// that optimizer itself. A schedule-free optimizer needs none.
         lr_scheduler: LrScheduler = LrScheduler::Constant, Supported;
         /// Steps in which the rate rises from 0: a number, or a share of all steps (`0.1`, `10%`).
-        /// Default 0.
+        /// Default 0. Must not be longer than the run.
         lr_warmup_steps: IntOrFloat = IntOrFloat::Steps(0), Supported;
-        /// Steps in which the rate falls at the end.
-        lr_decay_steps: IntOrFloat = IntOrFloat::Steps(0), NotYet("");
-        /// Restarts of `cosine_with_restarts`. Default 1.
-        lr_scheduler_num_cycles: usize = 1, NotYet("");
-        /// Exponent of `polynomial`. Default 1.
-        lr_scheduler_power: f64 = 1.0, NotYet("");
-        /// Time scale of `inverse_sqrt`.
-        lr_scheduler_timescale: Option<usize> = None, NotYet("");
-        /// Lowest rate as a share of the first one.
-        lr_scheduler_min_lr_ratio: Option<f64> = None, NotYet("");
-        /// Python class of an own schedule.
-        lr_scheduler_type: String = String::new(), NotYet("choose one of the schedules of `--lr_scheduler`");
-        /// Settings of `--lr_scheduler_type`.
-        lr_scheduler_args: Option<Vec<String>> = None, NotYet("");
+        /// Steps at the end in which the rate of `warmup_stable_decay` falls: a number, or a share
+        /// of all steps. Default 0: it never falls.
+        lr_decay_steps: IntOrFloat = IntOrFloat::Steps(0), Supported;
+        /// How often `cosine_with_restarts` falls to 0 (it starts again at the full rate), or half
+        /// waves of `cosine_with_min_lr` and `warmup_stable_decay` (3 falls, rises and falls).
+        /// Default 1.
+        lr_scheduler_num_cycles: usize = 1, Supported;
+        /// Exponent of `polynomial`. Default 1, which is a line; 2 falls faster at first.
+        lr_scheduler_power: f64 = 1.0, Supported;
+        /// Steps after the warm-up in which `inverse_sqrt` falls to 0.7 of the rate, roughly: larger
+        /// falls slower. Default: the warm-up's steps, or 10000 without one.
+        lr_scheduler_timescale: Option<usize> = None, Supported;
+        /// Lowest rate as a share of the first one, for `cosine_with_min_lr` (which needs it) and
+        /// `warmup_stable_decay`.
+        lr_scheduler_min_lr_ratio: Option<f64> = None, Supported;
+        /// A class of `torch.optim.lr_scheduler` in place of `--lr_scheduler`, with its arguments in
+        /// `--lr_scheduler_args`: ConstantLR, LinearLR, ExponentialLR, PolynomialLR, StepLR,
+        /// MultiStepLR, CosineAnnealingLR, CosineAnnealingWarmRestarts. Steps are optimizer steps.
+        lr_scheduler_type: String = String::new(), Supported;
+        /// Settings of the schedule as `key=value`: `step_rules=1:100,0.1` for
+        /// `piecewise_constant`, `lr_end=1e-6` for `polynomial`, `decay_type=linear` (or `1-sqrt`)
+        /// for `warmup_stable_decay`, `T_max=1000` `eta_min=1e-6` for CosineAnnealingLR.
+        lr_scheduler_args: Option<Vec<String>> = None, Supported;
         /// Step each weight as soon as its gradient is there.
         fused_backward_pass: bool = false, NotYet("");
     } } };

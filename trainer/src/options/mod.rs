@@ -5,7 +5,8 @@
 //! across options ([`validate`]). Adding an option is one entry in a `list_*.rs`.
 //!
 //! - `value`, `choices`: types of values · `table`: the declaring macro and the row type
-//! - `list_*`: the options · `arguments`, `network_args`, `optimizer_args`: `key=value` lists
+//! - `list_*`: the options · `arguments`, `network_args`, `optimizer_args`, `scheduler_args`:
+//!   `key=value` lists
 //! - `config_file`: TOML with places
 //! - `parse`: command line over file over default · `validate`: rules · `suggest`: did-you-mean
 //! - `help`, `print`: options as help and as TOML
@@ -30,6 +31,7 @@ mod network_args;
 mod optimizer_args;
 mod parse;
 mod print;
+mod scheduler_args;
 mod suggest;
 #[cfg(test)]
 mod tests;
@@ -41,6 +43,7 @@ pub use help::help_text;
 pub use network_args::NetworkArgs;
 pub use optimizer_args::AdamwArgs;
 pub use parse::{Action, Parsed, UsageError, find_option, parse, write_config};
+pub use scheduler_args::TORCH_SCHEDULES;
 pub use table::{Group, OptionSpec, Origin, Support};
 pub use value::{CropRange, IntOrFloat, Kind, Mismatch, OptionValue, Resolution};
 

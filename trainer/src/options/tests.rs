@@ -260,9 +260,6 @@ fn options_that_are_not_built_are_refused_unless_default() {
         fault(&["--use_lion_optimizer", "--optimizer_type=AdamW"])
             .contains("both choose an optimizer")
     );
-    assert!(
-        fault(&["--lr_scheduler", "polynomial"]).contains("is not supported yet: `polynomial`")
-    );
     assert!(fault(&["--mixed_precision", "fp16"]).contains("hint: use `bf16` or `no`"));
     assert!(fault(&["--network_module", "networks.dylora"]).contains("not supported yet"));
     assert!(fault(&["--device=cuda"]).contains("not supported yet"));
@@ -273,6 +270,32 @@ fn options_that_are_not_built_are_refused_unless_default() {
     }
     let note = run_with(&["--xformers"]).unwrap().notes.join("\n");
     assert!(note.contains("`--xformers` has no effect here: attention is always memory-efficient"));
+}
+
+#[test]
+fn schedules_and_their_settings() {
+    let notes = |words: &[&str]| run_with(words).unwrap().notes.join("\n");
+    assert!(fault(&["--lr_scheduler=polynomal"]).contains("one of constant, "));
+    assert!(fault(&["--lr_scheduler_type=Rex"]).contains("not built here: `Rex`"));
+    assert!(
+        fault(&["--lr_scheduler=cosine_with_min_lr"]).contains("lr_scheduler_min_lr_ratio = 0.1")
+    );
+    let words = ["--lr_scheduler_type=StepLR", "--lr_scheduler_args", "step_size=5"];
+    assert!(
+        fault(&[&words[..], &["--lr_warmup_steps=3"]].concat()).contains("the schedule `StepLR`")
+    );
+    assert!(!notes(&words).contains("schedule"));
+    assert!(
+        notes(&["--lr_scheduler=linear", "--lr_scheduler_power=2"])
+            .contains("`lr_scheduler_power` has no effect with the schedule `linear`")
+    );
+    assert!(notes(&["--lr_scheduler=warmup_stable_decay"]).contains("never falls"));
+    let piecewise = ["--lr_scheduler=piecewise_constant", "--lr_scheduler_args", "step_rules=1"];
+    assert!(!notes(&piecewise).contains("lr_warmup_steps"));
+    assert!(
+        notes(&[&piecewise[..], &["--lr_warmup_steps=3"]].concat())
+            .contains("`step_rules` can begin")
+    );
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod network;
 mod objective;
 mod optimizer;
 mod output;
+mod scheduler;
 mod values;
 
 use super::{OPTIONS, Options, Origin, Support};
@@ -28,6 +29,7 @@ pub(super) fn check_and_complete(
     check.network();
     check.dataset(inline_datasets, &mut notes);
     check.optimizer(&mut notes);
+    check.schedule(&mut notes);
     check.objective(&mut notes);
     check.output(&mut notes);
     if check.problems.is_empty() { Ok(notes) } else { bail!(check.problems.join("\n")) }

@@ -1,7 +1,6 @@
-//! Rules of optimizer and learning rate.
+//! Rules of the optimizer and the learning rates.
 
 use super::Check;
-use crate::options::{IntOrFloat, LrScheduler};
 
 impl Check<'_> {
     /// Optimizer and learning rate.
@@ -13,26 +12,6 @@ impl Check<'_> {
         } else if let Err(fault) = o.read_adamw_args() {
             self.problems.push(fault.to_string());
         }
-        let built = [
-            LrScheduler::Constant,
-            LrScheduler::ConstantWithWarmup,
-            LrScheduler::Linear,
-            LrScheduler::Cosine,
-        ];
-        if !built.contains(&o.lr_scheduler) {
-            let fault = format!("is not supported yet: `{}`", o.lr_scheduler.as_str());
-            self.problem(
-                "lr_scheduler",
-                &fault,
-                "use constant, constant_with_warmup, linear or cosine",
-            );
-        }
-        self.forbid(
-            o.lr_scheduler == LrScheduler::Constant && o.lr_warmup_steps != IntOrFloat::Steps(0),
-            "lr_warmup_steps",
-            "has no place in the schedule `constant`",
-            "use `lr_scheduler = \"constant_with_warmup\"`",
-        );
         if o.text_encoder_lr.as_ref().is_some_and(|rates| rates.len() > 1) {
             notes.push("`text_encoder_lr` has more than one value: this model has one text encoder, only the first counts".to_owned());
         }
