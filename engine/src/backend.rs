@@ -295,6 +295,35 @@ pub trait Backend: Sync {
     fn concat_rows(&self, a: &Tensor, b: &Tensor) -> Result<Tensor>;
     /// Multiplies row `i` of `x`, read as `[rows, last axis]`, by `factors[i]`.
     fn scale_rows(&self, x: &Tensor, factors: &[f32]) -> Result<Tensor>;
+    /// Product of two f32 tensors of one shape, element by element.
+    fn multiply(&self, a: &Tensor, b: &Tensor) -> Result<Tensor>;
+    /// Kronecker product of f32 `[a,b]` and `[c,window,d]`: `[a·c,window,b·d]`, for linear layers
+    /// with a window of 1.
+    fn kronecker(&self, first: &Tensor, second: &Tensor) -> Result<Tensor>;
+    /// Gradients of both matrices of [`Backend::kronecker`]; `dy` has its elements.
+    fn kronecker_backward(
+        &self,
+        dy: &Tensor,
+        first: &Tensor,
+        second: &Tensor,
+    ) -> Result<(Tensor, Tensor)>;
+    /// Multiplies each row `v_i` (outermost axis, f32) by `multiplier·(magnitude_i/‖v_i‖ - 1) + 1`;
+    /// gives the result and the norms, which have the shape of `magnitude`.
+    fn rescale_rows(
+        &self,
+        v: &Tensor,
+        magnitude: &Tensor,
+        multiplier: f32,
+    ) -> Result<(Tensor, Tensor)>;
+    /// Gradients of `v` and `magnitude` of [`Backend::rescale_rows`], through the norms as well.
+    fn rescale_rows_backward(
+        &self,
+        dy: &Tensor,
+        v: &Tensor,
+        norms: &Tensor,
+        magnitude: &Tensor,
+        multiplier: f32,
+    ) -> Result<(Tensor, Tensor)>;
     /// Weighted mean loss of each sample (f32 `[B]`, the weight in it) and the gradient of `pred`
     /// of their sum, in the type of `pred`. `target` is f32; both are `[B,...]`.
     fn loss(&self, pred: &Tensor, target: &Tensor, spec: &LossSpec) -> Result<(Tensor, Tensor)>;

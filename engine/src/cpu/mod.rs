@@ -2,6 +2,7 @@
 
 mod activation;
 mod attention;
+mod compose;
 mod conv;
 mod elementwise;
 mod features;
@@ -151,6 +152,38 @@ impl Backend for Cpu {
     }
     fn scale_rows(&self, x: &Tensor, factors: &[f32]) -> Result<Tensor> {
         elementwise::scale_rows(x, factors)
+    }
+    fn multiply(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        compose::multiply(a, b)
+    }
+    fn kronecker(&self, first: &Tensor, second: &Tensor) -> Result<Tensor> {
+        compose::kronecker(first, second)
+    }
+    fn kronecker_backward(
+        &self,
+        dy: &Tensor,
+        first: &Tensor,
+        second: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        compose::kronecker_backward(dy, first, second)
+    }
+    fn rescale_rows(
+        &self,
+        v: &Tensor,
+        magnitude: &Tensor,
+        multiplier: f32,
+    ) -> Result<(Tensor, Tensor)> {
+        compose::rescale_rows(v, magnitude, multiplier)
+    }
+    fn rescale_rows_backward(
+        &self,
+        dy: &Tensor,
+        v: &Tensor,
+        norms: &Tensor,
+        magnitude: &Tensor,
+        multiplier: f32,
+    ) -> Result<(Tensor, Tensor)> {
+        compose::rescale_rows_backward(dy, v, norms, magnitude, multiplier)
     }
     fn loss(&self, pred: &Tensor, target: &Tensor, spec: &LossSpec) -> Result<(Tensor, Tensor)> {
         loss::loss(pred, target, spec)

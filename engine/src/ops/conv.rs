@@ -3,7 +3,7 @@
 //! A LoRA's `down` is a convolution of the same window with `r` outputs, its `up` is 1x1: fused
 //! into the frozen convolution as a low-rank product. A 1x1 window runs as a GEMM in the backend.
 
-use super::adapter::{self, Active, Adapter};
+use super::adapter::{self, Adapter};
 use crate::backend::{Conv, ConvGeometry};
 use crate::{EngineError, Result, Tape, Tensor, Value};
 
@@ -65,36 +65,35 @@ impl Conv2d {
         let geometry = self.geometry;
         let backend = x.tensor().device().backend();
         let product = |w: &Tensor| backend.conv2d(&plain(x.tensor(), w, geometry));
-        let active = adapter::activate(self.adapter.as_ref(), tape, x, product)?;
+        let active = adapter::activate(self.adapter.as_ref(), tape, x, &self.weight, product)?;
+        let replaced = active.weight()?;
         let y = backend.conv2d(&Conv {
-            low_rank: active.as_ref().and_then(Active::low_rank),
+            low_rank: active.low_rank(),
             bias: self.bias.as_ref(),
             per_image: per_image.map(Value::tensor),
             residual: residual.map(Value::tensor),
-            ..plain(x.tensor(), &self.weight, geometry)
+            ..plain(x.tensor(), replaced.as_ref().unwrap_or(&self.weight), geometry)
         })?;
 
         let weight = self.weight.clone();
         let (x_origin, x_tracked) = (x.origin(), x.is_tracked());
         let per_image_origin = per_image.filter(|v| v.is_tracked()).map(Value::origin);
         let residual_origin = residual.map(Value::origin);
-        let params = active.as_ref().map_or_else(Vec::new, |active| active.params().to_vec());
+        let params = active.params().to_vec();
         let frozen = [x].into_iter().chain(per_image).chain(residual);
         let inputs: Vec<&Value> = frozen.chain(&params).collect();
         Ok(tape.record(y, &inputs, move |dy, grads| {
             let backend = dy.device().backend();
-            let through = active.as_ref().map(|active| {
-                active.backward(&dy, grads, |x, dh| backend.conv2d_backward_weight(x, dh, geometry))
-            });
-            let through = through.transpose()?;
+            let through = active.backward(&dy, grads, x_tracked, |x, d| {
+                backend.conv2d_backward_weight(x, d, geometry)
+            })?;
             if let Some(origin) = per_image_origin {
                 grads.add(origin, backend.sum_rows(&dy)?)?;
             }
             if x_tracked {
-                let mut dx = backend.conv2d_backward_input(&dy, &weight, geometry, input, None)?;
-                let term = active.as_ref().zip(through.as_ref());
-                let term = term.and_then(|(active, through)| active.input_term(through));
-                if let Some((dh, down)) = term {
+                let weight = through.weight(&weight);
+                let mut dx = backend.conv2d_backward_input(&dy, weight, geometry, input, None)?;
+                if let Some((dh, down)) = active.input_term(&through) {
                     dx = backend.conv2d_backward_input(dh, down, geometry, input, Some(dx))?;
                 }
                 grads.add(x_origin, dx)?;

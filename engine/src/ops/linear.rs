@@ -3,7 +3,7 @@
 //! `y = x·Wᵀ + scale·(x·downᵀ)·upᵀ + b (+ residual)` with a LoRA. Only `x` and the adapter get
 //! gradients; the frozen weight is shared, not copied.
 
-use super::adapter::{self, Active, Adapter};
+use super::adapter::{self, Adapter};
 use crate::backend::{Gemm, LowRank};
 use crate::{DType, EngineError, Result, Tape, Tensor, Value};
 
@@ -41,34 +41,31 @@ impl Linear {
         }
         let backend = x.tensor().device().backend();
         let product = |w: &Tensor| backend.gemm(&Gemm::new(x.tensor(), false, w, true));
-        let active = adapter::activate(self.adapter.as_ref(), tape, x, product)?;
+        let active = adapter::activate(self.adapter.as_ref(), tape, x, &self.weight, product)?;
+        let replaced = active.weight()?;
         let y = backend.gemm(&Gemm {
-            low_rank: active.as_ref().and_then(Active::low_rank),
+            low_rank: active.low_rank(),
             bias: self.bias.as_ref(),
             residual: residual.map(Value::tensor),
-            ..Gemm::new(x.tensor(), false, &self.weight, true)
+            ..Gemm::new(x.tensor(), false, replaced.as_ref().unwrap_or(&self.weight), true)
         })?;
         let y = y.reshape(&shape)?;
 
         let weight = self.weight.clone();
         let (x_origin, x_shape, x_tracked) = (x.origin(), x.shape().to_vec(), x.is_tracked());
         let residual_origin = residual.map(Value::origin);
-        let params = active.as_ref().map_or_else(Vec::new, |active| active.params().to_vec());
+        let params = active.params().to_vec();
         let inputs: Vec<&Value> = [x].into_iter().chain(residual).chain(&params).collect();
         Ok(tape.record(y, &inputs, move |dy, grads| {
             let backend = dy.device().backend();
-            let through = active.as_ref().map(|active| {
-                active.backward(&dy, grads, |x, dh| {
-                    backend.gemm(&Gemm { out: DType::F32, ..Gemm::new(dh, true, x, false) })
-                })
-            });
-            let through = through.transpose()?;
+            let through = active.backward(&dy, grads, x_tracked, |x, d| {
+                backend.gemm(&Gemm { out: DType::F32, ..Gemm::new(d, true, x, false) })
+            })?;
             if x_tracked {
-                let term = active.as_ref().zip(through.as_ref());
-                let term = term.and_then(|(active, through)| active.input_term(through));
+                let low_rank = active.input_term(&through);
                 let low_rank =
-                    term.map(|(left, right)| LowRank { left, right, trans_right: false });
-                let dx = Gemm { low_rank, ..Gemm::new(&dy, false, &weight, false) };
+                    low_rank.map(|(left, right)| LowRank { left, right, trans_right: false });
+                let dx = Gemm { low_rank, ..Gemm::new(&dy, false, through.weight(&weight), false) };
                 grads.add(x_origin, backend.gemm(&dx)?.reshape(&x_shape)?)?;
             }
             residual_origin.map_or(Ok(()), |origin| grads.add(origin, dy))

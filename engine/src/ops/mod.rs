@@ -9,7 +9,7 @@ mod norm;
 mod pointwise;
 mod shape;
 
-pub use adapter::{Adapter, LowRankAdapter};
+pub use adapter::{Adapter, ComposedAdapter, Factor, LowRankAdapter, Magnitude, Update};
 pub use attention::{AttentionShape, Embedding};
 pub use conv::Conv2d;
 pub use linear::Linear;

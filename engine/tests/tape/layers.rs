@@ -57,7 +57,7 @@ fn linear_layers_agree_with_differences() {
 }
 
 /// NHWC convolution by formula; `x` is `[b,h,w,c]`, `w` is `[co,kh,kw,c]`.
-fn conv(x: &[f64], sizes: [usize; 4], w: &[f64], outputs: usize, g: ConvGeometry) -> Vec<f64> {
+pub fn conv(x: &[f64], sizes: [usize; 4], w: &[f64], outputs: usize, g: ConvGeometry) -> Vec<f64> {
     let [batch, height, width, c] = sizes;
     let (kh, kw) = g.kernel;
     let (oh, ow) = g.output(height, width).unwrap();

@@ -1,6 +1,7 @@
 //! Gradients of the tape against differences in f64 and against candle, segments, callbacks.
 
 #[cfg(test)]
+mod adapters;
 mod layers;
 #[cfg(test)]
 mod operations;

@@ -4,8 +4,12 @@
 //! that of the backward pass. The layer hands in the one thing that depends on its kind: how a weight
 //! is applied to the input, and how a weight's gradient comes from input and output gradient.
 
+mod composed;
+mod factor;
 mod low_rank;
 
+pub use composed::{ComposedAdapter, Magnitude, Update};
+pub use factor::Factor;
 pub use low_rank::LowRankAdapter;
 
 use crate::backend::LowRank;
@@ -17,61 +21,97 @@ use crate::{Result, Tape, Tensor, Value};
 pub enum Adapter {
     /// A product of two thin matrices, computed beside the frozen weight.
     LowRank(LowRankAdapter),
+    /// A weight made of small tensors in place of the frozen one.
+    Composed(ComposedAdapter),
 }
 
-/// An adapter at work on one input.
+/// The adapter of a layer at work on one input.
 pub(super) enum Active {
+    /// There is none.
+    Frozen,
     LowRank(low_rank::Active),
+    Composed(Box<composed::Active>),
 }
 
-/// What reaches the input of a layer through its adapter.
+/// What the gradient of a layer's input needs of its adapter.
+#[derive(Default)]
 pub(super) struct Through {
     /// Gradient of the hidden values of a low-rank product.
     hidden: Option<Tensor>,
+    /// The weight in place of the frozen one.
+    weight: Option<Tensor>,
 }
 
-/// Starts the adapter of a layer, if it has one, on `x`; `apply` applies a weight of the layer's kind
-/// to `x`.
+impl Through {
+    /// The weight that was applied, given the layer's own.
+    pub(super) fn weight<'a>(&'a self, frozen: &'a Tensor) -> &'a Tensor {
+        self.weight.as_ref().unwrap_or(frozen)
+    }
+}
+
+/// Starts the adapter of a layer with the weight `frozen` on `x`; `apply` applies a weight of the
+/// layer's kind to `x`.
 pub(super) fn activate(
     adapter: Option<&Adapter>,
     tape: &Tape,
     x: &Value,
+    frozen: &Tensor,
     apply: impl FnOnce(&Tensor) -> Result<Tensor>,
-) -> Result<Option<Active>> {
-    adapter
-        .map(|adapter| match adapter {
-            Adapter::LowRank(adapter) => adapter.activate(tape, x, apply).map(Active::LowRank),
-        })
-        .transpose()
+) -> Result<Active> {
+    match adapter {
+        None => Ok(Active::Frozen),
+        Some(Adapter::LowRank(adapter)) => adapter.activate(tape, x, apply).map(Active::LowRank),
+        Some(Adapter::Composed(adapter)) => {
+            adapter.activate(tape, x, frozen).map(|active| Active::Composed(Box::new(active)))
+        }
+    }
 }
 
 impl Active {
+    /// The weight to apply where it is not the frozen one. Made on each call, to be dropped after use.
+    pub(super) fn weight(&self) -> Result<Option<Tensor>> {
+        match self {
+            Active::Composed(active) => active.weight().map(Some),
+            Active::Frozen | Active::LowRank(_) => Ok(None),
+        }
+    }
+
     /// The product that the layer adds to its own.
     pub(super) fn low_rank(&self) -> Option<LowRank<'_>> {
         match self {
             Active::LowRank(active) => Some(active.low_rank()),
+            Active::Frozen | Active::Composed(_) => None,
         }
     }
 
     /// The trainable inputs of the layer.
     pub(super) fn params(&self) -> &[Value] {
         match self {
+            Active::Frozen => &[],
             Active::LowRank(active) => active.params(),
+            Active::Composed(active) => active.params(),
         }
     }
 
     /// Adds the gradients of the parameters. `weight_gradient(x, d)` is the f32 gradient of a weight
-    /// of the layer's kind that was applied to `x`, given that of its output.
+    /// of the layer's kind that was applied to `x`, given that of its output; `for_input` says
+    /// whether the layer's input needs a gradient.
     pub(super) fn backward(
         &self,
         dy: &Tensor,
         grads: &mut Gradients<'_, '_>,
+        for_input: bool,
         weight_gradient: impl FnOnce(&Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Through> {
         match self {
+            Active::Frozen => Ok(Through::default()),
             Active::LowRank(active) => {
                 let hidden = active.backward(dy, grads, weight_gradient)?;
-                Ok(Through { hidden: Some(hidden) })
+                Ok(Through { hidden: Some(hidden), weight: None })
+            }
+            Active::Composed(active) => {
+                let weight = active.backward(dy, grads, for_input, weight_gradient)?;
+                Ok(Through { hidden: None, weight })
             }
         }
     }
@@ -83,6 +123,7 @@ impl Active {
     ) -> Option<(&'a Tensor, &'a Tensor)> {
         match self {
             Active::LowRank(active) => through.hidden.as_ref().map(|dh| (dh, active.down())),
+            Active::Frozen | Active::Composed(_) => None,
         }
     }
 }
