@@ -29,7 +29,7 @@ pub enum Adapter {
 pub(super) enum Active {
     /// There is none.
     Frozen,
-    LowRank(low_rank::Active),
+    LowRank(Box<low_rank::Active>),
     Composed(Box<composed::Active>),
 }
 
@@ -60,7 +60,9 @@ pub(super) fn activate(
 ) -> Result<Active> {
     match adapter {
         None => Ok(Active::Frozen),
-        Some(Adapter::LowRank(adapter)) => adapter.activate(tape, x, apply).map(Active::LowRank),
+        Some(Adapter::LowRank(adapter)) => {
+            adapter.activate(tape, x, apply).map(|active| Active::LowRank(Box::new(active)))
+        }
         Some(Adapter::Composed(adapter)) => {
             adapter.activate(tape, x, frozen).map(|active| Active::Composed(Box::new(active)))
         }
