@@ -8,6 +8,7 @@
 //! - `keys`: tensors and metadata of our files beside those of sd-scripts, and lossless continuing
 //! - `quickstart`: the README's example
 //! - `selftest`: agreement with the PyTorch reference, and that a changed reference is noticed
+//! - `watch`: steps that are not finite are left out; the average of the weights
 
 mod equality;
 mod harness;
@@ -17,3 +18,4 @@ mod keys;
 mod layering;
 mod quickstart;
 mod selftest;
+mod watch;

@@ -39,6 +39,8 @@ pub struct Gradients {
     flat: Vec<f32>,
     /// Whether any micro-step of this step reached the parameter.
     touched: Vec<bool>,
+    /// The first parameter whose gradient was not finite on this rank, in the order of arrival.
+    non_finite: Option<ParamId>,
     bucket_of: Vec<usize>,
     /// Ascending over the flat tensor; they leave in descending order.
     buckets: Vec<Bucket>,
@@ -72,19 +74,23 @@ impl Gradients {
             }
         }
         let touched = vec![false; ranges.len()];
-        Self { flat: vec![0.; params.len()], touched, bucket_of, buckets, ranges }
+        Self { flat: vec![0.; params.len()], touched, non_finite: None, bucket_of, buckets, ranges }
     }
 
     /// Forgets the last step.
     pub fn clear(&mut self) {
         self.flat.fill(0.);
         self.touched.fill(false);
+        self.non_finite = None;
     }
 
     /// Adds the gradient of one parameter.
     pub fn add(&mut self, id: ParamId, gradient: &Tensor) -> engine::Result<()> {
         self.touched[id.0] = true;
         let values = gradient.to_vec_f32()?;
+        if self.non_finite.is_none() && values.iter().any(|x| !x.is_finite()) {
+            self.non_finite = Some(id);
+        }
         for (sum, x) in self.flat[self.ranges[id.0].clone()].iter_mut().zip(&values) {
             *sum += x;
         }
@@ -108,6 +114,20 @@ impl Gradients {
     /// Which parameters have a gradient in this step, on any rank.
     pub fn touched(&self) -> &[bool] {
         &self.touched
+    }
+
+    /// The first parameter, as the backward pass reached them, whose gradient is not finite on this
+    /// rank.
+    pub fn first_non_finite(&self) -> Option<ParamId> {
+        self.non_finite
+    }
+
+    /// The first parameter whose gradient, summed over the ranks, is not finite.
+    pub fn first_non_finite_sum(&self) -> Option<ParamId> {
+        let bad = |range: &std::ops::Range<usize>| {
+            self.flat[range.clone()].iter().any(|x| !x.is_finite())
+        };
+        self.ranges.iter().position(bad).map(ParamId)
     }
 
     /// Euclidean norm over all parameters, summed in f64.

@@ -4,6 +4,9 @@
 //! there is a bar; elsewhere a plain line at most every ten seconds and at the end of each epoch.
 
 use crate::console;
+use crate::optimizer::OptimizerState;
+use anyhow::{Result, bail};
+use formats::{Dtype, OwnedTensor};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -168,30 +171,59 @@ pub fn format_summary(title: &str, rows: &[(&str, String)]) -> String {
 
 /// Moving average of the loss over one epoch, as the reference computes it: from the second epoch
 /// on, each loss replaces the one of the same place in the epoch before.
+///
+/// A step that was left out has no loss: its place stays empty and does not count. (The reference
+/// would show NaN from then on.)
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LossRecorder {
+    /// NaN where there is none.
     losses: Vec<f64>,
     total: f64,
 }
 
 impl LossRecorder {
     /// Records a loss. `epoch` and `step`, the place within the epoch, count from 0.
-    pub fn add(&mut self, epoch: usize, step: usize, loss: f64) {
+    pub fn add(&mut self, epoch: usize, step: usize, loss: Option<f64>) {
+        let loss = loss.unwrap_or(f64::NAN);
         if epoch == 0 {
             self.losses.push(loss);
         } else {
             if self.losses.len() <= step {
                 self.losses.resize(step + 1, 0.0);
             }
-            self.total -= self.losses[step];
-            self.losses[step] = loss;
+            let before = std::mem::replace(&mut self.losses[step], loss);
+            self.total -= if before.is_nan() { 0. } else { before };
         }
-        self.total += loss;
+        self.total += if loss.is_nan() { 0. } else { loss };
     }
 
     /// The average; 0 before the first loss.
     pub fn moving_average(&self) -> f64 {
-        if self.losses.is_empty() { 0.0 } else { self.total / self.losses.len() as f64 }
+        let count = self.losses.iter().filter(|loss| !loss.is_nan()).count();
+        if count == 0 { 0.0 } else { self.total / count as f64 }
+    }
+
+    /// Everything to go on from.
+    pub fn state(&self) -> OptimizerState {
+        let data = self.losses.iter().flat_map(|loss| loss.to_le_bytes()).collect();
+        let losses = OwnedTensor { dtype: Dtype::F64, shape: vec![self.losses.len()], data };
+        let mut state = OptimizerState::default();
+        state.tensors.insert("losses".to_owned(), losses);
+        // Not the sum of the losses: its rounding has a history.
+        state.numbers.insert("total".to_owned(), self.total);
+        state
+    }
+
+    /// Goes on from a state of [`LossRecorder::state`].
+    pub fn load_state(&mut self, state: &OptimizerState) -> Result<()> {
+        let losses = state.tensors.get("losses").filter(|tensor| tensor.dtype == Dtype::F64);
+        let (Some(losses), Some(total)) = (losses, state.numbers.get("total")) else {
+            bail!("the saved average of the loss lacks `losses` or `total`");
+        };
+        let number = |bytes: &[u8]| bytes.try_into().map(f64::from_le_bytes).unwrap_or(f64::NAN);
+        self.losses = losses.data.chunks_exact(8).map(number).collect();
+        self.total = *total;
+        Ok(())
     }
 }
 
@@ -204,13 +236,29 @@ mod tests {
         let mut recorder = LossRecorder::default();
         assert_eq!(recorder.moving_average(), 0.0);
         for (step, loss) in [1.0, 2.0, 3.0].into_iter().enumerate() {
+            recorder.add(0, step, Some(loss));
+        }
+        assert_eq!(recorder.moving_average(), 2.0);
+        recorder.add(1, 0, Some(4.0));
+        assert_eq!(recorder.moving_average(), 3.0);
+        recorder.add(1, 5, Some(6.0));
+        assert_eq!(recorder.moving_average(), 15.0 / 6.0);
+        let mut resumed = LossRecorder::default();
+        resumed.load_state(&recorder.state()).unwrap();
+        assert_eq!(resumed, recorder);
+        assert!(resumed.load_state(&OptimizerState::default()).is_err());
+    }
+
+    #[test]
+    fn a_step_without_a_loss_does_not_count() {
+        let mut recorder = LossRecorder::default();
+        for (step, loss) in [Some(1.0), None, Some(3.0)].into_iter().enumerate() {
             recorder.add(0, step, loss);
         }
         assert_eq!(recorder.moving_average(), 2.0);
-        recorder.add(1, 0, 4.0);
+        recorder.add(1, 1, Some(5.0));
+        recorder.add(1, 2, None);
         assert_eq!(recorder.moving_average(), 3.0);
-        recorder.add(1, 5, 6.0);
-        assert_eq!(recorder.moving_average(), 15.0 / 6.0);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::dataset::{
     CacheOptions, CachePlace, ClipTokenizer, DatasetGroup, LatentStore, Loader, LoaderOptions,
     LoaderParts, Sampler, TokenLength, cache_latents, plan_datasets, worker_count,
 };
+use crate::ema::{Ema, average_path};
 use crate::latents::{VaeEncoder, vae_fingerprint};
 use crate::lr::Schedule;
 use crate::memory::{peak_resident, refuse_beyond_memory, show_bytes};
@@ -30,6 +31,7 @@ use crate::saver::{DatasetNumbers, Saver};
 use crate::step::Models;
 use crate::tensorboard::RunLog;
 use crate::train::{Ending, Trainer};
+use crate::watch::Watch;
 
 /// Shortest time between two lines about the cache.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
@@ -88,6 +90,9 @@ impl Run {
         console::data(&self.options.to_toml());
         for path in self.plan.saving.planned(self.plan.steps, self.plan.epochs) {
             console::data(&format!("# writes {}", path.display()));
+            if self.options.ema_decay.is_some() {
+                console::data(&format!("# writes {}", average_path(&path).display()));
+            }
         }
     }
 }
@@ -165,6 +170,7 @@ impl Run {
             accumulation: options.gradient_accumulation_steps,
             vae: if has_latents { None } else { Some(RefCell::new(VaeEncoder::load(&base)?)) },
         };
+        let ema = options.ema_decay.map(|decay| Ema::new(decay, &params)).transpose()?;
         let trainer = Trainer {
             optimizer: plan.optimizer.build(&params, &TensorForm::of(&network))?,
             schedule: Schedule::new(&options, plan.steps)?,
@@ -175,6 +181,8 @@ impl Run {
             network,
             params,
             noising,
+            ema,
+            watch: Watch::new(options.max_skipped_steps),
             saver,
             log,
         };

@@ -1,5 +1,7 @@
 //! Writes the LoRA files of a run: names, metadata, precision; old files go when new ones are there.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::{Context, Result};
 use engine::ParamStore;
 use formats::lora_file::{self, SaveAs};
@@ -10,6 +12,7 @@ use crate::base::Base;
 use crate::checkpoint::{SavePoint, Saving};
 use crate::console;
 use crate::dataset::DatasetGroup;
+use crate::ema::average_path;
 use crate::metadata::{DatasetFacts, FileMetadata, ModelFacts, RunFacts};
 use crate::network::PreparedNetwork;
 use crate::options::{Options, SaveModelAs, SavePrecision};
@@ -63,13 +66,35 @@ impl Saver {
         point: SavePoint,
         (step, epoch): (usize, usize),
     ) -> Result<()> {
-        let path = self.saving.path(point);
+        let (path, old) = (self.saving.path(point), self.saving.outdated(point));
+        self.write((network, params), (&path, old), (step, epoch))
+    }
+
+    /// Writes the average of the weights beside the file of [`Saver::save`].
+    pub fn save_average(
+        &self,
+        network: &LoraNetwork,
+        average: &ParamStore,
+        point: SavePoint,
+        (step, epoch): (usize, usize),
+    ) -> Result<()> {
+        let path = average_path(&self.saving.path(point));
+        let old = self.saving.outdated(point).map(|old| average_path(&old));
+        self.write((network, average), (&path, old), (step, epoch))
+    }
+
+    fn write(
+        &self,
+        (network, params): (&LoraNetwork, &ParamStore),
+        (path, old): (&Path, Option<PathBuf>),
+        (step, epoch): (usize, usize),
+    ) -> Result<()> {
         let tensors = network.export(params, self.dtype)?;
         let metadata = self.metadata.at(step, epoch, self.stamp.now());
-        lora_file::write(&path, &tensors, &metadata, self.save_as)
+        lora_file::write(path, &tensors, &metadata, self.save_as)
             .with_context(|| format!("step {step} could not be saved"))?;
         console::note(&format!("saved {}", path.display()));
-        if let Some(old) = self.saving.outdated(point)
+        if let Some(old) = old
             && old.exists()
         {
             std::fs::remove_file(&old)

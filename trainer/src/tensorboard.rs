@@ -16,8 +16,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// What is logged after each optimizer step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepLog {
-    /// Loss of this step.
-    pub loss: f64,
+    /// Loss of this step; `None` where it was left out.
+    pub loss: Option<f64>,
     /// Its moving average over an epoch.
     pub average_loss: f64,
     /// Learning rate of the text encoder, if that is trained.
@@ -59,7 +59,7 @@ impl RunLog {
     /// Logs optimizer step `step` (from 1) under sd-scripts' tags and a few of our own.
     pub fn step(&mut self, step: usize, values: &StepLog) -> Result<()> {
         let all = [
-            ("loss/current", Some(values.loss)),
+            ("loss/current", values.loss),
             ("loss/average", Some(values.average_loss)),
             ("lr/textencoder", values.text_encoder_lr),
             ("lr/unet", values.unet_lr),
@@ -310,7 +310,7 @@ mod tests {
         };
         let mut log = RunLog::open(&options, 1795364356.4).unwrap().unwrap();
         let values = StepLog {
-            loss: 0.25,
+            loss: Some(0.25),
             average_loss: 0.5,
             text_encoder_lr: None,
             unet_lr: Some(1e-4),

@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use collectives::{Comm, signals};
 use engine::ParamStore;
 use models::lora::{LoraNetwork, Part};
@@ -13,7 +13,9 @@ use models::lora::{LoraNetwork, Part};
 use crate::checkpoint::SavePoint;
 use crate::console;
 use crate::dataset::{Batch, Loader};
+use crate::ema::Ema;
 use crate::gradients::{Control, Gradients};
+use crate::loss_history::SampleLoss;
 use crate::lr::Schedule;
 use crate::network::learning_rate;
 use crate::noising::Noising;
@@ -24,6 +26,7 @@ use crate::progress::{LossRecorder, Progress};
 use crate::saver::Saver;
 use crate::step::{Models, Setting, forward_backward};
 use crate::tensorboard::{RunLog, StepLog};
+use crate::watch::{Sighting, Watch, require_finite};
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +48,9 @@ pub struct Trainer<'a> {
     pub optimizer: Box<dyn Optimize>,
     pub schedule: Schedule,
     pub noising: Noising,
+    /// With `ema_decay`.
+    pub ema: Option<Ema>,
+    pub watch: Watch,
     /// Rank 0 only.
     pub saver: Option<Saver>,
     /// Rank 0 only, where a log was asked for.
@@ -53,7 +59,8 @@ pub struct Trainer<'a> {
 
 /// What a step reports.
 struct StepResult {
-    loss: f64,
+    /// `None` where the step was left out because it was not finite.
+    loss: Option<f64>,
     gradient_norm: f64,
     stop: bool,
 }
@@ -116,13 +123,14 @@ impl Trainer<'_> {
         gradients.clear();
         let micro_steps = loader.batches_in_step(step);
         let mut loss = 0.;
+        let mut samples = Vec::new();
         for _ in 1..micro_steps {
             let batch = loader.next_batch()?;
-            loss += self.micro_step(&batch, &mut |id, g| gradients.add(id, &g))?;
+            loss += self.micro_step(&batch, &mut samples, &mut |id, g| gradients.add(id, &g))?;
         }
         let batch = loader.next_batch()?;
         let mut reduction = gradients.start_reduction(self.comm);
-        loss += self.micro_step(&batch, &mut |id, g| {
+        loss += self.micro_step(&batch, &mut samples, &mut |id, g| {
             reduction.add(id, &g).map_err(|error| engine::EngineError::Tape(format!("{error:#}")))
         })?;
         let own = Control {
@@ -132,7 +140,12 @@ impl Trainer<'_> {
         };
         let agreed = reduction.finish(own)?;
         let norm = gradients.clip(self.options.max_grad_norm);
-        self.refuse_non_finite(step, &batch, own, agreed, norm)?;
+        let stop = agreed.stop > 0.;
+        if !Watch::is_good(agreed, norm) {
+            self.leave_out(step, &samples, gradients)?;
+            return Ok(StepResult { loss: None, gradient_norm: norm, stop });
+        }
+        self.watch.pass();
         let tensors = self.tensor_steps(step, gradients.touched());
         let input = StepInput {
             gradient: gradients.flat(),
@@ -140,13 +153,31 @@ impl Trainer<'_> {
             schedule_factor: self.schedule.factor(step),
         };
         self.optimizer.step(&mut self.params, &input)?;
-        Ok(StepResult { loss: f64::from(agreed.loss), gradient_norm: norm, stop: agreed.stop > 0. })
+        if let Some(ema) = &mut self.ema {
+            ema.update(&self.params.flat().to_vec_f32()?);
+        }
+        Ok(StepResult { loss: Some(f64::from(agreed.loss)), gradient_norm: norm, stop })
     }
 
-    /// Forward and backward of this rank's part of a batch; its share of the global loss.
+    /// A step that is not finite changes nothing; too many of them end the run on all ranks.
+    fn leave_out(
+        &mut self,
+        step: usize,
+        samples: &[SampleLoss],
+        gradients: &Gradients,
+    ) -> Result<()> {
+        require_finite(&self.network, &self.params, step)?;
+        let own = Sighting::new(samples, &self.network, gradients);
+        let sum = gradients.first_non_finite_sum().map(|id| self.network.key(id));
+        self.watch.skip(self.comm, step + 1, &own, sum)
+    }
+
+    /// Forward and backward of this rank's part of a batch; its share of the global loss. Adds the
+    /// loss of each sample to `samples`.
     fn micro_step(
         &self,
         batch: &Batch,
+        samples: &mut Vec<SampleLoss>,
         ready: &mut dyn FnMut(engine::ParamId, engine::Tensor) -> engine::Result<()>,
     ) -> Result<f32> {
         if batch.samples.is_empty() {
@@ -161,33 +192,13 @@ impl Trainer<'_> {
         };
         let models = (&self.models, &self.params);
         let forward = forward_backward(models, setting, &prompts, &noised, ready)?;
+        let share = (batch.global_count * self.options.gradient_accumulation_steps) as f32;
+        samples.extend(batch.samples.iter().zip(&forward.losses).map(|(sample, loss)| SampleLoss {
+            global_index: sample.global_index,
+            image: sample.image_path.clone(),
+            loss: loss * share,
+        }));
         Ok(forward.losses.iter().sum())
-    }
-
-    /// All ranks stop here together, before the optimizer spreads the damage.
-    fn refuse_non_finite(
-        &self,
-        step: usize,
-        batch: &Batch,
-        own: Control,
-        agreed: Control,
-        norm: f64,
-    ) -> Result<()> {
-        if agreed.non_finite == 0. && norm.is_finite() {
-            return Ok(());
-        }
-        let images: Vec<String> =
-            batch.samples.iter().map(|s| s.image_path.display().to_string()).collect();
-        let whose = match (own.non_finite > 0., self.comm.world_size()) {
-            (true, _) | (false, 1) => format!("the last images were: {}", images.join(", ")),
-            (false, _) => "on another rank".to_owned(),
-        };
-        bail!(
-            "the loss or its gradient is not finite at step {}: {whose}\n\
-             hint: lower `learning_rate`, check the images, or use `mixed_precision = \"no\"`; files \
-             saved before this step are good",
-            step + 1
-        );
     }
 
     fn rate(&self, part: Part, step: usize) -> Option<f64> {
@@ -214,6 +225,10 @@ impl Trainer<'_> {
 
     fn save_what_is_due(&self, step: usize, epoch: usize, epoch_ends: bool) -> Result<()> {
         let saving = &self.plan.saving;
+        if self.watch.is_alarmed() {
+            // Nobody knows yet whether the weights are to blame: good files must not make way.
+            return Ok(());
+        }
         if saving.due_after_step(step) {
             self.save(SavePoint::Step(step), step, epoch)?;
         }
@@ -224,6 +239,7 @@ impl Trainer<'_> {
     }
 
     fn save(&self, point: SavePoint, step: usize, epoch: usize) -> Result<()> {
+        require_finite(&self.network, &self.params, step)?;
         let Some(saver) = &self.saver else { return Ok(()) };
         match self.optimizer.evaluation_weights(&self.params)? {
             Some(weights) => {
@@ -231,7 +247,12 @@ impl Trainer<'_> {
                 saver.save(&self.network, &params, point, (step, epoch))
             }
             None => saver.save(&self.network, &self.params, point, (step, epoch)),
+        }?;
+        if let Some(ema) = &self.ema {
+            let average = self.params.with_values(ema.average())?;
+            saver.save_average(&self.network, &average, point, (step, epoch))?;
         }
+        Ok(())
     }
 
     /// Ends early because a signal asked for it: the agreed step is saved under its number.

@@ -4,7 +4,7 @@
 //! weight decay too, as PyTorch leaves parameters whose gradient is `None`.
 
 mod adamw;
-mod state;
+pub(crate) mod state;
 
 use std::ops::Range;
 

@@ -19,7 +19,7 @@ pub struct OptimizerState {
 
 /// Collects a state.
 #[derive(Default)]
-pub(super) struct Writer {
+pub(crate) struct Writer {
     state: OptimizerState,
 }
 
@@ -29,37 +29,37 @@ fn key(what: &str, name: &str) -> String {
 
 impl Writer {
     /// Adds a number of one tensor (of all: `name` is empty).
-    pub(super) fn number(&mut self, what: &str, name: &str, value: f64) {
+    pub(crate) fn number(&mut self, what: &str, name: &str, value: f64) {
         self.state.numbers.insert(key(what, name), value);
     }
 
     /// Adds f32 values.
-    pub(super) fn values(&mut self, what: &str, name: &str, values: &[f32]) -> Result<()> {
+    pub(crate) fn values(&mut self, what: &str, name: &str, values: &[f32]) -> Result<()> {
         let tensor = OwnedTensor::from_f32(&[values.len()], values, Dtype::F32)?;
         self.state.tensors.insert(key(what, name), tensor);
         Ok(())
     }
 
     /// What was collected.
-    pub(super) fn finish(self) -> OptimizerState {
+    pub(crate) fn finish(self) -> OptimizerState {
         self.state
     }
 }
 
-/// Takes a state apart.
-pub(super) struct Reader {
+/// Takes a state apart. `optimizer` names whose it is, in messages.
+pub(crate) struct Reader {
     optimizer: &'static str,
     state: OptimizerState,
 }
 
 impl Reader {
     /// Reads for the optimizer of this name.
-    pub(super) fn new(optimizer: &'static str, state: OptimizerState) -> Self {
+    pub(crate) fn new(optimizer: &'static str, state: OptimizerState) -> Self {
         Self { optimizer, state }
     }
 
     /// A number.
-    pub(super) fn number(&mut self, what: &str, name: &str) -> Result<f64> {
+    pub(crate) fn number(&mut self, what: &str, name: &str) -> Result<f64> {
         let key = key(what, name);
         match self.state.numbers.remove(&key) {
             Some(number) => Ok(number),
@@ -68,7 +68,7 @@ impl Reader {
     }
 
     /// A number of steps.
-    pub(super) fn count(&mut self, what: &str, name: &str) -> Result<u32> {
+    pub(crate) fn count(&mut self, what: &str, name: &str) -> Result<u32> {
         let number = self.number(what, name)?;
         if number < 0. || number > f64::from(u32::MAX) || number.fract() != 0. {
             bail!(
@@ -81,7 +81,7 @@ impl Reader {
     }
 
     /// As many f32 values as `len`.
-    pub(super) fn values(&mut self, what: &str, name: &str, len: usize) -> Result<Vec<f32>> {
+    pub(crate) fn values(&mut self, what: &str, name: &str, len: usize) -> Result<Vec<f32>> {
         Ok(self.tensor(&key(what, name), Dtype::F32, len)?.to_f32())
     }
 
@@ -103,7 +103,7 @@ impl Reader {
     }
 
     /// All must have been read.
-    pub(super) fn finish(self) -> Result<()> {
+    pub(crate) fn finish(self) -> Result<()> {
         let mut left = self.state.tensors.keys().chain(self.state.numbers.keys());
         match left.next() {
             None => Ok(()),

@@ -14,6 +14,15 @@ macro_rules! training_options {
         /// Start of all random numbers. The same seed and config give the same file. Default: a
         /// random one, written to the log and the file.
         seed: Option<u64> = None, Supported;
+        /// Also keep an exponential moving average of the LoRA and write it as `NAME-ema` beside
+        /// every file: smoother than the last weights, often the better picture. The share of the
+        /// average that stays in each step: 0.99 looks back over 100 steps, 0.999 over 1000; it is
+        /// lower in the first steps. Default: none.
+        ema_decay: Option<f64> = None, Supported;
+        /// How many steps in a row may be left out because their loss or gradient is not finite
+        /// before the run stops. Default 10; 0 stops at the first. A step that is left out counts
+        /// as a step of the run and changes no weight; no file is written until a good one.
+        max_skipped_steps: usize = 10, Supported;
         /// Precision of the frozen model's arithmetic: `no` (float32) or `bf16`. LoRA weights are
         /// always float32. Default `no`.
         mixed_precision: MixedPrecision = MixedPrecision::No, Supported;

@@ -6,7 +6,8 @@ use std::ffi::OsString;
 use std::path::Path;
 
 /// Options that the reference does not have.
-const OWN: [&str; 4] = ["dry_run", "strict_data", "device", "threads"];
+const OWN: [&str; 6] =
+    ["dry_run", "strict_data", "device", "threads", "ema_decay", "max_skipped_steps"];
 
 fn data(name: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/options").join(name);

@@ -33,6 +33,10 @@ impl Check<'_> {
             let fault = format!("is a probability from 0 to 1, not: `{share}`");
             self.forbid(!(0.0..=1.0).contains(&share), name, &fault, "");
         }
+        if let Some(decay) = o.ema_decay.filter(|decay| !(0.0..1.0).contains(decay)) {
+            let fault = format!("must be from 0 up to, not including, 1: `{decay}`");
+            self.problem("ema_decay", &fault, "0.99 to 0.9999 is usual");
+        }
         let amounts = [
             ("learning_rate", Some(o.learning_rate)),
             ("unet_lr", o.unet_lr),
