@@ -4,6 +4,7 @@
 //! there is a bar; elsewhere a plain line at most every ten seconds and at the end of each epoch.
 
 use crate::console;
+use crate::logs::KeyNorms;
 use crate::optimizer::OptimizerState;
 use anyhow::{Result, bail};
 use formats::{Dtype, OwnedTensor};
@@ -24,6 +25,7 @@ pub struct Progress {
     first_step: Option<usize>,
     started: Instant,
     last_line: Instant,
+    key_norms: Option<KeyNorms>,
 }
 
 impl Progress {
@@ -43,11 +45,20 @@ impl Progress {
             first_step: None,
             started: Instant::now(),
             last_line: Instant::now(),
+            key_norms: None,
         }
     }
 
     /// Shows that `step` optimizer steps are done, the last one in `epoch` (from 1).
-    pub fn step(&mut self, step: usize, epoch: usize, average_loss: f64) {
+    /// `key_norms` where `scale_weight_norms` is at work.
+    pub fn step(
+        &mut self,
+        step: usize,
+        epoch: usize,
+        average_loss: f64,
+        key_norms: Option<KeyNorms>,
+    ) {
+        self.key_norms = key_norms;
         let status = self.status(step, epoch, average_loss);
         match &self.bar {
             Some(bar) => {
@@ -82,6 +93,7 @@ impl Progress {
             total_epochs: self.total_epochs,
             average_loss,
             elapsed: self.started.elapsed(),
+            key_norms: self.key_norms,
         }
     }
 }
@@ -106,6 +118,7 @@ struct Status {
     total_epochs: usize,
     average_loss: f64,
     elapsed: Duration,
+    key_norms: Option<KeyNorms>,
 }
 
 impl Status {
@@ -123,8 +136,11 @@ impl Status {
         } else {
             format!("{:.2} s/it", 1.0 / speed.max(1e-9))
         };
+        let norms = self.key_norms.map_or_else(String::new, |norms| {
+            format!(" keys_scaled={} avg_key_norm={:.4}", norms.scaled, norms.mean)
+        });
         format!(
-            "epoch {}/{} avr_loss={:.4} {shown_speed}, {} left",
+            "epoch {}/{} avr_loss={:.4}{norms} {shown_speed}, {} left",
             self.epoch,
             self.total_epochs,
             self.average_loss,
@@ -271,8 +287,13 @@ mod tests {
             total_epochs: 10,
             average_loss: 0.123456,
             elapsed: Duration::from_secs(10),
+            key_norms: None,
         };
         assert_eq!(status.details(), "epoch 2/10 avr_loss=0.1235 2.00 it/s, 00:50 left");
+        status.key_norms = Some(KeyNorms { scaled: 3, mean: 0.5, max: 1.0 });
+        let shown = status.details();
+        assert!(shown.contains("avr_loss=0.1235 keys_scaled=3 avg_key_norm=0.5000 2"), "{shown}");
+        status.key_norms = None;
         status.elapsed = Duration::from_secs(800);
         assert_eq!(status.details(), "epoch 2/10 avr_loss=0.1235 40.00 s/it, 1:06:40 left");
         status.steps_seen = 0;
@@ -290,10 +311,10 @@ mod tests {
         let mut progress = Progress::start(100, 2, false);
         assert!(progress.bar.is_none());
         let started = progress.last_line;
-        progress.step(1, 1, 0.5);
+        progress.step(1, 1, 0.5, None);
         assert_eq!(progress.last_line, started, "too early for a line");
         progress.last_line -= LINE_INTERVAL;
-        progress.step(2, 1, 0.5);
+        progress.step(2, 1, 0.5, None);
         assert!(progress.last_line >= started, "a line was due");
         let second = progress.last_line;
         progress.end_epoch(3, 1, 0.25);

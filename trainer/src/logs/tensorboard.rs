@@ -5,86 +5,11 @@
 //! hand; field numbers are those of tensorflow's `event.proto` and `summary.proto`.
 //! Rank 0 writes alone. Each call is flushed, so a killed run keeps every finished step.
 
-use crate::options::Options;
 use anyhow::{Context, Result};
-use formats::model_spec::civil_time;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
-
-/// What is logged after each optimizer step.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StepLog {
-    /// Loss of this step; `None` where it was left out.
-    pub loss: Option<f64>,
-    /// Its moving average over an epoch.
-    pub average_loss: f64,
-    /// Learning rate of the text encoder, if that is trained.
-    pub text_encoder_lr: Option<f64>,
-    /// Learning rate of the U-Net, if that is trained.
-    pub unet_lr: Option<f64>,
-    /// Norm of all gradients before clipping.
-    pub grad_norm: Option<f64>,
-    /// Wall time of the step in seconds.
-    pub seconds: f64,
-}
-
-/// The log of one run.
-#[derive(Debug)]
-pub struct RunLog {
-    events: EventWriter,
-}
-
-impl RunLog {
-    /// Opens the log that the options ask for; `None` without `logging_dir`. `started_at` is in
-    /// seconds since 1970.
-    pub fn open(options: &Options, started_at: f64) -> Result<Option<Self>> {
-        let Some(dir) = log_dir(options, started_at) else { return Ok(None) };
-        let mut log = RunLog { events: EventWriter::create(&dir)? };
-        if options.log_config {
-            // TensorBoard shows text as Markdown; an indented block stays as it is.
-            let config: String =
-                options.to_toml().lines().map(|line| format!("    {line}\n")).collect();
-            log.events.text("config", 0, &config)?;
-        }
-        Ok(Some(log))
-    }
-
-    /// The event file.
-    pub fn path(&self) -> &Path {
-        &self.events.path
-    }
-
-    /// Logs optimizer step `step` (from 1) under sd-scripts' tags and a few of our own.
-    pub fn step(&mut self, step: usize, values: &StepLog) -> Result<()> {
-        let all = [
-            ("loss/current", values.loss),
-            ("loss/average", Some(values.average_loss)),
-            ("lr/textencoder", values.text_encoder_lr),
-            ("lr/unet", values.unet_lr),
-            ("grad_norm", values.grad_norm),
-            ("time/step_seconds", Some(values.seconds)),
-        ];
-        let present: Vec<(&str, f64)> =
-            all.into_iter().filter_map(|(tag, value)| Some((tag, value?))).collect();
-        self.events.scalars(step, &present)
-    }
-
-    /// Logs the end of epoch `epoch` (from 1); the reference counts epochs on this curve.
-    pub fn epoch(&mut self, epoch: usize, average_loss: f64) -> Result<()> {
-        self.events.scalars(epoch, &[("loss/epoch_average", average_loss)])
-    }
-}
-
-/// `logging_dir/<prefix><date and time>/<tracker>`, the time in UTC.
-fn log_dir(options: &Options, started_at: f64) -> Option<PathBuf> {
-    let [year, month, day, hour, minute, second] = civil_time(started_at as i64);
-    let prefix = options.log_prefix.as_deref().unwrap_or_default();
-    let run = format!("{prefix}{year:04}{month:02}{day:02}{hour:02}{minute:02}{second:02}");
-    let tracker = options.log_tracker_name.as_deref().unwrap_or("network_train");
-    Some(options.logging_dir.as_ref()?.join(run).join(tracker))
-}
 
 /// Writes one event file.
 #[derive(Debug)]
@@ -128,6 +53,18 @@ impl EventWriter {
             summary = summary.bytes(1, &entry.0);
         }
         self.write_event(step, Message::new().bytes(5, &summary.0))
+    }
+
+    /// The event file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Says that the run goes on at `step`: TensorBoard forgets what older files of the folder hold
+    /// from there on.
+    pub fn restart(&mut self, step: usize) -> Result<()> {
+        const START: u64 = 1;
+        self.write_event(step, Message::new().bytes(7, &Message::new().varint(1, START).0))
     }
 
     /// Logs a text, which TensorBoard shows as Markdown.
@@ -301,40 +238,20 @@ mod tests {
     #[test]
     fn records_read_back() {
         let folder = Folder::new("back");
-        let options = Options {
-            logging_dir: Some(folder.0.clone()),
-            log_prefix: Some("p-".into()),
-            log_config: true,
-            seed: Some(7),
-            ..Options::default()
-        };
-        let mut log = RunLog::open(&options, 1795364356.4).unwrap().unwrap();
-        let values = StepLog {
-            loss: Some(0.25),
-            average_loss: 0.5,
-            text_encoder_lr: None,
-            unet_lr: Some(1e-4),
-            grad_norm: Some(2.0),
-            seconds: 0.1,
-        };
-        log.step(300, &values).unwrap();
-        log.epoch(1, 0.5).unwrap();
-        let dir = folder.0.join("p-20261122161916/network_train");
-        assert_eq!(log.path().parent().unwrap(), dir);
-        let records = records(log.path());
+        let mut events = EventWriter::create(&folder.0).unwrap();
+        events.text("config", 0, "seed = 7").unwrap();
+        events.scalars(300, &[("loss/current", 0.25), ("lr/unet", 1e-4)]).unwrap();
+        events.restart(301).unwrap();
+        let records = records(events.path());
         assert_eq!(records.len(), 4);
         assert!(records[0].ends_with(b"\x1a\x0dbrain.Event:2"));
         assert!(holds(&records[1], b"config/text_summary") && holds(&records[1], b"seed = 7"));
         // Field 2 is the step: 300 as a varint. Then tag and little-endian float of a scalar.
         assert_eq!(records[2][9..12], [0x10, 0xac, 0x02]);
         assert!(holds(&records[2], b"loss/current\x15\x00\x00\x80\x3e"));
-        assert!(holds(&records[2], b"lr/unet") && !holds(&records[2], b"lr/textencoder"));
-        assert!(holds(&records[3], b"loss/epoch_average"));
-    }
-
-    #[test]
-    fn no_folder_no_log() {
-        assert!(RunLog::open(&Options::default(), 0.0).unwrap().is_none());
+        assert!(holds(&records[2], b"lr/unet"));
+        // Field 7 is the session log, whose field 1 is the status.
+        assert_eq!(records[3][9..], [0x10, 0xad, 0x02, 0x3a, 0x02, 0x08, 0x01]);
     }
 
     #[test]
