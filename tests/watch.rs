@@ -17,7 +17,11 @@ fn assert_finite(path: &Path) -> LoraFile {
 fn poisoned(batch: &str) -> Scene {
     let mut scene = Scene::new();
     scene.set("weighted_captions", "true").set("train_batch_size", batch);
-    std::fs::write(scene.images().join("3.txt"), "(sks:1e39) circle").expect("a caption");
+    std::fs::write(
+        scene.images().join("3.txt"),
+        "(sks:9999999999999999999999999999999999999999) circle",
+    )
+    .expect("a caption");
     scene
 }
 
@@ -29,7 +33,8 @@ fn a_bad_image_costs_its_steps_and_nothing_else() {
         let output = scene.train(&["--num_processes", processes], &[]);
         let said = text(&output);
         assert!(output.status.success(), "{said}");
-        let line = said.lines().find(|l| l.contains("is left out")).unwrap_or_else(|| panic!("{said}"));
+        let line =
+            said.lines().find(|l| l.contains("is left out")).unwrap_or_else(|| panic!("{said}"));
         assert!(line.contains("the loss") && line.contains("3.png"), "{line}");
         assert!(!line.contains("2.png"), "only the image to blame: {line}");
         assert_eq!(line.contains("of rank"), processes == "2", "{line}");

@@ -111,7 +111,8 @@ impl LossHistory {
         let names: Vec<String> = self.images.iter().map(|i| i.display().to_string()).collect();
         let names = serde_json::to_vec(&names).context("name the images")?;
         let count = self.losses.len();
-        let tensor = |dtype, shape: usize, data: Vec<u8>| OwnedTensor { dtype, shape: vec![shape], data };
+        let tensor =
+            |dtype, shape: usize, data: Vec<u8>| OwnedTensor { dtype, shape: vec![shape], data };
         let bytes = |each: fn(&ImageLoss) -> [u8; 8]| -> Vec<u8> {
             self.losses.iter().flat_map(each).collect()
         };

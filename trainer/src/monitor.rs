@@ -8,8 +8,8 @@ use collectives::Comm;
 use crate::dataset::DatasetGroup;
 use crate::logs::{KeyNorms, Rate, RunLog, StepLog};
 use crate::loss_history::{LossHistory, SampleLoss};
-use crate::options::Options;
 use crate::optimizer::OptimizerState;
+use crate::options::Options;
 use crate::plan::{Plan, Stamp};
 use crate::progress::{LossRecorder, Progress};
 
@@ -150,7 +150,8 @@ impl Monitor {
                 Some(("average", name)) => drop(average.tensors.insert(name.to_owned(), tensor)),
                 Some(("images", name)) => drop(images.tensors.insert(name.to_owned(), tensor)),
                 Some(("log", "run")) => {
-                    if let (Some(log), Ok(run)) = (&mut self.log, std::str::from_utf8(&tensor.data)) {
+                    if let (Some(log), Ok(run)) = (&mut self.log, std::str::from_utf8(&tensor.data))
+                    {
                         log.continue_run(run);
                     }
                 }

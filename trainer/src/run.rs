@@ -20,16 +20,16 @@ use crate::ema::{Ema, average_path};
 use crate::latents::{VaeEncoder, vae_fingerprint};
 use crate::lr::Schedule;
 use crate::memory::{peak_resident, refuse_beyond_memory, show_bytes};
+use crate::monitor::Monitor;
 use crate::network::PreparedNetwork;
 use crate::noising::Noising;
 use crate::objective::Objective;
 use crate::optimizer::TensorForm;
 use crate::options::{Options, Parsed};
-use crate::plan::{Plan, Stamp, choose_seed, describe, estimate_memory};
+use crate::plan::{Plan, choose_seed, describe, estimate_memory};
 use crate::progress::format_summary;
 use crate::saver::{DatasetNumbers, Saver};
 use crate::step::Models;
-use crate::tensorboard::RunLog;
 use crate::train::{Ending, Trainer};
 use crate::watch::Watch;
 
@@ -151,10 +151,7 @@ impl Run {
             }
             _ => None,
         };
-        let log = match comm.rank() {
-            0 => RunLog::open(&options, Stamp::Clock.now())?,
-            _ => None,
-        };
+        let monitor = Monitor::new(&options, &plan, &group, &comm)?;
         let mut models =
             Models { text_encoder: base.load_text_encoder()?, unet: base.load_unet()? };
         engine::release_pool();
@@ -184,7 +181,7 @@ impl Run {
             ema,
             watch: Watch::new(options.max_skipped_steps),
             saver,
-            log,
+            monitor,
         };
         // The mapped files are read; their pages go back to the system.
         drop(base);

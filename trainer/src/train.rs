@@ -8,24 +8,24 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use collectives::{Comm, signals};
 use engine::ParamStore;
-use models::lora::{LoraNetwork, Part};
+use models::lora::{LoraNetwork, ParamGroup};
 
 use crate::checkpoint::SavePoint;
 use crate::console;
 use crate::dataset::{Batch, Loader};
 use crate::ema::Ema;
 use crate::gradients::{Control, Gradients};
+use crate::logs::Rate;
 use crate::loss_history::SampleLoss;
 use crate::lr::Schedule;
+use crate::monitor::{Moment, Monitor, StepReport};
 use crate::network::learning_rate;
 use crate::noising::Noising;
 use crate::optimizer::{Optimize, StepInput, TensorStep};
 use crate::options::Options;
 use crate::plan::Plan;
-use crate::progress::{LossRecorder, Progress};
 use crate::saver::Saver;
 use crate::step::{Models, Setting, forward_backward};
-use crate::tensorboard::{RunLog, StepLog};
 use crate::watch::{Sighting, Watch, require_finite};
 
 /// How a run ended.
@@ -53,61 +53,34 @@ pub struct Trainer<'a> {
     pub watch: Watch,
     /// Rank 0 only.
     pub saver: Option<Saver>,
-    /// Rank 0 only, where a log was asked for.
-    pub log: Option<RunLog>,
-}
-
-/// What a step reports.
-struct StepResult {
-    /// `None` where the step was left out because it was not finite.
-    loss: Option<f64>,
-    gradient_norm: f64,
-    stop: bool,
+    pub monitor: Monitor,
 }
 
 impl Trainer<'_> {
     /// Runs all epochs.
     pub fn run(mut self, loader: &mut Loader) -> Result<Ending> {
         let mut gradients = Gradients::new(&self.params);
-        let mut recorder = LossRecorder::default();
-        let mut progress =
-            Progress::start(self.plan.steps, self.plan.epochs, self.comm.rank() == 0);
+        self.monitor.start(self.comm, 0)?;
         for step in 0..self.plan.steps {
-            let (epoch, step_in_epoch) =
-                (step / self.plan.steps_per_epoch, step % self.plan.steps_per_epoch);
-            let started = Instant::now();
-            let result = self.step(step, loader, &mut gradients)?;
-            recorder.add(epoch, step_in_epoch, result.loss);
-            let average = recorder.moving_average();
-            progress.step(step + 1, epoch + 1, average);
-            let values = StepLog {
-                loss: result.loss,
-                average_loss: average,
-                text_encoder_lr: self.rate(Part::TextEncoder, step),
-                unet_lr: self.rate(Part::Unet, step),
-                grad_norm: Some(result.gradient_norm),
-                seconds: started.elapsed().as_secs_f64(),
+            let moment = Moment {
+                step: step + 1,
+                epoch: step / self.plan.steps_per_epoch + 1,
+                step_in_epoch: step % self.plan.steps_per_epoch,
             };
-            if let Some(log) = &mut self.log {
-                log.step(step + 1, &values)?;
+            let (report, stop) = self.step(step, loader, &mut gradients)?;
+            self.monitor.step(self.comm, moment, &report)?;
+            let epoch_ends = moment.step_in_epoch + 1 == self.plan.steps_per_epoch;
+            self.save_what_is_due(moment.step, moment.epoch, epoch_ends)?;
+            let ends = step + 1 == self.plan.steps;
+            if epoch_ends || ends {
+                self.monitor.end_epoch(moment)?;
             }
-            let epoch_ends = step_in_epoch + 1 == self.plan.steps_per_epoch;
-            self.save_what_is_due(step + 1, epoch + 1, epoch_ends)?;
-            if epoch_ends {
-                progress.end_epoch(step + 1, epoch + 1, average);
-                if let Some(log) = &mut self.log {
-                    log.epoch(epoch + 1, average)?;
-                }
-            }
-            if result.stop && step + 1 < self.plan.steps {
-                drop(progress);
-                return self.stop(step + 1, epoch + 1);
+            if stop && !ends {
+                self.monitor.stop();
+                return self.stop(moment.step, moment.epoch);
             }
         }
-        if !self.plan.steps.is_multiple_of(self.plan.steps_per_epoch) {
-            progress.end_epoch(self.plan.steps, self.plan.epochs, recorder.moving_average());
-        }
-        drop(progress);
+        self.monitor.stop();
         self.save(SavePoint::Last, self.plan.steps, self.plan.epochs)?;
         self.comm.barrier().context("wait for the last file")?;
         Ok(Ending::Complete)
@@ -119,13 +92,16 @@ impl Trainer<'_> {
         step: usize,
         loader: &mut Loader,
         gradients: &mut Gradients,
-    ) -> Result<StepResult> {
+    ) -> Result<(StepReport, bool)> {
+        let started = Instant::now();
         gradients.clear();
         let micro_steps = loader.batches_in_step(step);
         let mut loss = 0.;
         let mut samples = Vec::new();
+        let mut images = 0;
         for _ in 1..micro_steps {
             let batch = loader.next_batch()?;
+            images += batch.global_count;
             loss += self.micro_step(&batch, &mut samples, &mut |id, g| gradients.add(id, &g))?;
         }
         let batch = loader.next_batch()?;
@@ -141,9 +117,19 @@ impl Trainer<'_> {
         let agreed = reduction.finish(own)?;
         let norm = gradients.clip(self.options.max_grad_norm);
         let stop = agreed.stop > 0.;
+        let mut report = StepReport {
+            loss: None,
+            samples,
+            gradient_norm: norm,
+            rates: self.rates(step),
+            key_norms: None,
+            seconds: 0.,
+            images: images + batch.global_count,
+        };
         if !Watch::is_good(agreed, norm) {
-            self.leave_out(step, &samples, gradients)?;
-            return Ok(StepResult { loss: None, gradient_norm: norm, stop });
+            self.leave_out(step, &report.samples, gradients)?;
+            report.seconds = started.elapsed().as_secs_f64();
+            return Ok((report, stop));
         }
         self.watch.pass();
         let tensors = self.tensor_steps(step, gradients.touched());
@@ -156,7 +142,9 @@ impl Trainer<'_> {
         if let Some(ema) = &mut self.ema {
             ema.update(&self.params.flat().to_vec_f32()?);
         }
-        Ok(StepResult { loss: Some(f64::from(agreed.loss)), gradient_norm: norm, stop })
+        report.loss = Some(f64::from(agreed.loss));
+        report.seconds = started.elapsed().as_secs_f64();
+        Ok((report, stop))
     }
 
     /// A step that is not finite changes nothing; too many of them end the run on all ranks.
@@ -193,17 +181,24 @@ impl Trainer<'_> {
         let models = (&self.models, &self.params);
         let forward = forward_backward(models, setting, &prompts, &noised, ready)?;
         let share = (batch.global_count * self.options.gradient_accumulation_steps) as f32;
-        samples.extend(batch.samples.iter().zip(&forward.losses).map(|(sample, loss)| SampleLoss {
-            global_index: sample.global_index,
-            image: sample.image_path.clone(),
-            loss: loss * share,
+        samples.extend(batch.samples.iter().zip(&forward.losses).map(|(sample, loss)| {
+            SampleLoss {
+                global_index: sample.global_index,
+                image: sample.image_path.clone(),
+                loss: loss * share,
+            }
         }));
         Ok(forward.losses.iter().sum())
     }
 
-    fn rate(&self, part: Part, step: usize) -> Option<f64> {
-        let trained = self.network.module_count(part) > 0;
-        trained.then(|| self.schedule.rate(learning_rate(self.options, part), step))
+    /// Learning rates of the groups in a step, for the logs.
+    fn rates(&self, step: usize) -> Vec<Rate> {
+        let estimate = self.optimizer.effective_scale();
+        let rate = |group: &ParamGroup| {
+            let lr = self.schedule.rate(learning_rate(self.options, group.part), step);
+            Rate { label: group.part.group_name().to_owned(), lr, scaled: estimate.map(|d| d * lr) }
+        };
+        self.network.groups().iter().map(rate).collect()
     }
 
     /// The tensors that move: those that a gradient reached, with their learning rates. (PyTorch

@@ -234,7 +234,9 @@ mod tests {
         let message = resumed.skip(&comm, 6, &own, None).unwrap_err().to_string();
         assert!(message.starts_with("3 steps in a row are not finite, the last is step 6"));
         let mut strict = Watch::new(0);
-        assert!(strict.skip(&comm, 1, &own, None).unwrap_err().to_string().starts_with("a step is"));
+        assert!(
+            strict.skip(&comm, 1, &own, None).unwrap_err().to_string().starts_with("a step is")
+        );
     }
 
     #[test]

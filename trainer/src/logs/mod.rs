@@ -122,8 +122,7 @@ impl StepLog {
                 line.insert("d*lr".to_owned(), Value::Object(scaled));
             }
             if let Some(norms) = self.key_norms {
-                let value =
-                    json!({"scaled": norms.scaled, "mean": norms.mean, "max": norms.max});
+                let value = json!({"scaled": norms.scaled, "mean": norms.mean, "max": norms.max});
                 line.insert("key_norms".to_owned(), value);
             }
             if self.loss.is_none() {

@@ -30,8 +30,7 @@ impl LineFile {
                 kept += line.len() as u64;
             }
         }
-        let file =
-            File::options().append(true).create(true).open(path).with_context(context)?;
+        let file = File::options().append(true).create(true).open(path).with_context(context)?;
         file.set_len(kept).with_context(context)?;
         Ok(Self { file, path: path.to_owned(), len: kept })
     }
