@@ -8,6 +8,7 @@
 //! - `keys`: tensors and metadata of our files beside those of sd-scripts, and lossless continuing
 //! - `quickstart`: the README's example
 //! - `selftest`: agreement with the PyTorch reference, and that a changed reference is noticed
+//! - `validation`: it changes nothing and is the same on any number of ranks; logs
 //! - `watch`: steps that are not finite are left out; the average of the weights
 
 mod equality;
@@ -18,4 +19,5 @@ mod keys;
 mod layering;
 mod quickstart;
 mod selftest;
+mod validation;
 mod watch;

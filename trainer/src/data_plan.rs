@@ -80,6 +80,8 @@ pub fn dataset_defaults(options: &Options) -> Result<DatasetDefaults> {
         resize_interpolation_name: name.map(str::to_owned),
         caption_extension: options.caption_extension.clone(),
         class_tokens: None,
+        validation_split: options.validation_split,
+        validation_seed: options.validation_seed.or(options.seed).unwrap_or(0),
     };
     Ok(DatasetDefaults { dataset, subset, ..DatasetDefaults::default() })
 }

@@ -28,4 +28,5 @@ pub mod saver;
 pub mod selftest;
 pub mod step;
 pub mod train;
+pub mod validation;
 pub mod watch;

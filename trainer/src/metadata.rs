@@ -63,6 +63,8 @@ pub struct RunFacts {
     pub num_train_images: usize,
     /// Regularization images, repeats counted.
     pub num_reg_images: usize,
+    /// Images held out for validation.
+    pub num_validation_images: usize,
     /// Batches of an epoch on one rank.
     pub num_batches_per_epoch: usize,
     /// Class of the optimizer, `torch.optim.adamw.AdamW`.
@@ -203,7 +205,7 @@ fn add_run(entries: &mut BTreeMap<String, String>, options: &Options, run: &RunF
         "session_id" => run.session_id,
         "training_started_at" => run.started_at,
         "num_train_images" => run.num_train_images,
-        "num_validation_images" => 0usize,
+        "num_validation_images" => run.num_validation_images,
         "num_reg_images" => run.num_reg_images,
         "num_batches_per_epoch" => run.num_batches_per_epoch,
         "num_epochs" => run.num_epochs,

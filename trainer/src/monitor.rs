@@ -5,6 +5,7 @@
 use anyhow::{Result, bail};
 use collectives::Comm;
 
+use crate::console;
 use crate::dataset::DatasetGroup;
 use crate::logs::{KeyNorms, Rate, RunLog, StepLog};
 use crate::loss_history::{LossHistory, SampleLoss};
@@ -12,6 +13,7 @@ use crate::optimizer::OptimizerState;
 use crate::options::Options;
 use crate::plan::{Plan, Stamp};
 use crate::progress::{LossRecorder, Progress};
+use crate::validation::{Occasion, ValidationLoss};
 
 /// Where in the run a step lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,6 +106,30 @@ impl Monitor {
             seconds: report.seconds,
             images: report.images,
         })
+    }
+
+    /// A validation is over.
+    pub fn validated(
+        &mut self,
+        moment: Moment,
+        occasion: Occasion,
+        loss: &ValidationLoss,
+    ) -> Result<()> {
+        let training = self.recorder.moving_average();
+        console::note(&format!(
+            "validation after step {}: loss {:.4}, {:+.4} against training",
+            moment.step,
+            loss.average,
+            loss.average - training
+        ));
+        let at = match occasion {
+            Occasion::Step => moment.step,
+            Occasion::Epoch => moment.epoch,
+        };
+        match &mut self.log {
+            Some(log) => log.validation(at, moment.step, &loss.scalars(occasion, training)),
+            None => Ok(()),
+        }
     }
 
     /// An epoch is over, or the run within one.

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use anyhow::{Context, Result};
 use engine::{DType, Device, Tensor};
 
-use crate::dataset::{Batch, LatentEncoder};
+use crate::dataset::{Batch, LatentEncoder, SampleMeta};
 use crate::latents::{MOMENTS, VaeEncoder};
 use crate::objective::{Draw, Noised, Objective};
 use crate::rng::{Purpose, stream};
@@ -33,6 +33,25 @@ pub struct Noising {
 impl Noising {
     /// Noises this rank's part of a batch.
     pub fn noise(&self, batch: &Batch) -> Result<Noised> {
+        let share = (batch.global_count * self.accumulation) as f32;
+        let weights: Vec<f32> = batch.samples.iter().map(|s| s.loss_weight / share).collect();
+        self.noise_by(batch, &weights, self.seed, None)
+    }
+
+    /// Noises a batch for validation: for a seed, every image has the same noise at each timestep,
+    /// and every sample counts for itself.
+    pub fn noise_at(&self, batch: &Batch, seed: u64, timestep: usize) -> Result<Noised> {
+        let weights: Vec<f32> = batch.samples.iter().map(|sample| sample.loss_weight).collect();
+        self.noise_by(batch, &weights, seed, Some(timestep))
+    }
+
+    fn noise_by(
+        &self,
+        batch: &Batch,
+        weights: &[f32],
+        seed: u64,
+        timestep: Option<usize>,
+    ) -> Result<Noised> {
         let (width, height) = (batch.size.0 as usize, batch.size.1 as usize);
         let shape = [batch.samples.len(), height / LATENT_SCALE, width / LATENT_SCALE, CHANNELS];
         let moments = match (&batch.moments, &batch.images, &self.vae) {
@@ -42,16 +61,17 @@ impl Noising {
             }
             _ => anyhow::bail!("a batch has neither latents nor images that a VAE could encode"),
         };
-        let latents = self.sample_latents(batch, &moments)?;
+        let latents = self.sample_latents(batch, &moments, seed)?;
         let len = shape[1] * shape[2] * CHANNELS;
-        let draws: Vec<Draw> = batch
-            .samples
-            .iter()
-            .map(|sample| self.objective.draw(self.seed, sample.global_index, len, CHANNELS))
-            .collect();
-        let share = (batch.global_count * self.accumulation) as f32;
-        let weights: Vec<f32> = batch.samples.iter().map(|s| s.loss_weight / share).collect();
-        let mut noised = self.objective.prepare(&latents, shape, &draws, &weights)?;
+        let draw = |sample: &SampleMeta| match timestep {
+            None => self.objective.draw(seed, sample.global_index, len, CHANNELS),
+            Some(timestep) => {
+                let key = sample.global_index.wrapping_add(timestep as u64);
+                Draw { timestep, ..self.objective.draw(seed, key, len, CHANNELS) }
+            }
+        };
+        let draws: Vec<Draw> = batch.samples.iter().map(draw).collect();
+        let mut noised = self.objective.prepare(&latents, shape, &draws, weights)?;
         if let Some(alphas) = &batch.alpha_masks {
             let mask: Vec<f32> =
                 alphas.iter().flat_map(|alpha| std::iter::repeat_n(*alpha, CHANNELS)).collect();
@@ -61,11 +81,11 @@ impl Noising {
     }
 
     /// A draw from the VAE's posterior for each sample, scaled.
-    fn sample_latents(&self, batch: &Batch, moments: &[f32]) -> Result<Vec<f32>> {
+    fn sample_latents(&self, batch: &Batch, moments: &[f32], seed: u64) -> Result<Vec<f32>> {
         let len = moments.len() / batch.samples.len();
         let mut latents = Vec::with_capacity(moments.len() / 2);
         for (sample, moments) in batch.samples.iter().zip(moments.chunks(len)) {
-            let mut rng = stream(self.seed, Purpose::LatentSample, sample.global_index, 0);
+            let mut rng = stream(seed, Purpose::LatentSample, sample.global_index, 0);
             let before = latents.len();
             for pixel in moments.chunks(MOMENTS) {
                 let (means, logvars) = pixel.split_at(CHANNELS);

@@ -48,6 +48,10 @@ pub enum Purpose {
     Preview = 17,
     /// Seeds given out when the user gave none.
     SeedChoice = 18,
+    /// Which images are held out for validation, keyed by image.
+    ValidationChoice = 40,
+    /// Order of the images of a validation, keyed by image.
+    ValidationOrder = 41,
 }
 
 const MULTIPLIER: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];

@@ -13,8 +13,8 @@ use crate::checkpoint::check_writable;
 use crate::console;
 use crate::data_plan::{dataset_defaults, dataset_input};
 use crate::dataset::{
-    CacheOptions, CachePlace, ClipTokenizer, DatasetGroup, LatentStore, Loader, LoaderOptions,
-    LoaderParts, Sampler, TokenLength, cache_latents, plan_datasets, worker_count,
+    CacheOptions, CachePlace, ClipTokenizer, DatasetGroup, FixedBatches, LatentStore, Loader,
+    LoaderOptions, LoaderParts, Sampler, TokenLength, cache_latents, plan_datasets, worker_count,
 };
 use crate::ema::{Ema, average_path};
 use crate::latents::{VaeEncoder, vae_fingerprint};
@@ -31,6 +31,7 @@ use crate::progress::format_summary;
 use crate::saver::{DatasetNumbers, Saver};
 use crate::step::Models;
 use crate::train::{Ending, Trainer};
+use crate::validation::Validation;
 use crate::watch::Watch;
 
 /// Shortest time between two lines about the cache.
@@ -42,6 +43,8 @@ pub struct Run {
     comm: Comm,
     base: Base,
     group: DatasetGroup,
+    /// Images to validate with.
+    held_out: Option<DatasetGroup>,
     prepared: PreparedNetwork,
     plan: Plan,
 }
@@ -55,7 +58,7 @@ impl Run {
             console::note(note);
         }
         let datasets = plan_datasets(&dataset_input(parsed)?, &dataset_defaults(&options)?)?;
-        let group = DatasetGroup::open(datasets, options.strict_data)?;
+        let (group, held_out) = DatasetGroup::open_split(datasets, options.strict_data)?;
         if options.cache_latents {
             group.check_latents_cacheable()?;
         }
@@ -77,7 +80,7 @@ impl Run {
             console::note(note);
         }
         check_before_loading(&options, &comm, (&group, &base, &prepared, &plan))?;
-        Ok(Self { options, comm, base, group, prepared, plan })
+        Ok(Self { options, comm, base, group, held_out, prepared, plan })
     }
 
     /// Whether the user asked for the plan alone.
@@ -135,18 +138,18 @@ fn agree_on_seed(options: &Options, comm: &Comm) -> Result<u64> {
 impl Run {
     /// Caches latents, loads the models, trains, and writes the files.
     pub fn train(self, env: &Env) -> Result<Ending> {
-        let Self { options, comm, base, group, prepared, plan } = self;
-        let known_warnings = group.warnings.len();
-        let (group, latents) = cache(&options, &comm, &base, group)?;
-        for warning in group.warnings.iter().skip(known_warnings) {
-            console::warn(warning);
-        }
+        let Self { options, comm, base, group, held_out, prepared, plan } = self;
+        let groups: Vec<DatasetGroup> = [group].into_iter().chain(held_out).collect();
+        let mut cached = cache(&options, &comm, &base, groups)?.into_iter();
+        let (group, latents) = cached.next().context("the training images are gone")?;
+        let held_out = cached.next();
         // Damaged images were left out: the plan must count what is there.
         let plan = Plan::new(&options, &group, &base, plan.seed, comm.world_size())?;
         let group = Arc::new(group);
         let saver = match comm.rank() {
             0 => {
-                let numbers = DatasetNumbers::new(&group, &plan);
+                let held_out = held_out.as_ref().map(|(group, _)| group);
+                let numbers = DatasetNumbers::new(&group, held_out, &plan);
                 Some(Saver::new(&options, &plan, &base, &prepared, &numbers)?)
             }
             _ => None,
@@ -159,7 +162,11 @@ impl Run {
         let network = prepared.network;
         network.install(&mut models.text_encoder, &mut models.unet, 1.)?;
         let has_latents = latents.is_some();
-        let mut loader = start_loader(&options, env, &base, (group, latents), &plan)?;
+        let (parts, loading) = loader_parts(&options, env, &base, (group, latents), &plan)?;
+        let mut loader = Loader::start(parts, loading)?;
+        let validation = held_out
+            .map(|held_out| prepare_validation(&options, env, &base, held_out, &plan))
+            .transpose()?;
         let noising = Noising {
             objective: Objective::from_options(&options)?,
             seed: plan.seed,
@@ -180,6 +187,7 @@ impl Run {
             noising,
             ema,
             watch: Watch::new(options.max_skipped_steps),
+            validation,
             saver,
             monitor,
         };
@@ -193,56 +201,66 @@ impl Run {
     }
 }
 
-/// The latents of all images, where they are to be cached; the VAE is gone afterwards.
+/// A group of images and, where they are cached, their latents.
+type Cached = (DatasetGroup, Option<Arc<LatentStore>>);
+
+/// The latents of all images, where they are to be cached; the VAE is gone afterwards. Names the
+/// images that turned out damaged.
 fn cache(
     options: &Options,
     comm: &Comm,
     base: &Base,
-    group: DatasetGroup,
-) -> Result<(DatasetGroup, Option<Arc<LatentStore>>)> {
+    groups: Vec<DatasetGroup>,
+) -> Result<Vec<Cached>> {
     if !options.cache_latents && !options.cache_latents_to_disk {
-        return Ok((group, None));
+        return Ok(groups.into_iter().map(|group| (group, None)).collect());
     }
-    let place = if options.cache_latents_to_disk {
-        CachePlace::BesideImages
-    } else {
-        // Rank 0 names the folder for all ranks.
-        let own = std::env::temp_dir().join(format!("lorarun-latents-{}", std::process::id()));
-        let agreed = comm.broadcast(0, own.display().to_string().into_bytes())?;
-        CachePlace::Temporary(PathBuf::from(String::from_utf8(agreed)?))
-    };
-    let mut shown = (Instant::now(), 0);
-    let mut progress = |done: usize, all: usize| {
-        if done != shown.1 && (done == all || shown.0.elapsed() > LINE_INTERVAL) {
-            shown = (Instant::now(), done);
-            console::note(&format!("latents of {done} of {all} images"));
-        }
-    };
     let mut encoder = VaeEncoder::load(base)?;
-    let (group, store) = cache_latents(
-        group,
-        &mut encoder,
-        comm,
-        CacheOptions {
+    let vae = vae_fingerprint(base)?;
+    let mut cached = Vec::with_capacity(groups.len());
+    for group in groups {
+        let known_warnings = group.warnings.len();
+        let place = if options.cache_latents_to_disk {
+            CachePlace::BesideImages
+        } else {
+            // Rank 0 names the folder for all ranks.
+            let own = std::env::temp_dir().join(format!("lorarun-latents-{}", std::process::id()));
+            let agreed = comm.broadcast(0, own.display().to_string().into_bytes())?;
+            CachePlace::Temporary(PathBuf::from(String::from_utf8(agreed)?))
+        };
+        let mut shown = (Instant::now(), 0);
+        let mut progress = |done: usize, all: usize| {
+            if done != shown.1 && (done == all || shown.0.elapsed() > LINE_INTERVAL) {
+                shown = (Instant::now(), done);
+                console::note(&format!("latents of {done} of {all} images"));
+            }
+        };
+        let options = CacheOptions {
             place,
-            vae: vae_fingerprint(base)?,
+            vae: vae.clone(),
             batch_size: options.vae_batch_size.max(1),
             workers: worker_count(options.max_data_loader_n_workers, comm.world_size()),
             strict_data: options.strict_data,
             skip_check: options.skip_cache_check,
             progress: &mut progress,
-        },
-    )?;
-    Ok((group, Some(Arc::new(store))))
+        };
+        let (group, store) = cache_latents(group, &mut encoder, comm, options)?;
+        for warning in group.warnings.iter().skip(known_warnings) {
+            console::warn(warning);
+        }
+        cached.push((group, Some(Arc::new(store))));
+    }
+    Ok(cached)
 }
 
-fn start_loader(
+/// What all batches of a run share.
+fn loader_parts(
     options: &Options,
     env: &Env,
     base: &Base,
     (group, latents): (Arc<DatasetGroup>, Option<Arc<LatentStore>>),
     plan: &Plan,
-) -> Result<Loader> {
+) -> Result<(LoaderParts, LoaderOptions)> {
     let accumulation = options.gradient_accumulation_steps;
     let sampler = Sampler::new(&group, plan.seed, plan.world_size, accumulation);
     let token_length = options.max_token_length.map(|length| length as u32);
@@ -262,5 +280,20 @@ fn start_loader(
         token_length,
         weighted_captions: options.weighted_captions,
     };
-    Ok(Loader::start(parts, options)?)
+    Ok((parts, options))
+}
+
+/// The validation of a run that holds images out.
+fn prepare_validation(
+    options: &Options,
+    env: &Env,
+    base: &Base,
+    (group, latents): Cached,
+    plan: &Plan,
+) -> Result<Validation> {
+    let seed = options.validation_seed.unwrap_or(plan.seed);
+    let (parts, loading) = loader_parts(options, env, base, (Arc::new(group), latents), plan)?;
+    let loading = LoaderOptions { seed, ..loading };
+    let batches = FixedBatches::new(parts, loading, options.max_validation_steps);
+    Ok(Validation::new(options, seed, batches))
 }

@@ -113,6 +113,8 @@ pub struct DatasetNumbers {
     pub train_images: usize,
     /// Regularisation images with repeats.
     pub reg_images: usize,
+    /// Images that are held out for validation.
+    pub validation_images: usize,
     /// Batches of an epoch on one rank.
     pub batches_per_epoch: usize,
     /// Samples of one rank's batch (first dataset).
@@ -123,13 +125,14 @@ pub struct DatasetNumbers {
 
 impl DatasetNumbers {
     /// Reads them off the datasets.
-    pub fn new(group: &DatasetGroup, plan: &Plan) -> Self {
+    pub fn new(group: &DatasetGroup, held_out: Option<&DatasetGroup>, plan: &Plan) -> Self {
         let first = group.datasets.first().map(|dataset| &dataset.plan);
         let (width, height) = first.map_or((0, 0), |plan| plan.resolution);
         Self {
             facts: group.facts(),
             train_images: group.num_train_images() as usize,
             reg_images: group.num_reg_images() as usize,
+            validation_images: held_out.map_or(0, |group| group.num_train_images() as usize),
             batches_per_epoch: plan.batches_per_epoch,
             batch_size: first.map_or(1, |plan| plan.options.batch_size),
             resolution: (width as usize, height as usize),
@@ -162,6 +165,7 @@ fn run_facts(
         num_epochs: plan.epochs,
         num_train_images: dataset.train_images,
         num_reg_images: dataset.reg_images,
+        num_validation_images: dataset.validation_images,
         num_batches_per_epoch: dataset.batches_per_epoch,
         optimizer_name: plan.optimizer.reference_name().to_owned(),
         optimizer_args: options.read_adamw_args()?.python_text,

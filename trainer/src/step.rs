@@ -72,6 +72,23 @@ pub fn forward_backward(
     Ok(forward)
 }
 
+/// Forward alone: the weighted loss of each sample. Nothing is recorded for a backward pass, and
+/// what is random in training adapters does not happen.
+pub fn evaluate(
+    (models, params): (&Models, &ParamStore),
+    clip_skip: Option<usize>,
+    prompts: &Prompts,
+    batch: &Noised,
+) -> Result<Vec<f32>> {
+    let tape = Tape::inference(Some(params));
+    let context = encode_prompts(&tape, &models.text_encoder, clip_skip, prompts)?;
+    let prediction = models.unet.forward(
+        &tape,
+        UnetInput { latents: &batch.noisy, timesteps: &batch.timesteps, context: &context },
+    )?;
+    Ok(tape.loss(&prediction, &batch.target, &batch.loss)?.0)
+}
+
 /// Hidden states of the prompts, `[B,T,C]`, long prompts joined, words weighted.
 pub fn encode_prompts<'m>(
     tape: &Tape<'m>,

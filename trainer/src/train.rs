@@ -26,6 +26,7 @@ use crate::options::Options;
 use crate::plan::Plan;
 use crate::saver::Saver;
 use crate::step::{Models, Setting, forward_backward};
+use crate::validation::{Occasion, Validation};
 use crate::watch::{Sighting, Watch, require_finite};
 
 /// How a run ended.
@@ -51,6 +52,8 @@ pub struct Trainer<'a> {
     /// With `ema_decay`.
     pub ema: Option<Ema>,
     pub watch: Watch,
+    /// Where images are held out.
+    pub validation: Option<Validation>,
     /// Rank 0 only.
     pub saver: Option<Saver>,
     pub monitor: Monitor,
@@ -70,6 +73,7 @@ impl Trainer<'_> {
             let (report, stop) = self.step(step, loader, &mut gradients)?;
             self.monitor.step(self.comm, moment, &report)?;
             let epoch_ends = moment.step_in_epoch + 1 == self.plan.steps_per_epoch;
+            self.validate_if_due(moment, epoch_ends || step + 1 == self.plan.steps)?;
             self.save_what_is_due(moment.step, moment.epoch, epoch_ends)?;
             let ends = step + 1 == self.plan.steps;
             if epoch_ends || ends {
@@ -145,6 +149,31 @@ impl Trainer<'_> {
         report.loss = Some(f64::from(agreed.loss));
         report.seconds = started.elapsed().as_secs_f64();
         Ok((report, stop))
+    }
+
+    /// The loss on the images that were held out, on all ranks. A run that ends within an epoch ends
+    /// that epoch.
+    fn validate_if_due(&mut self, moment: Moment, epoch_ends: bool) -> Result<()> {
+        let Some(validation) = &self.validation else { return Ok(()) };
+        let occasions = [
+            (Occasion::Step, validation.is_due_after_step(moment.step)),
+            (Occasion::Epoch, epoch_ends && validation.is_due_after_epoch(moment.epoch)),
+        ];
+        if occasions.iter().all(|(_, due)| !due) {
+            return Ok(());
+        }
+        let saved = match self.optimizer.evaluation_weights(&self.params)? {
+            Some(weights) => Some(self.params.with_values(&weights)?),
+            None => None,
+        };
+        let params = saved.as_ref().unwrap_or(&self.params);
+        let Some(loss) = validation.run(self.comm, (&self.models, params), &self.noising)? else {
+            return Ok(());
+        };
+        for (occasion, _) in occasions.into_iter().filter(|(_, due)| *due) {
+            self.monitor.validated(moment, occasion, &loss)?;
+        }
+        Ok(())
     }
 
     /// A step that is not finite changes nothing; too many of them end the run on all ranks.

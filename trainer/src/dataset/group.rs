@@ -1,8 +1,9 @@
 //! The datasets of a run with their images sorted into buckets; what the sampler draws from.
 
 use super::buckets::{BucketChooser, Size};
-use super::config::{DatasetConfig, DatasetPlan, SubsetSource};
+use super::config::{DatasetConfig, DatasetPlan, SubsetPlan, SubsetSource};
 use super::error::DatasetError;
+use super::held_out::{asks_for_validation, check_split, hold_out};
 use super::scan::{FoundImage, scan_subset};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashSet};
@@ -85,8 +86,22 @@ impl DatasetGroup {
     /// # Errors
     /// Folders without images, images without captions, unreadable caption files.
     pub fn open(config: DatasetConfig, strict_data: bool) -> Result<Self, DatasetError> {
+        Self::open_split(config, strict_data).map(|(training, _)| training)
+    }
+
+    /// As [`Self::open`], with the images that `validation_split` holds out: those to train on, then,
+    /// where it is asked for, those to validate with.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; a split that leaves one of the two sides empty.
+    pub fn open_split(
+        config: DatasetConfig,
+        strict_data: bool,
+    ) -> Result<(Self, Option<Self>), DatasetError> {
         let DatasetConfig { datasets: plans, from_user_config, mut warnings } = config;
+        let asked = plans.iter().any(asks_for_validation);
         let mut datasets = Vec::with_capacity(plans.len());
+        let mut held_out = Vec::new();
         for plan in plans {
             let mut images = Vec::new();
             for (index, subset) in plan.subsets.iter().enumerate() {
@@ -97,9 +112,20 @@ impl DatasetGroup {
                 warnings.extend(found.warnings);
                 images.extend(found.images);
             }
-            datasets.push(Dataset::assemble(plan, images, strict_data, &mut warnings)?);
+            let ((plan, images), (held_plan, held)) = hold_out(&plan, images);
+            if !held.is_empty() {
+                held_out.push(Dataset::assemble(held_plan, held, strict_data, &mut warnings)?);
+            }
+            // All of it may be for validation.
+            if !plan.subsets.iter().all(SubsetPlan::is_reg) || !asked {
+                datasets.push(Dataset::assemble(plan, images, strict_data, &mut warnings)?);
+            }
         }
-        Ok(Self { datasets, from_user_config, warnings })
+        let count = |datasets: &[Dataset]| datasets.iter().map(|d| d.images.len()).sum();
+        check_split(asked, count(&datasets), count(&held_out))?;
+        let validation =
+            asked.then(|| Self { datasets: held_out, from_user_config, warnings: Vec::new() });
+        Ok((Self { datasets, from_user_config, warnings }, validation))
     }
 
     /// The same datasets without some images, given as (dataset, image) and the reason.

@@ -132,8 +132,7 @@ impl Loader {
         let first = epoch * per_epoch + range.start as u64;
         let end = end_epoch * per_epoch + end_range.start as u64;
         let workers = options.workers.max(1);
-        let maker =
-            BatchMaker { parts, options, epochs: Mutex::default(), reported: Mutex::default() };
+        let maker = BatchMaker::new(parts, options);
         let make = move |job: u64| {
             let number = first + job;
             maker.make(number / per_epoch, (number % per_epoch) as usize)
@@ -172,7 +171,7 @@ impl Loader {
 }
 
 /// Prepares any batch of a run.
-struct BatchMaker {
+pub(super) struct BatchMaker {
     parts: LoaderParts,
     options: LoaderOptions,
     /// The orders of the epochs that are in use.
@@ -194,6 +193,10 @@ enum Content {
 }
 
 impl BatchMaker {
+    pub(super) fn new(parts: LoaderParts, options: LoaderOptions) -> Self {
+        Self { parts, options, epochs: Mutex::default(), reported: Mutex::default() }
+    }
+
     fn order_of(&self, epoch: u64) -> Arc<Vec<GlobalBatch>> {
         let mut epochs = self.epochs.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(order) = epochs.get(&epoch) {
@@ -211,6 +214,16 @@ impl BatchMaker {
         let global = &order[index];
         let keys = global.rank_samples(self.options.rank, self.options.world_size);
         let step = self.parts.sampler.step_of_batch(epoch, index);
+        self.fill(global, keys, (epoch, index, step))
+    }
+
+    /// The batch of the samples `keys` out of `global`.
+    pub(super) fn fill(
+        &self,
+        global: &GlobalBatch,
+        keys: &[SampleKey],
+        (epoch, index, step): (u64, usize, u64),
+    ) -> Result<Batch, DatasetError> {
         let mut batch = Batch {
             epoch,
             index,

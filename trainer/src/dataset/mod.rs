@@ -9,7 +9,9 @@ pub mod buckets;
 pub mod caption;
 pub mod config;
 mod error;
+pub mod fixed;
 pub mod group;
+mod held_out;
 pub mod image_file;
 pub mod latent_cache;
 pub mod latent_file;
@@ -28,6 +30,7 @@ pub use config::{
     plan_datasets,
 };
 pub use error::DatasetError;
+pub use fixed::FixedBatches;
 pub use group::DatasetGroup;
 pub use latent_cache::{CacheOptions, CachePlace, LatentEncoder, LatentStore, cache_latents};
 pub use loader::{Batch, Loader, LoaderOptions, LoaderParts, SampleMeta, worker_count};

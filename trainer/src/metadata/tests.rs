@@ -38,6 +38,7 @@ fn facts(reference: &BTreeMap<String, String>) -> RunFacts {
         num_epochs: 1,
         num_train_images: 3,
         num_reg_images: 0,
+        num_validation_images: 0,
         num_batches_per_epoch: 3,
         optimizer_name: "torch.optim.adamw.AdamW".into(),
         optimizer_args: String::new(),

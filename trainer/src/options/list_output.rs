@@ -76,8 +76,10 @@ macro_rules! metadata_options {
 
 macro_rules! logging_options {
     ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Logging {
-        /// Folder for TensorBoard logs: each run makes a folder with its date and time. Without it
-        /// nothing is logged.
+        /// Folder for logs: each run makes a folder with its date and time, which holds TensorBoard
+        /// events, `steps.jsonl` (one object per step: loss, learning rates, norms, time, memory) and
+        /// `image_losses.csv` (at every epoch's end, count, mean and latest loss of every image).
+        /// Without it nothing is logged.
         logging_dir: Option<PathBuf> = None, Supported;
         /// Where to log: `tensorboard`. Default: TensorBoard when `--logging_dir` is given.
         log_with: Option<LogWith> = None, Supported;
@@ -119,15 +121,19 @@ macro_rules! sampling_options {
 
 macro_rules! validation_options {
     ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Validation {
-        /// Seed for choosing validation images. Default: `--seed`.
-        validation_seed: Option<u64> = None, NotYet("");
-        /// Share of the images that is kept for validation (0 to 1). Default 0.
-        validation_split: f64 = 0.0, NotYet("");
-        /// Validate every N steps.
-        validate_every_n_steps: Option<usize> = None, NotYet("");
-        /// Validate every N epochs.
-        validate_every_n_epochs: Option<usize> = None, NotYet("");
-        /// At most this many validation batches.
-        max_validation_steps: Option<usize> = None, NotYet("");
+        /// Seed of everything random in a validation: which images are held out, their noise.
+        /// Default: `--seed`. Keep it when you compare runs.
+        validation_seed: Option<u64> = None, Supported;
+        /// Share of the images of each subset that is not trained on but used to measure the loss
+        /// (0 to 1). Default 0. A loss that falls in training and rises in validation means that
+        /// the LoRA learns its images by heart. The dataset configuration may say it for a subset;
+        /// 1 there makes a whole folder the validation set.
+        validation_split: f64 = 0.0, Supported;
+        /// Also validate after every Nth step.
+        validate_every_n_steps: Option<usize> = None, Supported;
+        /// Validate at the end of every Nth epoch. Default 1 where images are held out.
+        validate_every_n_epochs: Option<usize> = None, Supported;
+        /// Validate with at most this many batches, whatever the number of ranks. Default: all.
+        max_validation_steps: Option<usize> = None, Supported;
     } } };
 }

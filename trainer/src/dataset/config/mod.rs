@@ -395,6 +395,8 @@ fn apply_subset_options(options: &mut SubsetOptions, table: &Table) {
     reader.flag("alpha_mask", &mut options.alpha_mask);
     reader.plain_text("caption_extension", &mut options.caption_extension);
     reader.optional_text("class_tokens", &mut options.class_tokens);
+    reader.number("validation_split", &mut options.validation_split);
+    reader.integer("validation_seed", &mut options.validation_seed);
     if let Some(range) = table.get("face_crop_aug_range").and_then(schema::face_range) {
         options.face_crop_aug_range = Some(range);
     }

@@ -91,6 +91,10 @@ pub struct SubsetOptions {
     pub caption_extension: String,
     /// Caption of images without a caption file. DreamBooth only.
     pub class_tokens: Option<String>,
+    /// Share of the images that is held out for validation. Default 0; 1: all of them.
+    pub validation_split: f64,
+    /// Seed of the choice. Default: the run's.
+    pub validation_seed: u64,
 }
 
 impl Default for SubsetOptions {
@@ -119,6 +123,8 @@ impl Default for SubsetOptions {
             resize_interpolation_name: None,
             caption_extension: ".caption".into(),
             class_tokens: None,
+            validation_split: 0.0,
+            validation_seed: 0,
         }
     }
 }

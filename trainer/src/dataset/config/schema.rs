@@ -93,8 +93,8 @@ const ROWS: &[Row] = &[
     Row("metadata_file", Kind::Text, Scope::Subset, Method::FineTuning),
     Row("network_multiplier", Kind::Anything, Scope::NotSupported, Method::Both),
     Row("custom_attributes", Kind::Anything, Scope::NotSupported, Method::Both),
-    Row("validation_seed", Kind::Anything, Scope::NotSupported, Method::Both),
-    Row("validation_split", Kind::Anything, Scope::NotSupported, Method::Both),
+    Row("validation_seed", Kind::Int(0), Scope::Anywhere, Method::Both),
+    Row("validation_split", RATE, Scope::Anywhere, Method::Both),
     Row("conditioning_data_dir", Kind::Anything, Scope::NotSupported, Method::Both),
 ];
 

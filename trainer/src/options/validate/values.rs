@@ -21,6 +21,9 @@ impl Check<'_> {
             ("save_n_epoch_ratio", o.save_n_epoch_ratio),
             ("save_last_n_epochs", o.save_last_n_epochs),
             ("save_last_n_steps", o.save_last_n_steps),
+            ("validate_every_n_steps", o.validate_every_n_steps),
+            ("validate_every_n_epochs", o.validate_every_n_epochs),
+            ("max_validation_steps", o.max_validation_steps),
         ];
         for (name, count) in counts {
             self.forbid(count == Some(0), name, "must be 1 or more, not: `0`", "");
@@ -33,6 +36,9 @@ impl Check<'_> {
             let fault = format!("is a probability from 0 to 1, not: `{share}`");
             self.forbid(!(0.0..=1.0).contains(&share), name, &fault, "");
         }
+        let split = o.validation_split;
+        let fault = format!("is a share from 0 to 1, not: `{split}`");
+        self.forbid(!(0.0..=1.0).contains(&split), "validation_split", &fault, "");
         if let Some(decay) = o.ema_decay.filter(|decay| !(0.0..1.0).contains(decay)) {
             let fault = format!("must be from 0 up to, not including, 1: `{decay}`");
             self.problem("ema_decay", &fault, "0.99 to 0.9999 is usual");

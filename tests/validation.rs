@@ -1,0 +1,126 @@
+//! Validation measures and changes nothing; logs tell what happened, on any number of ranks.
+
+use std::path::PathBuf;
+
+use crate::harness::{Scene, quoted, text};
+use serde_json::Value;
+
+/// Eight images of which two are held out, logged.
+fn scene(batch: &str) -> Scene {
+    let mut scene = Scene::new();
+    let logs = scene.folder.path().join("logs");
+    scene
+        .set("train_batch_size", batch)
+        .set("max_train_steps", "4")
+        .set("validation_split", "0.25")
+        .set("validation_seed", "5")
+        .set("logging_dir", quoted(&logs.display().to_string()));
+    scene
+}
+
+/// The only run's log folder.
+fn log_folder(scene: &Scene) -> PathBuf {
+    let runs = std::fs::read_dir(scene.folder.path().join("logs")).expect("logs");
+    let mut runs: Vec<PathBuf> = runs.flatten().map(|entry| entry.path()).collect();
+    runs.sort();
+    runs.pop().expect("a run's folder")
+}
+
+fn steps(scene: &Scene) -> Vec<Value> {
+    let text = std::fs::read_to_string(log_folder(scene).join("steps.jsonl")).expect("a log");
+    text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+}
+
+/// The values of every validation, as written.
+fn validations(scene: &Scene) -> Vec<Value> {
+    steps(scene)
+        .into_iter()
+        .map(|line| line["validation"].clone())
+        .filter(Value::is_object)
+        .collect()
+}
+
+#[test]
+fn validation_changes_no_bit_of_the_training() {
+    let read = |scene: &Scene| {
+        std::fs::read(scene.output_dir().join("small.safetensors")).expect("a trained file")
+    };
+    let mut scene = scene("2");
+    scene.set("validate_every_n_epochs", "1000");
+    scene.trained(&[]);
+    let without = read(&scene);
+    assert!(validations(&scene).is_empty());
+    scene.set("validate_every_n_epochs", "1").set("validate_every_n_steps", "1");
+    scene.trained(&[]);
+    assert!(read(&scene) == without, "validation changed the training");
+    // Four steps and, at the end of the second epoch (which the run cuts short), one more line.
+    let found = validations(&scene);
+    assert!(found.len() >= 5, "{found:?}");
+    let average = found[0]["loss/validation/step_average"].as_f64().expect("a number");
+    assert!(average > 0. && average.is_finite());
+    let parts = [200, 400, 600, 800].map(|timestep| {
+        found[0][format!("loss/validation/step_current_{timestep}")].as_f64().expect("a number")
+    });
+    assert!((parts.iter().sum::<f64>() / 4. - average).abs() < 1e-9);
+}
+
+#[test]
+fn every_number_of_ranks_validates_the_same() {
+    // No learning: what is compared is the validation alone.
+    let run = |processes: &str, cached: &str| {
+        let mut scene = scene("1");
+        scene.set("learning_rate", "0").set("cache_latents", cached).set("max_train_steps", "6");
+        let output = scene.train(&["--num_processes", processes], &[]);
+        assert!(output.status.success(), "{}", text(&output));
+        validations(&scene).remove(0)
+    };
+    let one = run("1", "true");
+    let average = "loss/validation/epoch_average";
+    assert_eq!(one[average], run("2", "true")[average]);
+    assert_eq!(one[average], run("3", "false")[average], "latents are cached or not");
+}
+
+#[test]
+fn a_split_that_empties_a_side_is_one_clear_error() {
+    for (share, expected) in
+        [("1.0", "no image to train on"), ("0.01", "no image to validate with")]
+    {
+        let mut scene = scene("1");
+        scene.set("validation_split", share);
+        let output = scene.train(&["--num_processes", "2"], &[]);
+        let said = text(&output);
+        assert_eq!(output.status.code(), Some(78), "{said}");
+        assert_eq!(said.matches(expected).count(), 1, "{said}");
+        assert!(!scene.output_dir().exists(), "{said}");
+    }
+}
+
+#[test]
+fn the_log_holds_every_step_and_every_image() {
+    let table = |processes: &str, batch: &str| {
+        let mut scene = scene(batch);
+        scene.set("validation_split", "0").set("max_train_steps", "8").set("unet_lr", "5e-4");
+        let output = scene.train(&["--num_processes", processes], &[]);
+        assert!(output.status.success(), "{}", text(&output));
+        let lines = steps(&scene);
+        assert_eq!(lines.len(), 8);
+        assert_eq!((&lines[7]["step"], &lines[7]["epoch"]), (&8.into(), &2.into()));
+        assert_eq!(
+            (&lines[0]["lr"]["unet"], &lines[0]["lr"]["textencoder"]),
+            (&5e-4.into(), &1e-3.into())
+        );
+        assert!(lines.iter().all(|line| line["loss"].is_f64() && line["grad_norm"].is_f64()));
+        std::fs::read_to_string(log_folder(&scene).join("image_losses.csv")).expect("a table")
+    };
+    let (one, two) = (table("1", "4"), table("2", "2"));
+    let rows: Vec<&str> = one.lines().collect();
+    assert_eq!(rows.len(), 1 + 2 * 8, "{one}");
+    assert!(rows[1].starts_with("1,") && rows[16].starts_with("2,"), "{one}");
+    assert_eq!(rows[16].split(',').nth(2), Some("4"), "two epochs of two repeats: {one}");
+    // The folders differ by name; the numbers agree as far as the weights do.
+    for (a, b) in rows.iter().zip(two.lines()).skip(1) {
+        let number = |row: &str| row.split(',').nth(3).and_then(|x| x.parse::<f64>().ok());
+        let (a, b) = (number(a).expect("a mean"), number(b).expect("a mean"));
+        assert!((a - b).abs() < 1e-3 * a.abs(), "{a} {b}");
+    }
+}
