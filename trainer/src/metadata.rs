@@ -332,7 +332,7 @@ fn add_network_args(entries: &mut BTreeMap<String, String>, options: &Options) -
     }
     let mut object: serde_json::Map<String, Value> =
         args.pairs.into_iter().map(|(key, value)| (key, Value::String(value))).collect();
-    if !options.dim_from_weights {
+    if !options.dim_from_weights && !object.contains_key("dropout") {
         // The reference passes its dropout on as if it were one of these.
         object.insert("dropout".to_owned(), Value::from(options.network_dropout));
     }

@@ -4,14 +4,17 @@ use anyhow::{Context, Result, bail};
 use engine::ParamStore;
 use formats::lora_file;
 use models::lora::{
-    Algorithm, FileRanks, LoraNetwork, Part, Rank, RankRule, Target, UniformRanks,
-    text_encoder_targets, unet_targets,
+    Algorithm, BlockLayout, FileRanks, LoraNetwork, ParamGroup, Part, Rank, RankRule, Target,
+    UniformRanks, text_encoder_targets, unet_targets,
 };
 
 use crate::base::Base;
 use crate::memory::refuse_beyond_memory;
-use crate::options::Options;
+use crate::options::{NetworkArgs, Options};
 use crate::rng::{Purpose, stream};
+
+/// The base models that can be trained, SD 1 and 2, share one numbering of blocks.
+const LAYOUT: BlockLayout = BlockLayout::Sd;
 
 /// A trainable number, its gradient and its two moments, f32.
 const STATE_BYTES: usize = 16;
@@ -49,15 +52,30 @@ impl PreparedNetwork {
             targets.extend(unet_targets(&*base.files.unet));
         }
         let args = options.read_network_args()?;
-        let rule: Box<dyn RankRule> = match (&weights, options.dim_from_weights) {
-            (Some(file), true) => Box::new(FileRanks::new(&file.tensors)?),
-            (None, true) => bail!("`dim_from_weights` needs `network_weights`"),
-            (_, false) => Box::new(UniformRanks {
-                linear: Rank::new(options.network_rank(), options.network_alpha as f32),
+        // What was odd about the lists was said when the options were checked.
+        let rates = args.read_block_rates(LAYOUT, &mut Vec::new())?;
+        let alpha = options.network_alpha;
+        let blocks =
+            args.read_block_ranks(LAYOUT, (options.network_rank(), alpha), rates.as_ref())?;
+        let rule: Box<dyn RankRule> = match (&weights, options.dim_from_weights, blocks) {
+            (Some(file), true, _) => Box::new(FileRanks::new(&file.tensors)?),
+            (None, true, _) => bail!("`dim_from_weights` needs `network_weights`"),
+            (_, false, Some(blocks)) => Box::new(blocks),
+            (_, false, None) => Box::new(UniformRanks {
+                linear: Rank::new(options.network_rank(), alpha as f32),
                 conv: args.conv_dim.map(|dim| Rank::new(dim, args.conv_alpha as f32)),
             }),
         };
+        let all = targets.iter().filter(|target| is_asked_for(target, &args)).count();
         let mut network = LoraNetwork::new(targets, &*rule, Algorithm::LowRank)?;
+        let mut notes = Vec::new();
+        let left_out = all.saturating_sub(network.modules().len());
+        if left_out > 0 && !options.dim_from_weights {
+            notes.push(format!(
+                "{left_out} of {all} modules are left out: rank or learning rate of their block is 0"
+            ));
+        }
+        network.set_rates(rates, args.loraplus);
         let state = network.element_count().saturating_mul(STATE_BYTES);
         let hint = "lower `network_dim` (and `conv_dim`)";
         refuse_beyond_memory("the LoRA's weights, gradients and moments", state, hint)?;
@@ -65,7 +83,6 @@ impl PreparedNetwork {
             let mut rng = stream(seed, Purpose::LoraInit, key_number(key), 0);
             (0..count).map(|_| rng.uniform_f32()).collect()
         });
-        let mut notes = Vec::new();
         if let Some(file) = &weights {
             let path = file.path.display();
             let report = network
@@ -96,6 +113,12 @@ impl PreparedNetwork {
     }
 }
 
+/// Whether a layer would get a module if no block were left out.
+fn is_asked_for(target: &Target, args: &NetworkArgs) -> bool {
+    let conv = args.conv_dim.is_some() || args.block_ranks.conv_dims.is_some();
+    conv || (target.in_transformer && target.is_pointwise())
+}
+
 /// A number for a tensor's name that no other program version changes (FNV-1a).
 fn key_number(key: &str) -> u64 {
     key.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
@@ -103,8 +126,8 @@ fn key_number(key: &str) -> u64 {
     })
 }
 
-/// Learning rate of each part: its own, else the common one.
-pub fn learning_rate(options: &Options, part: Part) -> f64 {
+/// Learning rate of a part before the schedule: its own, else the common one.
+pub fn part_rate(options: &Options, part: Part) -> f64 {
     let own = match part {
         Part::TextEncoder => {
             options.text_encoder_lr.as_ref().and_then(|rates| rates.first().copied())
@@ -112,4 +135,9 @@ pub fn learning_rate(options: &Options, part: Part) -> f64 {
         Part::Unet => options.unet_lr,
     };
     own.unwrap_or(options.learning_rate)
+}
+
+/// Learning rate of a group before the schedule: its part's, times weight of the block and LoRA+.
+pub fn learning_rate(options: &Options, group: &ParamGroup) -> f64 {
+    part_rate(options, group.part) * group.lr_factor
 }

@@ -170,9 +170,7 @@ pub fn describe(
     let rates: Vec<String> = network
         .groups()
         .iter()
-        .map(|g| {
-            format!("{} {:e}", g.part.group_name(), crate::network::learning_rate(options, g.part))
-        })
+        .map(|g| format!("{} {:e}", g.label, crate::network::learning_rate(options, g)))
         .collect();
     add("learning rate", format!("{}, {}", rates.join(", "), options.lr_schedule_name()));
     let precision = if base.dtype == DType::BF16 { "bf16" } else { "float32" };

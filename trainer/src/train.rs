@@ -224,8 +224,8 @@ impl Trainer<'_> {
     fn rates(&self, step: usize) -> Vec<Rate> {
         let estimate = self.optimizer.effective_scale();
         let rate = |group: &ParamGroup| {
-            let lr = self.schedule.rate(learning_rate(self.options, group.part), step);
-            Rate { label: group.part.group_name().to_owned(), lr, scaled: estimate.map(|d| d * lr) }
+            let lr = self.schedule.rate(learning_rate(self.options, group), step);
+            Rate { label: group.label.clone(), lr, scaled: estimate.map(|d| d * lr) }
         };
         self.network.groups().iter().map(rate).collect()
     }
@@ -235,12 +235,12 @@ impl Trainer<'_> {
     fn tensor_steps(&self, step: usize, touched: &[bool]) -> Vec<TensorStep> {
         let mut steps: Vec<TensorStep> = Vec::new();
         for group in self.network.groups() {
-            let base = learning_rate(self.options, group.part);
+            let base = learning_rate(self.options, &group);
             if base == 0. {
                 continue;
             }
             let lr = self.schedule.rate(base, step) as f32;
-            let ids = group.params.map(engine::ParamId).filter(|id| touched[id.0]);
+            let ids = group.params.into_iter().filter(|id| touched[id.0]);
             steps.extend(ids.map(|id| TensorStep { id, range: self.params.range(id), lr }));
         }
         steps.sort_by_key(|tensor| tensor.id);

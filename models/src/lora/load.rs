@@ -43,10 +43,11 @@ impl LoraNetwork {
                 continue;
             }
             unused.remove(name.as_str());
-            for (id, plan) in module.params().zip(&module.tensors) {
+            for (plan, ids) in module.parts() {
                 let key = format!("{name}.{}", plan.suffix);
-                if let (Some(value), Some(tensor)) = (values.get_mut(id), tensors.get(&key)) {
-                    *value = read(key, plan, tensor)?;
+                if let (Some(values), Some(tensor)) = (values.get_mut(ids), tensors.get(&key)) {
+                    let parts = plan.cut(read(key, plan, tensor)?);
+                    values.iter_mut().zip(parts).for_each(|(value, part)| *value = part);
                 }
             }
             let alpha = read_alpha(tensors, &name)?.unwrap_or(0.);

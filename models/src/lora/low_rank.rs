@@ -19,18 +19,8 @@ pub(super) fn tensors(target: &Target, dim: usize) -> Vec<TensorPlan> {
     };
     let bound = 1. / (fan_in.max(1) as f32).sqrt();
     vec![
-        TensorPlan {
-            suffix: "lora_down.weight",
-            shape: down,
-            file_shape: down_file,
-            init: Init::Uniform(bound),
-        },
-        TensorPlan {
-            suffix: "lora_up.weight",
-            shape: vec![out, dim],
-            file_shape: up_file,
-            init: Init::Zeros,
-        },
+        TensorPlan::whole("lora_down.weight", down, down_file, Init::Uniform(bound)),
+        TensorPlan::whole("lora_up.weight", vec![out, dim], up_file, Init::Zeros),
     ]
 }
 

@@ -3,10 +3,13 @@
 //! The way: [`unet_targets`] and [`text_encoder_targets`] list the layers of a base model from its
 //! shapes; [`LoraNetwork::new`] picks modules and ranks; [`LoraNetwork::initial_values`] and
 //! [`LoraNetwork::load_values`] give numbers; [`LoraNetwork::parameters`] lays them out for the
-//! tape; [`LoraNetwork::install`] puts adapters into the models; [`LoraNetwork::export`] writes
+//! tape; [`LoraNetwork::groups`] says which parameters share a learning rate;
+//! [`LoraNetwork::install`] puts adapters into the models; [`LoraNetwork::export`] writes
 //! sd-scripts' tensors. Another kind of adapter is a file beside `low_rank.rs` and a line in
 //! [`Algorithm`].
 
+mod blocks;
+mod groups;
 mod load;
 mod low_rank;
 mod network;
@@ -15,8 +18,12 @@ mod target;
 #[cfg(test)]
 mod tests;
 
+pub use blocks::{
+    BlockLayout, BlockLrText, BlockRankText, BlockRanks, BlockRates, LR_CURVES, UniformRank,
+};
+pub use groups::{LoraPlus, ParamGroup};
 pub use load::LoadReport;
-pub use network::{LoraModule, LoraNetwork, ParamGroup};
+pub use network::{LoraModule, LoraNetwork};
 pub use rank::{FileRanks, Rank, RankRule, UniformRanks};
 pub use target::{LayerKind, Part, Target, text_encoder_targets, unet_targets};
 
@@ -55,7 +62,7 @@ enum Init {
     Uniform(f32),
 }
 
-/// One tensor of a module: its place in files and in the engine.
+/// One tensor of a module in files, and the parameters that hold it in the engine.
 #[derive(Clone, Debug, PartialEq)]
 struct TensorPlan {
     /// Key in a file, behind the module's name and a dot.
@@ -65,11 +72,39 @@ struct TensorPlan {
     /// Shape in files (OIHW).
     file_shape: Vec<usize>,
     init: Init,
+    /// Parameters that it is cut into along the first axis of `shape`, each trained on its own.
+    parts: usize,
+    /// The engine keeps `[n,m]` where files have `[m,n]`.
+    transposed: bool,
 }
 
 impl TensorPlan {
+    /// A tensor that is one parameter, in the order of files up to its kernel.
+    fn whole(suffix: &'static str, shape: Vec<usize>, file_shape: Vec<usize>, init: Init) -> Self {
+        Self { suffix, shape, file_shape, init, parts: 1, transposed: false }
+    }
+
     fn len(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// The same for one of the parts.
+    fn part(&self) -> Self {
+        let cut = |shape: &[usize], axis: usize| {
+            let mut shape = shape.to_vec();
+            shape[axis] /= self.parts;
+            shape
+        };
+        let file_shape = cut(&self.file_shape, usize::from(self.transposed));
+        Self { shape: cut(&self.shape, 0), file_shape, parts: 1, ..self.clone() }
+    }
+
+    /// Values in the engine's order, one vector per part.
+    fn cut(&self, values: Vec<f32>) -> Vec<Vec<f32>> {
+        if self.parts == 1 {
+            return vec![values];
+        }
+        values.chunks((values.len() / self.parts).max(1)).map(<[f32]>::to_vec).collect()
     }
 
     /// Channels and pixels of a kernel in files, both 1 where the order is the same.
@@ -82,6 +117,10 @@ impl TensorPlan {
 
     /// From the order of files to the engine's.
     fn engine_order(&self, data: Vec<f32>) -> Vec<f32> {
+        if self.transposed {
+            let columns = self.shape[0];
+            return crate::reader::inner_axis_last(&data, data.len() / columns.max(1), columns);
+        }
         match self.kernel() {
             (_, 1) => data,
             (channels, pixels) => crate::reader::inner_axis_last(&data, channels, pixels),
@@ -90,6 +129,10 @@ impl TensorPlan {
 
     /// From the engine's order to that of files.
     fn file_order(&self, data: &[f32]) -> Vec<f32> {
+        if self.transposed {
+            let rows = self.shape[0];
+            return crate::reader::inner_axis_last(data, rows, data.len() / rows.max(1));
+        }
         match self.kernel() {
             (_, 1) => data.to_vec(),
             (channels, pixels) => crate::reader::inner_axis_second(data, channels, pixels),

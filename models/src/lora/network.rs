@@ -6,6 +6,7 @@ use std::ops::Range;
 use engine::{Adapter, Device, ParamId, ParamStore};
 use formats::{Dtype, OwnedTensor};
 
+use super::groups::Rates;
 use super::rank::{Rank, RankRule};
 use super::target::{Part, Target};
 use super::{Algorithm, Init, TensorPlan};
@@ -25,17 +26,26 @@ pub struct LoraModule {
 impl LoraModule {
     /// Its parameters, in the order of [`ParamId`].
     pub fn params(&self) -> Range<usize> {
-        self.first..self.first + self.tensors.len()
+        self.first..self.first + self.tensors.iter().map(|plan| plan.parts).sum::<usize>()
+    }
+
+    /// Its tensors in files, each with its parameters.
+    pub(super) fn parts(&self) -> impl Iterator<Item = (&TensorPlan, Range<usize>)> {
+        let mut first = self.first;
+        self.tensors.iter().map(move |plan| {
+            let params = first..first + plan.parts;
+            first = params.end;
+            (plan, params)
+        })
     }
 }
 
-/// Parameters that share a learning rate.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ParamGroup {
-    /// Part of the model.
-    pub part: Part,
-    /// Indices of its [`ParamId`]s.
-    pub params: Range<usize>,
+/// What a parameter is: all of a tensor of a module, or one of its parts.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    module: usize,
+    tensor: usize,
+    part: usize,
 }
 
 /// A LoRA over a base model: text encoder first, then U-Net, each in diffusers' order.
@@ -43,14 +53,16 @@ pub struct ParamGroup {
 pub struct LoraNetwork {
     algorithm: Algorithm,
     pub(super) modules: Vec<LoraModule>,
-    /// Module and place in it of each parameter.
-    places: Vec<(usize, usize)>,
+    /// One per parameter.
+    places: Vec<Place>,
+    pub(super) rates: Rates,
 }
 
 impl LoraNetwork {
     /// A module for each of `targets` that `rule` gives a rank. The order of `targets` is kept.
     pub fn new(targets: Vec<Target>, rule: &dyn RankRule, algorithm: Algorithm) -> Result<Self> {
-        let mut network = Self { algorithm, modules: Vec::new(), places: Vec::new() };
+        let (modules, places, rates) = (Vec::new(), Vec::new(), Rates::default());
+        let mut network = Self { algorithm, modules, places, rates };
         for target in targets {
             let Some(rank) = rule.rank(&target) else { continue };
             if rank.dim == 0 {
@@ -58,8 +70,11 @@ impl LoraNetwork {
                 return Err(ModelError::Network(message));
             }
             let tensors = algorithm.tensors(&target, rank.dim);
-            let (index, first) = (network.modules.len(), network.places.len());
-            network.places.extend((0..tensors.len()).map(|place| (index, place)));
+            let (module, first) = (network.modules.len(), network.places.len());
+            for (tensor, plan) in tensors.iter().enumerate() {
+                let parts = (0..plan.parts).map(|part| Place { module, tensor, part });
+                network.places.extend(parts);
+            }
             network.modules.push(LoraModule { target, rank, tensors, first });
         }
         if network.modules.is_empty() {
@@ -89,39 +104,33 @@ impl LoraNetwork {
         self.modules.iter().flat_map(|module| &module.tensors).map(TensorPlan::len).sum()
     }
 
-    /// Parameters by part, in the order of sd-scripts' optimizer groups; parts without any are left
-    /// out.
-    pub fn groups(&self) -> Vec<ParamGroup> {
-        let mut groups: Vec<ParamGroup> = Vec::new();
-        for module in &self.modules {
-            let (part, params) = (module.target.part, module.params());
-            match groups.last_mut() {
-                Some(group) if group.part == part => group.params.end = params.end,
-                _ => groups.push(ParamGroup { part, params }),
-            }
-        }
-        groups
+    /// Tensor and part of a parameter.
+    fn plan(&self, id: ParamId) -> (&LoraModule, &TensorPlan, usize) {
+        let place = self.places[id.0];
+        let module = &self.modules[place.module];
+        (module, &module.tensors[place.tensor], place.part)
     }
 
-    fn plan(&self, id: ParamId) -> (&LoraModule, &TensorPlan) {
-        let (module, place) = self.places[id.0];
-        (&self.modules[module], &self.modules[module].tensors[place])
-    }
-
-    /// Key of a parameter in files: `lora_unet_..._to_q.lora_down.weight`.
+    /// Key of a parameter in files: `lora_unet_..._to_q.lora_down.weight`, with the ranks behind it
+    /// (`[4..8]`) where a file's tensor is several parameters.
     pub fn key(&self, id: ParamId) -> String {
-        let (module, plan) = self.plan(id);
-        format!("{}.{}", module.target.name, plan.suffix)
+        let (module, plan, part) = self.plan(id);
+        let key = format!("{}.{}", module.target.name, plan.suffix);
+        if plan.parts == 1 {
+            return key;
+        }
+        let ranks = plan.shape[0] / plan.parts;
+        format!("{key}[{}..{}]", part * ranks, (part + 1) * ranks)
     }
 
     /// Shape of a parameter in files.
-    pub fn file_shape(&self, id: ParamId) -> &[usize] {
-        &self.plan(id).1.file_shape
+    pub fn file_shape(&self, id: ParamId) -> Vec<usize> {
+        self.plan(id).1.part().file_shape
     }
 
     /// Numbers of a parameter (or of its gradient) in the order of files.
     pub fn file_order(&self, id: ParamId, data: &[f32]) -> Vec<f32> {
-        self.plan(id).1.file_order(data)
+        self.plan(id).1.part().file_order(data)
     }
 
     /// Values of a new LoRA, one vector per parameter, in the engine's order.
@@ -132,17 +141,21 @@ impl LoraNetwork {
         &self,
         uniform: &mut dyn FnMut(&str, usize) -> Vec<f32>,
     ) -> Vec<Vec<f32>> {
-        let value = |id: usize| {
-            let plan = self.plan(ParamId(id)).1;
-            match plan.init {
-                Init::Zeros => vec![0.; plan.len()],
-                Init::Uniform(bound) => {
-                    let drawn = uniform(&self.key(ParamId(id)), plan.len());
-                    plan.engine_order(drawn.iter().map(|x| (2. * x - 1.) * bound).collect())
-                }
+        let mut values = Vec::with_capacity(self.places.len());
+        for module in &self.modules {
+            for plan in &module.tensors {
+                let value = match plan.init {
+                    Init::Zeros => vec![0.; plan.len()],
+                    Init::Uniform(bound) => {
+                        let key = format!("{}.{}", module.target.name, plan.suffix);
+                        let drawn = uniform(&key, plan.len());
+                        plan.engine_order(drawn.iter().map(|x| (2. * x - 1.) * bound).collect())
+                    }
+                };
+                values.extend(plan.cut(value));
             }
-        };
-        (0..self.places.len()).map(value).collect()
+        }
+        values
     }
 
     /// The parameters on a device, for the tape.
@@ -155,7 +168,7 @@ impl LoraNetwork {
         let tensors: Vec<_> = values
             .into_iter()
             .enumerate()
-            .map(|(id, data)| (self.plan(ParamId(id)).1.shape.clone(), data))
+            .map(|(id, data)| (self.plan(ParamId(id)).1.part().shape, data))
             .collect();
         Ok(ParamStore::new(device, &tensors)?)
     }
@@ -196,11 +209,14 @@ impl LoraNetwork {
         for module in &self.modules {
             let alpha = OwnedTensor::scalar(module.rank.alpha, dtype)?;
             tensors.insert(format!("{}.alpha", module.target.name), alpha);
-            for id in module.params().map(ParamId) {
-                let plan = self.plan(id).1;
-                let data = plan.file_order(&params.tensor(id)?.to_vec_f32()?);
+            for (plan, ids) in module.parts() {
+                let mut data = Vec::with_capacity(plan.len());
+                for id in ids {
+                    data.extend(params.tensor(ParamId(id))?.to_vec_f32()?);
+                }
+                let data = plan.file_order(&data);
                 let tensor = OwnedTensor::from_f32(&plan.file_shape, &data, dtype)?;
-                tensors.insert(self.key(id), tensor);
+                tensors.insert(format!("{}.{}", module.target.name, plan.suffix), tensor);
             }
         }
         Ok(tensors)

@@ -58,10 +58,12 @@ fn filled(network: &LoraNetwork) -> BTreeMap<String, OwnedTensor> {
     network.export(&params, Dtype::F32).unwrap()
 }
 
-fn compare_with_sd_scripts(file: &str, conv: bool) {
+fn reference(file: &str) -> Value {
     let path = format!("{}/../tests/data/keys/{file}.json", env!("CARGO_MANIFEST_DIR"));
-    let want: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-    let network = network(sd1_targets(), 4, conv);
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+fn compare_with_sd_scripts(network: &LoraNetwork, want: &Value) {
     let count = |key: &str| want[key].as_u64().unwrap() as usize;
     assert_eq!(network.module_count(Part::TextEncoder), count("n_te_modules"));
     assert_eq!(network.module_count(Part::Unet), count("n_unet_modules"));
@@ -69,31 +71,125 @@ fn compare_with_sd_scripts(file: &str, conv: bool) {
     assert_eq!(network.element_count() + network.modules().len(), count("n_params"));
 
     // The dump keeps the order in which sd-scripts made the modules.
-    let order: Vec<&String> = want["alphas"].as_object().unwrap().keys().collect();
+    let alphas = want["alphas"].as_object().unwrap();
+    let order: Vec<&String> = alphas.keys().collect();
     assert_eq!(network.modules().iter().map(|m| &m.target.name).collect::<Vec<_>>(), order);
-
-    for (group, want) in network.groups().iter().zip(want["optimizer_groups"].as_array().unwrap()) {
-        assert_eq!(want[0], group.part.group_name());
-        assert_eq!(want[2], group.params.len());
+    for module in network.modules() {
+        assert_eq!(alphas[&module.target.name].as_f64(), Some(f64::from(module.rank.alpha)));
     }
+    compare_groups(network, want);
+
     let shapes = want["shapes"].as_object().unwrap();
     let mut seen = 0;
-    for id in (0..network.param_count()).map(ParamId) {
-        let want: Vec<usize> = serde_json::from_value(shapes[&network.key(id)].clone()).unwrap();
-        assert_eq!(network.file_shape(id), want, "{}", network.key(id));
-        seen += 1;
+    for module in network.modules() {
+        for (plan, _) in module.parts() {
+            let key = format!("{}.{}", module.target.name, plan.suffix);
+            let want: Vec<usize> = serde_json::from_value(shapes[&key].clone()).unwrap();
+            assert_eq!(plan.file_shape, want, "{key}");
+            seen += 1;
+        }
     }
     assert_eq!(seen + network.modules().len(), shapes.len());
 }
 
+/// Names, learning rates and sizes of the optimizer groups, with the rates of the dumps.
+fn compare_groups(network: &LoraNetwork, want: &Value) {
+    let mut params = vec![false; network.param_count()];
+    let mut groups = Vec::new();
+    for group in network.groups() {
+        let rate = match group.part {
+            Part::TextEncoder => 5e-5,
+            Part::Unet => 1e-4,
+        };
+        // The reference makes a parameter of every rank that can be trained alone.
+        let unit = |id: &ParamId| {
+            let (module, part) = (network.modules(), network.file_shape(*id));
+            let module = module.iter().find(|m| m.params().contains(&id.0)).unwrap();
+            let whole: usize = module.tensors[0].parts;
+            if whole > 1 { part.iter().take(2).min().copied().unwrap() } else { 1 }
+        };
+        let count: usize = group.params.iter().map(unit).sum();
+        groups.push(serde_json::json!([group.label, rate * group.lr_factor, count]));
+        for id in group.params {
+            assert!(!std::mem::replace(&mut params[id.0], true), "{id:?} is in two groups");
+        }
+    }
+    assert_eq!(Value::from(groups), want["optimizer_groups"]);
+    assert!(params.iter().all(|seen| *seen));
+}
+
 #[test]
 fn lierla_of_sd1_is_that_of_sd_scripts() {
-    compare_with_sd_scripts("lierla_r4", false);
+    compare_with_sd_scripts(&network(sd1_targets(), 4, false), &reference("lierla_r4"));
 }
 
 #[test]
 fn c3lier_of_sd1_is_that_of_sd_scripts() {
-    compare_with_sd_scripts("c3lier_r4_conv4", true);
+    compare_with_sd_scripts(&network(sd1_targets(), 4, true), &reference("c3lier_r4_conv4"));
+}
+
+#[test]
+fn ranks_and_rates_by_block_are_those_of_sd_scripts() {
+    let want = reference("block_lr_dims");
+    let text = |key: &str| want["settings"]["network_args"][key].as_str().map(str::to_owned);
+    let lr = BlockLrText {
+        down: text("down_lr_weight"),
+        mid: text("mid_lr_weight"),
+        up: text("up_lr_weight"),
+        zero_threshold: 0.,
+    };
+    let rates = BlockRates::read(BlockLayout::Sd, &lr, &mut Vec::new()).unwrap();
+    let lists = BlockRankText {
+        dims: text("block_dims"),
+        alphas: text("block_alphas"),
+        ..BlockRankText::default()
+    };
+    let uniform = UniformRank { dim: 8, alpha: 4., conv_dim: None, conv_alpha: 1. };
+    let ranks = BlockRanks::read(BlockLayout::Sd, &lists, uniform, rates.as_ref()).unwrap();
+    let mut network = LoraNetwork::new(sd1_targets(), &ranks, Algorithm::LowRank).unwrap();
+    network.set_rates(rates, LoraPlus::default());
+    compare_with_sd_scripts(&network, &want);
+
+    // With LoRA+ every group falls into two.
+    let groups = network.groups();
+    network.set_rates(
+        network.rates.blocks.clone(),
+        LoraPlus { all: Some(16.), unet: Some(4.), text_encoder: None },
+    );
+    let halves = network.groups();
+    assert_eq!(halves.len(), 2 * groups.len());
+    let shown = |n: usize| (halves[n].label.as_str(), halves[n].lr_factor, halves[n].params.len());
+    assert_eq!(shown(0), ("textencoder", 1., 72));
+    assert_eq!(shown(1), ("textencoder plus", 16., 72));
+    assert_eq!(shown(7), ("unet_block4 plus", 2., 12));
+    assert!(network.key(halves[7].params[0]).ends_with("lora_up.weight"));
+}
+
+#[test]
+fn ranks_of_blocks_hold_for_convolutions_too() {
+    let mut dims = ["2"; 25];
+    dims[5] = "0";
+    let lists = BlockRankText { dims: Some(dims.join(",")), ..BlockRankText::default() };
+    let uniform = UniformRank { dim: 8, alpha: 0., conv_dim: None, conv_alpha: 1. };
+    let make = |lists: &BlockRankText, uniform: UniformRank| {
+        let ranks = BlockRanks::read(BlockLayout::Sd, lists, uniform, None).unwrap();
+        LoraNetwork::new(sd1_targets(), &ranks, Algorithm::LowRank).unwrap()
+    };
+    // Twelve layers to a transformer.
+    let network = make(&lists, uniform);
+    assert_eq!(network.module_count(Part::Unet), 192 - 12);
+    assert_eq!(network.modules()[0].rank, Rank::new(8, 8.));
+    assert_eq!(network.modules()[100].rank, Rank::new(2, 2.));
+    // Of the fifth block's residual block only the 3x3 convolutions remain.
+    let network = make(&lists, UniformRank { conv_dim: Some(4), ..uniform });
+    assert_eq!(network.module_count(Part::Unet), 278 - 12 - 1);
+    let conv = |name: &str| network.modules().iter().find(|m| m.target.path == name).unwrap().rank;
+    assert_eq!(conv("down_blocks.1.resnets.1.conv1"), Rank::new(4, 1.));
+    let conv_dims = Some(["3"; 25].join(","));
+    let network = make(&BlockRankText { conv_dims, ..lists }, uniform);
+    assert_eq!(network.module_count(Part::Unet), 278 - 12 - 1);
+    let conv = |name: &str| network.modules().iter().find(|m| m.target.path == name).unwrap().rank;
+    assert_eq!(conv("up_blocks.0.upsamplers.0.conv"), Rank::new(3, 1.));
 }
 
 #[test]

@@ -3,23 +3,49 @@
 use super::Options;
 use super::arguments::{read_number, refuse_key, split_pairs};
 use anyhow::{Result, bail};
+use models::lora::{
+    BlockLayout, BlockLrText, BlockRankText, BlockRanks, BlockRates, LoraPlus, UniformRank,
+};
 
-/// Settings of `networks.lora` from `--network_args`.
+/// Settings from `--network_args`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct NetworkArgs {
     /// Rank of LoRA on 3x3 convolutions; `None`: they are not trained.
     pub conv_dim: Option<usize>,
     /// Alpha of these; 1 when only `conv_dim` is given.
     pub conv_alpha: f64,
+    /// Probability with which an element of the hidden values is dropped; `network_dropout` wins.
+    pub dropout: Option<f64>,
+    /// Probability with which a rank of a module is dropped for one sample.
+    pub rank_dropout: Option<f64>,
+    /// Probability with which a module is left out of a step.
+    pub module_dropout: Option<f64>,
+    /// Ranks that DyLoRA trains together; 1 where not given.
+    pub unit: Option<usize>,
+    /// Ranks by block.
+    pub block_ranks: BlockRankText,
+    /// Learning rates by block.
+    pub block_rates: BlockLrText,
+    /// Learning rates of `lora_up`.
+    pub loraplus: LoraPlus,
     /// Every pair as written, for the metadata.
     pub pairs: Vec<(String, String)>,
 }
 
-/// Keys of `networks.lora` that exist in sd-scripts but are not built here yet.
-const LATER_NETWORK_KEYS: &[&str] = &[
+/// Keys that sd-scripts or LyCORIS take and that are not built here.
+const LATER_NETWORK_KEYS: &[&str] = &[];
+
+/// Keys that ask for nothing here.
+const IDLE_NETWORK_KEYS: &[&str] = &["verbose"];
+
+/// Keys that are read.
+const NETWORK_KEYS: &[&str] = &[
+    "conv_dim",
+    "conv_alpha",
     "dropout",
     "rank_dropout",
     "module_dropout",
+    "unit",
     "block_dims",
     "block_alphas",
     "conv_block_dims",
@@ -31,8 +57,6 @@ const LATER_NETWORK_KEYS: &[&str] = &[
     "loraplus_lr_ratio",
     "loraplus_unet_lr_ratio",
     "loraplus_text_encoder_lr_ratio",
-    "unit",
-    "verbose",
 ];
 
 impl Options {
@@ -40,24 +64,8 @@ impl Options {
     pub fn read_network_args(&self) -> Result<NetworkArgs> {
         let mut args = NetworkArgs { conv_alpha: 1.0, ..NetworkArgs::default() };
         for (key, value) in split_pairs("network_args", self.network_args.as_deref())? {
-            match key.as_str() {
-                "conv_dim" => args.conv_dim = Some(read_number("network_args", &key, &value)?),
-                "conv_alpha" => args.conv_alpha = read_number("network_args", &key, &value)?,
-                _ => {
-                    return refuse_key(
-                        "network_args",
-                        &key,
-                        LATER_NETWORK_KEYS,
-                        &["conv_dim", "conv_alpha"],
-                    );
-                }
-            }
+            args.set(&key, &value)?;
             args.pairs.push((key, value));
-        }
-        if args.conv_dim == Some(0) {
-            bail!(
-                "`network_args` sets a rank of 0: `conv_dim=0`\nhint: leave `conv_dim` out to train no 3x3 convolutions"
-            );
         }
         Ok(args)
     }
@@ -65,6 +73,97 @@ impl Options {
     /// Rank of the network: 4 where none is given, as in the reference.
     pub fn network_rank(&self) -> usize {
         self.network_dim.unwrap_or(4)
+    }
+}
+
+impl NetworkArgs {
+    fn set(&mut self, key: &str, value: &str) -> Result<()> {
+        let text = || Some(value.to_owned());
+        match key {
+            "conv_dim" => self.conv_dim = Some(whole(key, value)?),
+            "conv_alpha" => self.conv_alpha = read_number("network_args", key, value)?,
+            "dropout" => self.dropout = Some(probability(key, value)?),
+            "rank_dropout" => self.rank_dropout = Some(probability(key, value)?),
+            "module_dropout" => self.module_dropout = Some(probability(key, value)?),
+            "unit" => self.unit = Some(whole(key, value)?),
+            "block_dims" => self.block_ranks.dims = text(),
+            "block_alphas" => self.block_ranks.alphas = text(),
+            "conv_block_dims" => self.block_ranks.conv_dims = text(),
+            "conv_block_alphas" => self.block_ranks.conv_alphas = text(),
+            "down_lr_weight" => self.block_rates.down = text(),
+            "mid_lr_weight" => self.block_rates.mid = text(),
+            "up_lr_weight" => self.block_rates.up = text(),
+            "block_lr_zero_threshold" => {
+                self.block_rates.zero_threshold = read_number("network_args", key, value)?;
+            }
+            "loraplus_lr_ratio" => self.loraplus.all = Some(ratio(key, value)?),
+            "loraplus_unet_lr_ratio" => self.loraplus.unet = Some(ratio(key, value)?),
+            "loraplus_text_encoder_lr_ratio" => {
+                self.loraplus.text_encoder = Some(ratio(key, value)?);
+            }
+            _ if IDLE_NETWORK_KEYS.contains(&key) => {}
+            _ => return refuse_key("network_args", key, LATER_NETWORK_KEYS, NETWORK_KEYS),
+        }
+        Ok(())
+    }
+
+    /// Learning rates by block, `None` where all blocks have one.
+    pub fn read_block_rates(
+        &self,
+        layout: BlockLayout,
+        notes: &mut Vec<String>,
+    ) -> Result<Option<BlockRates>> {
+        Ok(BlockRates::read(layout, &self.block_rates, notes)?)
+    }
+
+    /// Ranks by block, `None` where all blocks have one; as in sd-scripts, learning rates by block
+    /// alone make it so too, and the other lists need `block_dims` or such rates.
+    pub fn read_block_ranks(
+        &self,
+        layout: BlockLayout,
+        (dim, alpha): (usize, f64),
+        rates: Option<&BlockRates>,
+    ) -> Result<Option<BlockRanks>> {
+        if self.block_ranks.dims.is_none() && rates.is_none() {
+            return Ok(None);
+        }
+        let uniform = UniformRank {
+            dim,
+            alpha: alpha as f32,
+            conv_dim: self.conv_dim,
+            conv_alpha: self.conv_alpha as f32,
+        };
+        Ok(Some(BlockRanks::read(layout, &self.block_ranks, uniform, rates)?))
+    }
+}
+
+/// A whole number from 1.
+fn whole(key: &str, value: &str) -> Result<usize> {
+    let number = value.parse::<usize>();
+    match number {
+        Ok(0) if key == "conv_dim" => bail!(
+            "`network_args` sets a rank of 0: `conv_dim=0`\nhint: leave `conv_dim` out to train no 3x3 convolutions"
+        ),
+        Ok(number) if number > 0 => Ok(number),
+        _ => bail!("`{key}` in `network_args` must be a whole number from 1, not: `{value}`"),
+    }
+}
+
+/// From 0 up to, but not, 1: nothing would be left to learn.
+fn probability(key: &str, value: &str) -> Result<f64> {
+    match value.parse::<f64>() {
+        Ok(number) if (0.0..1.0).contains(&number) => Ok(number),
+        _ => bail!(
+            "`{key}` in `network_args` must be a probability from 0 up to but not 1, not: `{value}`"
+        ),
+    }
+}
+
+/// A factor above 0.
+fn ratio(key: &str, value: &str) -> Result<f64> {
+    match value.parse::<f64>() {
+        Ok(number) if number > 0. && number.is_finite() => Ok(number),
+        _ => bail!("`{key}` in `network_args` must be a number above 0, not: `{value}`"),
     }
 }
 
@@ -84,11 +183,48 @@ mod tests {
         assert_eq!(network(&["conv_dim=8"]).unwrap().conv_alpha, 1.0);
         assert_eq!(network(&[]).unwrap().conv_dim, None);
         let message = |item| network(&[item]).unwrap_err().to_string();
-        assert_eq!(message("block_dims=1"), "`block_dims` in `network_args` is not supported yet");
         assert!(message("con_dim=1").contains("did you mean `conv_dim`?"));
+        assert!(message("blok_dims=1").contains("did you mean `block_dims`?"));
         assert!(message("conv_dim").contains("`key=value`"));
         assert!(message("conv_dim=4.5").contains("a whole number"));
         assert!(message("conv_dim=0").contains("rank of 0"));
+        assert!(message("unit=0").contains("a whole number from 1"));
+        assert!(message("rank_dropout=1").contains("a probability"));
+        assert!(message("module_dropout=-0.1").contains("a probability"));
+        assert!(message("loraplus_lr_ratio=0").contains("above 0"));
         assert!(network(&["conv_dim=1", "conv_dim=2"]).is_err());
+        assert_eq!(network(&["verbose=True"]).unwrap().pairs.len(), 1);
+    }
+
+    #[test]
+    fn every_key_is_read() {
+        let args = network(&[
+            "dropout=0.1",
+            "rank_dropout=0.2",
+            "module_dropout=0.3",
+            "unit=4",
+            "down_lr_weight=sine",
+            "mid_lr_weight=0.5",
+            "up_lr_weight=cosine+.25",
+            "block_lr_zero_threshold=0.1",
+            "loraplus_lr_ratio=16",
+            "loraplus_unet_lr_ratio=8",
+            "loraplus_text_encoder_lr_ratio=4",
+        ])
+        .unwrap();
+        assert_eq!((args.dropout, args.rank_dropout), (Some(0.1), Some(0.2)));
+        assert_eq!((args.module_dropout, args.unit), (Some(0.3), Some(4)));
+        assert_eq!(args.loraplus.all, Some(16.));
+        assert_eq!((args.loraplus.unet, args.loraplus.text_encoder), (Some(8.), Some(4.)));
+        let mut notes = Vec::new();
+        let rates = args.read_block_rates(BlockLayout::Sd, &mut notes).unwrap().unwrap();
+        assert_eq!(rates.weights()[12], 0.5);
+        // The first block of the sine and the last of the cosine, before its offset, are 0.
+        assert_eq!((rates.weights()[0], rates.weights()[24]), (0., 0.25));
+        assert!(notes.is_empty());
+        let ranks = args.read_block_ranks(BlockLayout::Sd, (4, 1.), Some(&rates)).unwrap();
+        assert!(ranks.is_some());
+        let plain = network(&["block_alphas=1"]).unwrap();
+        assert_eq!(plain.read_block_ranks(BlockLayout::Sd, (4, 1.), None).unwrap(), None);
     }
 }

@@ -313,7 +313,7 @@ impl Bench {
         let mut tensors: Vec<TensorStep> = Vec::new();
         for group in network.groups() {
             let lr = adamw.lr[usize::from(group.part == Part::Unet)] as f32;
-            let ids = group.params.map(ParamId);
+            let ids = group.params.iter().copied();
             tensors.extend(ids.map(|id| TensorStep { id, range: params.range(id), lr }));
         }
         let prompts = self.inputs.prompts();

@@ -26,7 +26,7 @@ pub(super) fn check_and_complete(
     check.support(&mut notes);
     check.values();
     check.model();
-    check.network();
+    check.network(&mut notes);
     check.dataset(inline_datasets, &mut notes);
     check.optimizer(&mut notes);
     check.schedule(&mut notes);
