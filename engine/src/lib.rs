@@ -19,8 +19,8 @@ pub use backend::{Activation, ConvGeometry, ElementLoss, LossSpec};
 pub use device::Device;
 pub use error::{EngineError, Result};
 pub use ops::{
-    Adapter, AttentionShape, ComposedAdapter, Conv2d, Embedding, Factor, GroupNorm, LayerNorm,
-    Linear, LowRankAdapter, Magnitude, Update,
+    Adapter, AttentionShape, ComposedAdapter, Conv2d, Drawn, Draws, Dropouts, Embedding, Factor,
+    GroupNorm, LayerNorm, Linear, LowRankAdapter, Magnitude, NestedAdapter, Update,
 };
 pub use params::{ParamId, ParamStore};
 pub use pool::{PoolStats, pool_stats, release_pool};

@@ -73,6 +73,20 @@ impl ParamStore {
         self.flat.view(place.offset, &place.shape)
     }
 
+    /// `count` parameters from `first` on as one, joined along the first axis; they must be alike in
+    /// the other axes. Drop it before [`ParamStore::flat_mut`] is used.
+    pub fn joined(&self, first: ParamId, count: usize) -> Result<Tensor> {
+        let places = self.places.get(first.0..first.0 + count).unwrap_or_default();
+        let alike = |place: &Place| place.shape.get(1..) == places[0].shape.get(1..);
+        if places.is_empty() || !places.iter().all(alike) {
+            let detail = format!("{count} parameters from {} cannot be joined", first.0);
+            return Err(EngineError::shape("parameter", detail));
+        }
+        let mut shape = places[0].shape.clone();
+        shape[0] = places.iter().map(|place| place.shape[0]).sum();
+        self.flat.view(places[0].offset, &shape)
+    }
+
     /// The flat tensor, to read.
     pub fn flat(&self) -> &Tensor {
         &self.flat

@@ -9,6 +9,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use crate::ops::Draws;
 use crate::params::{ParamId, ParamStore};
 use crate::{EngineError, Result, Tensor};
 
@@ -87,6 +88,7 @@ pub struct Tape<'m> {
     uses: Rc<RefCell<Vec<u32>>>,
     mode: Mode,
     checkpointing: bool,
+    draws: Option<Rc<dyn Draws>>,
 }
 
 impl<'m> Tape<'m> {
@@ -108,7 +110,25 @@ impl<'m> Tape<'m> {
         mode: Mode,
         checkpointing: bool,
     ) -> Self {
-        Self { params, nodes: RefCell::default(), uses, mode, checkpointing }
+        Self { params, nodes: RefCell::default(), uses, mode, checkpointing, draws: None }
+    }
+
+    /// The same tape with random choices for the adapters; without them nothing is dropped.
+    pub fn with_draws(self, draws: Option<Rc<dyn Draws>>) -> Self {
+        Self { draws, ..self }
+    }
+
+    /// Random choices for the adapters.
+    pub(crate) fn draws(&self) -> Option<&dyn Draws> {
+        self.draws.as_deref()
+    }
+
+    /// Several parameters as one tensor, to read; their gradients are not asked for by this.
+    pub(crate) fn joined_params(&self, first: ParamId, count: usize) -> Result<Tensor> {
+        let params = self.params.ok_or_else(|| {
+            EngineError::Tape(format!("parameter {} is used without a parameter store", first.0))
+        })?;
+        params.joined(first, count)
     }
 
     /// A trainable parameter, to be used by exactly one operation.
@@ -180,7 +200,8 @@ impl<'m> Tape<'m> {
         inputs: &[&Value],
         run: impl Fn(&Tape<'m>, &[Value]) -> Result<Value> + 'm,
     ) -> Result<Value> {
-        let forgetful = Self::with_mode(self.params, self.uses.clone(), Mode::Forget, false);
+        let forgetful = Self::with_mode(self.params, self.uses.clone(), Mode::Forget, false)
+            .with_draws(self.draws.clone());
         let hidden: Vec<Value> = inputs
             .iter()
             .map(|value| Value {
@@ -193,9 +214,9 @@ impl<'m> Tape<'m> {
             return Ok(out);
         }
         let saved: Vec<Value> = inputs.iter().map(|value| (*value).clone()).collect();
-        let (params, uses) = (self.params, self.uses.clone());
+        let (params, uses, draws) = (self.params, self.uses.clone(), self.draws.clone());
         let origin = self.push(Some(Box::new(move |dy, grads| {
-            let replay = Tape::with_mode(params, uses, Mode::Replay, false);
+            let replay = Tape::with_mode(params, uses, Mode::Replay, false).with_draws(draws);
             let leaves: Vec<Value> = saved
                 .iter()
                 .map(|value| Value {

@@ -5,7 +5,7 @@ use engine::ParamStore;
 use formats::lora_file;
 use models::lora::{
     Algorithm, BlockLayout, FileRanks, LoraNetwork, ParamGroup, Part, Rank, RankRule, Target,
-    UniformRanks, text_encoder_targets, unet_targets,
+    UniformRanks, name_key, text_encoder_targets, unet_targets,
 };
 
 use crate::base::Base;
@@ -80,7 +80,7 @@ impl PreparedNetwork {
         let hint = "lower `network_dim` (and `conv_dim`)";
         refuse_beyond_memory("the LoRA's weights, gradients and moments", state, hint)?;
         let mut values = network.initial_values(&mut |key, count| {
-            let mut rng = stream(seed, Purpose::LoraInit, key_number(key), 0);
+            let mut rng = stream(seed, Purpose::LoraInit, name_key(key), 0);
             (0..count).map(|_| rng.uniform_f32()).collect()
         });
         if let Some(file) = &weights {
@@ -117,13 +117,6 @@ impl PreparedNetwork {
 fn is_asked_for(target: &Target, args: &NetworkArgs) -> bool {
     let conv = args.conv_dim.is_some() || args.block_ranks.conv_dims.is_some();
     conv || (target.in_transformer && target.is_pointwise())
-}
-
-/// A number for a tensor's name that no other program version changes (FNV-1a).
-fn key_number(key: &str) -> u64 {
-    key.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
 }
 
 /// Learning rate of a part before the schedule: its own, else the common one.

@@ -9,7 +9,10 @@ mod norm;
 mod pointwise;
 mod shape;
 
-pub use adapter::{Adapter, ComposedAdapter, Factor, LowRankAdapter, Magnitude, Update};
+pub use adapter::{
+    Adapter, ComposedAdapter, Drawn, Draws, Dropouts, Factor, LowRankAdapter, Magnitude,
+    NestedAdapter, Update,
+};
 pub use attention::{AttentionShape, Embedding};
 pub use conv::Conv2d;
 pub use linear::Linear;

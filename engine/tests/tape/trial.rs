@@ -28,7 +28,8 @@ pub fn frozen(shape: &[usize], seed: u32) -> Tensor {
 }
 
 pub fn low_rank(down: usize, up: usize, scale: f32) -> Adapter {
-    Adapter::LowRank(LowRankAdapter { down: ParamId(down), up: ParamId(up), scale })
+    let (down, up) = (ParamId(down), ParamId(up));
+    Adapter::LowRank(LowRankAdapter { down, up, scale, dropouts: Dropouts::default(), module: 0 })
 }
 
 pub fn wide(t: &Tensor) -> Vec<f64> {

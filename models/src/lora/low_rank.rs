@@ -1,6 +1,6 @@
 //! LoRA proper: `up·down` of rank `dim`, `up` a 1x1 window (Hu et al., arXiv:2106.09685).
 
-use engine::{Adapter, LowRankAdapter, ParamId};
+use engine::{Adapter, Dropouts, LowRankAdapter, ParamId};
 
 use super::target::{LayerKind, Target};
 use super::{Init, TensorPlan};
@@ -24,6 +24,7 @@ pub(super) fn tensors(target: &Target, dim: usize) -> Vec<TensorPlan> {
     ]
 }
 
-pub(super) fn adapter(first: ParamId, scale: f32) -> Adapter {
-    Adapter::LowRank(LowRankAdapter { down: first, up: ParamId(first.0 + 1), scale })
+pub(super) fn adapter(first: ParamId, scale: f32, dropouts: Dropouts, module: u64) -> Adapter {
+    let up = ParamId(first.0 + 1);
+    Adapter::LowRank(LowRankAdapter { down: first, up, scale, dropouts, module })
 }

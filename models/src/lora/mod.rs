@@ -9,6 +9,7 @@
 //! [`Algorithm`].
 
 mod blocks;
+mod dylora;
 mod groups;
 mod load;
 mod low_rank;
@@ -27,7 +28,7 @@ pub use network::{LoraModule, LoraNetwork};
 pub use rank::{FileRanks, Rank, RankRule, UniformRanks};
 pub use target::{LayerKind, Part, Target, text_encoder_targets, unet_targets};
 
-use engine::{Adapter, ParamId};
+use engine::{Adapter, Dropouts, ParamId};
 
 /// Kinds of adapters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -35,6 +36,11 @@ pub enum Algorithm {
     /// LoRA of sd-scripts' `networks.lora`: LierLa, and C3Lier with ranks for 3x3 convolutions.
     #[default]
     LowRank,
+    /// LoRA of sd-scripts' `networks.dylora`: `unit` ranks are trained at a time.
+    DyLora {
+        /// Divides the rank.
+        unit: usize,
+    },
 }
 
 impl Algorithm {
@@ -42,15 +48,25 @@ impl Algorithm {
     fn tensors(self, target: &Target, dim: usize) -> Vec<TensorPlan> {
         match self {
             Algorithm::LowRank => low_rank::tensors(target, dim),
+            Algorithm::DyLora { unit } => dylora::tensors(target, dim, unit),
         }
     }
 
-    /// What a layer is given; `first` is the first of the module's parameters.
-    fn adapter(self, first: ParamId, scale: f32) -> Adapter {
+    /// What a layer is given; `scale` is `alpha/dim` times the multiplier.
+    fn adapter(self, module: &LoraModule, scale: f32, dropouts: Dropouts) -> Adapter {
+        let (first, key) = (ParamId(module.first), name_key(&module.target.name));
         match self {
-            Algorithm::LowRank => low_rank::adapter(first, scale),
+            Algorithm::LowRank => low_rank::adapter(first, scale, dropouts, key),
+            Algorithm::DyLora { .. } => dylora::adapter(first, module.tensors[0].parts, scale, key),
         }
     }
+}
+
+/// A number for a name in files that no other program version changes (FNV-1a).
+pub fn name_key(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+    })
 }
 
 /// How a tensor of a new module is filled.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use engine::{Adapter, Device, ParamId, ParamStore};
+use engine::{Adapter, Device, Dropouts, ParamId, ParamStore};
 use formats::{Dtype, OwnedTensor};
 
 use super::groups::Rates;
@@ -56,17 +56,26 @@ pub struct LoraNetwork {
     /// One per parameter.
     places: Vec<Place>,
     pub(super) rates: Rates,
+    /// What is left out in training.
+    pub dropouts: Dropouts,
 }
 
 impl LoraNetwork {
     /// A module for each of `targets` that `rule` gives a rank. The order of `targets` is kept.
     pub fn new(targets: Vec<Target>, rule: &dyn RankRule, algorithm: Algorithm) -> Result<Self> {
         let (modules, places, rates) = (Vec::new(), Vec::new(), Rates::default());
-        let mut network = Self { algorithm, modules, places, rates };
+        let dropouts = Dropouts::default();
+        let mut network = Self { algorithm, modules, places, rates, dropouts };
         for target in targets {
             let Some(rank) = rule.rank(&target) else { continue };
             if rank.dim == 0 {
                 let message = format!("the rank of a LoRA must be at least 1, it is: {}", rank.dim);
+                return Err(ModelError::Network(message));
+            }
+            if let Algorithm::DyLora { unit } = algorithm
+                && !rank.dim.is_multiple_of(unit)
+            {
+                let message = format!("`unit` ({unit}) does not divide the rank: {}", rank.dim);
                 return Err(ModelError::Network(message));
             }
             let tensors = algorithm.tensors(&target, rank.dim);
@@ -184,7 +193,7 @@ impl LoraNetwork {
         let mut adapters: BTreeMap<(Part, String), Adapter> = BTreeMap::new();
         for module in &self.modules {
             let scale = module.rank.scale() * multiplier;
-            let adapter = self.algorithm.adapter(ParamId(module.first), scale);
+            let adapter = self.algorithm.adapter(module, scale, self.dropouts);
             adapters.insert((module.target.part, module.target.path.clone()), adapter);
         }
         let mut take = |part, path: &str| adapters.remove(&(part, path.to_owned()));

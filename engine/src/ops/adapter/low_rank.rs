@@ -1,8 +1,10 @@
 //! Low-rank updates, fused into the layer's own product: the wide update is never made.
 //!
 //! `scale·(x·downᵀ)·upᵀ`; `down` is applied as a weight of the layer's kind, `up` as a matrix. `x` is
-//! saved for `down`'s gradient.
+//! saved for `down`'s gradient. In training, hidden values may be dropped: the others grow to make up
+//! for them.
 
+use super::draws::{Dropouts, masked};
 use crate::backend::{Gemm, LowRank};
 use crate::tape::Gradients;
 use crate::{DType, ParamId, Result, Tape, Tensor, Value};
@@ -16,6 +18,10 @@ pub struct LowRankAdapter {
     pub up: ParamId,
     /// `alpha/r`, times the multiplier.
     pub scale: f32,
+    /// What is left out in training.
+    pub dropouts: Dropouts,
+    /// Key of the module's draws.
+    pub module: u64,
 }
 
 /// The adapter's tensors in the compute type, and what its backward needs.
@@ -28,8 +34,10 @@ pub(in crate::ops) struct Active {
     down_cast: Tensor,
     /// `scale·up` in the compute type, `[out,r]`.
     up_scaled: Tensor,
-    /// `down` applied to the input, `[...,r]`.
+    /// `down` applied to the input, `[...,r]`, masked.
     hidden: Tensor,
+    /// Factors of the hidden values, f32.
+    mask: Option<Tensor>,
 }
 
 impl LowRankAdapter {
@@ -45,7 +53,10 @@ impl LowRankAdapter {
         let down_cast = down.tensor().to_dtype(x.dtype())?;
         let up_scaled = backend.scale(up.tensor(), self.scale)?.to_dtype(x.dtype())?;
         let hidden = apply(&down_cast)?;
-        Ok(Active { params: [down, up], scale: self.scale, x, down_cast, up_scaled, hidden })
+        let mask = self.dropouts.mask(tape, self.module, &hidden)?;
+        let hidden = masked(hidden, mask.as_ref())?;
+        let params = [down, up];
+        Ok(Active { params, scale: self.scale, x, down_cast, up_scaled, hidden, mask })
     }
 }
 
@@ -76,7 +87,7 @@ impl Active {
         let backend = dy.device().backend();
         // dL/dh = dy·(scale·up), shared by the gradients of `down` and of the input.
         let dh = backend.gemm(&Gemm::new(dy, false, &self.up_scaled, false))?;
-        let dh = dh.reshape(self.hidden.shape())?;
+        let dh = masked(dh.reshape(self.hidden.shape())?, self.mask.as_ref())?;
         let product = Gemm::new(dy, true, &self.hidden, false);
         let gradient = backend.gemm(&Gemm { alpha: self.scale, out: DType::F32, ..product })?;
         grads.add(up.origin(), gradient.reshape(up.shape())?)?;

@@ -5,12 +5,16 @@
 //! is applied to the input, and how a weight's gradient comes from input and output gradient.
 
 mod composed;
+mod draws;
 mod factor;
 mod low_rank;
+mod nested;
 
 pub use composed::{ComposedAdapter, Magnitude, Update};
+pub use draws::{Drawn, Draws, Dropouts};
 pub use factor::Factor;
 pub use low_rank::LowRankAdapter;
+pub use nested::NestedAdapter;
 
 use crate::backend::LowRank;
 use crate::tape::Gradients;
@@ -21,6 +25,8 @@ use crate::{Result, Tape, Tensor, Value};
 pub enum Adapter {
     /// A product of two thin matrices, computed beside the frozen weight.
     LowRank(LowRankAdapter),
+    /// The same, trained in blocks of ranks.
+    Nested(NestedAdapter),
     /// A weight made of small tensors in place of the frozen one.
     Composed(ComposedAdapter),
 }
@@ -30,6 +36,7 @@ pub(super) enum Active {
     /// There is none.
     Frozen,
     LowRank(Box<low_rank::Active>),
+    Nested(Box<nested::Active>),
     Composed(Box<composed::Active>),
 }
 
@@ -60,8 +67,14 @@ pub(super) fn activate(
 ) -> Result<Active> {
     match adapter {
         None => Ok(Active::Frozen),
+        Some(Adapter::LowRank(adapter)) if adapter.dropouts.skips(tape, adapter.module) => {
+            Ok(Active::Frozen)
+        }
         Some(Adapter::LowRank(adapter)) => {
             adapter.activate(tape, x, apply).map(|active| Active::LowRank(Box::new(active)))
+        }
+        Some(Adapter::Nested(adapter)) => {
+            adapter.activate(tape, x, apply).map(|active| Active::Nested(Box::new(active)))
         }
         Some(Adapter::Composed(adapter)) => {
             adapter.activate(tape, x, frozen).map(|active| Active::Composed(Box::new(active)))
@@ -74,7 +87,7 @@ impl Active {
     pub(super) fn weight(&self) -> Result<Option<Tensor>> {
         match self {
             Active::Composed(active) => active.weight().map(Some),
-            Active::Frozen | Active::LowRank(_) => Ok(None),
+            Active::Frozen | Active::LowRank(_) | Active::Nested(_) => Ok(None),
         }
     }
 
@@ -82,6 +95,7 @@ impl Active {
     pub(super) fn low_rank(&self) -> Option<LowRank<'_>> {
         match self {
             Active::LowRank(active) => Some(active.low_rank()),
+            Active::Nested(active) => Some(active.low_rank()),
             Active::Frozen | Active::Composed(_) => None,
         }
     }
@@ -91,6 +105,7 @@ impl Active {
         match self {
             Active::Frozen => &[],
             Active::LowRank(active) => active.params(),
+            Active::Nested(active) => active.params(),
             Active::Composed(active) => active.params(),
         }
     }
@@ -111,6 +126,10 @@ impl Active {
                 let hidden = active.backward(dy, grads, weight_gradient)?;
                 Ok(Through { hidden: Some(hidden), weight: None })
             }
+            Active::Nested(active) => {
+                let hidden = active.backward(dy, grads, weight_gradient)?;
+                Ok(Through { hidden: Some(hidden), weight: None })
+            }
             Active::Composed(active) => {
                 let weight = active.backward(dy, grads, for_input, weight_gradient)?;
                 Ok(Through { hidden: None, weight })
@@ -125,6 +144,7 @@ impl Active {
     ) -> Option<(&'a Tensor, &'a Tensor)> {
         match self {
             Active::LowRank(active) => through.hidden.as_ref().map(|dh| (dh, active.down())),
+            Active::Nested(active) => through.hidden.as_ref().map(|dh| (dh, active.down())),
             Active::Frozen | Active::Composed(_) => None,
         }
     }
