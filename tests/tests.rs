@@ -3,6 +3,7 @@
 //! - `harness`: small runs on drawn pictures
 //! - `layering`: direction of dependencies, size and promise of files
 //! - `equality`: world sizes agree, runs repeat to the byte, checkpointing changes nothing
+//! - `examples`: the example configs run as they are
 //! - `hostile_input`: every kind of bad input gives one clear error and no partial file
 //! - `interruption`: killed ranks, Ctrl-C, full disk
 //! - `keys`: tensors and metadata of our files beside those of sd-scripts, and lossless continuing
@@ -12,6 +13,7 @@
 //! - `watch`: steps that are not finite are left out; the average of the weights
 
 mod equality;
+mod examples;
 mod harness;
 mod hostile_input;
 mod interruption;

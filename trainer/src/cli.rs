@@ -12,7 +12,7 @@ use crate::dataset::DatasetError;
 use crate::options::{self, Action, UsageError};
 use crate::run::Run;
 use crate::train::Ending;
-use crate::{console, selftest};
+use crate::{config_check, console, selftest};
 
 /// A failure and the code it ends the process with.
 struct Failure {
@@ -34,8 +34,11 @@ fn train(args: &[OsString], env: &Env) -> Result<i32, Failure> {
     })?;
     match &parsed.action {
         Action::Help(search) => {
-            let text = options::help_text(search.as_deref()).map_err(wrong)?;
-            console::data(&text);
+            let text = match search.as_deref() {
+                Some("markdown") => options::markdown(),
+                search => options::help_text(search).map_err(wrong)?,
+            };
+            console::data(text.trim_end());
             Ok(exit_code::DONE)
         }
         Action::WriteConfig(path) => {
@@ -45,6 +48,7 @@ fn train(args: &[OsString], env: &Env) -> Result<i32, Failure> {
             }
             Ok(exit_code::DONE)
         }
+        Action::CheckConfig => Ok(config_check::report(&parsed)),
         Action::Train => {
             let run = Run::prepare(&parsed, env).map_err(|error| Failure {
                 code: code_of(&error, exit_code::CONFIGURATION),
@@ -52,6 +56,13 @@ fn train(args: &[OsString], env: &Env) -> Result<i32, Failure> {
             })?;
             if run.is_dry() {
                 run.print_plan();
+                return Ok(exit_code::DONE);
+            }
+            if run.is_debug() {
+                run.print_batches(env).map_err(|error| Failure {
+                    code: code_of(&error, exit_code::FAILURE),
+                    error,
+                })?;
                 return Ok(exit_code::DONE);
             }
             match run.train(env) {

@@ -3,9 +3,11 @@
 pub mod base;
 pub mod checkpoint;
 pub mod cli;
+pub mod config_check;
 pub mod console;
 pub mod data_plan;
 pub mod dataset;
+pub mod debug_dataset;
 pub mod ema;
 pub mod gradients;
 pub mod latents;

@@ -16,6 +16,7 @@ use crate::dataset::{
     CacheOptions, CachePlace, ClipTokenizer, DatasetGroup, FixedBatches, LatentStore, Loader,
     LoaderOptions, LoaderParts, Sampler, TokenLength, cache_latents, plan_datasets, worker_count,
 };
+use crate::debug_dataset::print_batches;
 use crate::ema::{Ema, average_path};
 use crate::latents::{VaeEncoder, vae_fingerprint};
 use crate::lr::Schedule;
@@ -86,6 +87,19 @@ impl Run {
     /// Whether the user asked for the plan alone.
     pub fn is_dry(&self) -> bool {
         self.options.dry_run
+    }
+
+    /// Whether the user asked for the batches alone.
+    pub fn is_debug(&self) -> bool {
+        self.options.debug_dataset
+    }
+
+    /// Prints what the steps of the first epoch would see.
+    pub fn print_batches(self, env: &Env) -> Result<()> {
+        let Self { options, base, group, plan, .. } = self;
+        let steps = plan.steps.min(plan.steps_per_epoch);
+        let (parts, loading) = loader_parts(&options, env, &base, (Arc::new(group), None), &plan)?;
+        print_batches(&mut Loader::start(parts, loading)?, steps)
     }
 
     /// Prints options and files of the plan as data.

@@ -114,7 +114,7 @@ choice! {
 choice! {
     /// Compilers of `torch.compile`, accepted without effect.
     DynamoBackend {
-        Eager = "eager", AotEager = "aot_eager", Inductor = "inductor",
+        No = "no", Eager = "eager", AotEager = "aot_eager", Inductor = "inductor",
         AotTsNvfuser = "aot_ts_nvfuser", NvprimsNvfuser = "nvprims_nvfuser",
         Cudagraphs = "cudagraphs", Ofi = "ofi", Fx2trt = "fx2trt", Onnxrt = "onnxrt",
         Tensort = "tensort", Ipex = "ipex", Tvm = "tvm",

@@ -3,6 +3,7 @@
 //! Section names carry no meaning (as in sd-scripts). `[[datasets]]`, and `[general]` beside it,
 //! are handed over as they stand: the dataset reader owns their keys.
 
+use super::front_ends::flatten_easy_scripts;
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use toml::de::DeTable;
@@ -32,6 +33,12 @@ pub struct ConfigFile {
 /// Finds the file that `name` stands for: `name` itself, or `name.toml`.
 pub fn find_config(name: &Path) -> Result<PathBuf> {
     if name.is_file() {
+        if name.extension().is_some_and(|suffix| suffix == "json") {
+            bail!(
+                "the config file is not TOML: `{}`\nhint: a JSON file holds the settings of a GUI; use the TOML file that the GUI writes when training starts, in its output folder",
+                name.display()
+            );
+        }
         return Ok(name.to_path_buf());
     }
     let with_suffix = add_toml_suffix(name);
@@ -79,9 +86,11 @@ fn take_apart(path: &Path, text: &str) -> Result<ConfigFile> {
             "{shown}:1:1: the config file is empty\nhint: `lorarun train --help` lists the options"
         );
     }
+    flatten_easy_scripts(&mut table);
     let datasets = take_datasets(path, &mut table)?;
     let mut entries: Vec<ConfigEntry> = Vec::new();
     for (key, place) in spanned.get_ref().iter() {
+        // What is not there any more was part of the datasets.
         let Some(value) = table.remove(key.get_ref().as_ref()) else { continue };
         let line = lines.place(key.span().start).0;
         let toml::Value::Table(section) = value else {

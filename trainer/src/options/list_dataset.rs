@@ -19,7 +19,7 @@ macro_rules! dataset_options {
         /// How often each image of `--in_json` is used in an epoch. Default 1.
         dataset_repeats: usize = 1, Supported;
         /// Python class of an own dataset.
-        dataset_class: Option<String> = None, NotYet("there is no Python here: use `--dataset_config`");
+        dataset_class: Option<String> = None, Refused("it names a Python class, and there is no Python here; describe the data in `dataset_config`");
         /// Size that images are trained at in pixels: `512` or `width,height`. With buckets it sets
         /// the area. Use the size of the base model; required here or in the dataset file.
         resolution: Option<Resolution> = None, Supported;
@@ -65,8 +65,9 @@ macro_rules! dataset_options {
             NoEffect("cached files are keyed by content and settings, so checking them costs next to nothing");
         /// Keep captions and image sizes in a file for a faster start.
         cache_info: bool = false, NoEffect("only the header of each image is read at the start, which is fast");
-        /// Show the data instead of training.
-        debug_dataset: bool = false, NotYet("`--dry_run` prints what was found");
+        /// Print what the steps of the first epochs would see (image, size, crop, caption) instead
+        /// of training.
+        debug_dataset: bool = false, Supported;
         /// Stop at the first damaged image instead of naming and skipping it.
         strict_data: bool = false, Supported;
         /// Threads that load and prepare images ahead of the training step. Default 8, at most the

@@ -30,43 +30,43 @@ macro_rules! performance_options {
 macro_rules! deepspeed_options {
     ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Deepspeed {
         /// Train with DeepSpeed.
-        deepspeed: bool = false, NotYet("start several ranks with `lorarun --num_processes N train ...`");
+        deepspeed: bool = false, Refused("DeepSpeed divides trained weights among processes, and a LoRA's are few; start several ranks with `lorarun --num_processes N train ...`");
         /// What DeepSpeed divides among processes (0 to 3). Default 2.
-        zero_stage: usize = 2, NotYet("");
+        zero_stage: usize = 2, NoEffect("it is a setting of `deepspeed`");
         /// Where DeepSpeed puts the optimizer's state.
-        offload_optimizer_device: Option<OffloadDevice> = None, NotYet("");
+        offload_optimizer_device: Option<OffloadDevice> = None, NoEffect("it is a setting of `deepspeed`");
         /// Folder for the optimizer's state.
-        offload_optimizer_nvme_path: Option<PathBuf> = None, NotYet("");
+        offload_optimizer_nvme_path: Option<PathBuf> = None, NoEffect("it is a setting of `deepspeed`");
         /// Where DeepSpeed puts weights.
-        offload_param_device: Option<OffloadDevice> = None, NotYet("");
+        offload_param_device: Option<OffloadDevice> = None, NoEffect("it is a setting of `deepspeed`");
         /// Folder for weights.
-        offload_param_nvme_path: Option<PathBuf> = None, NotYet("");
+        offload_param_nvme_path: Option<PathBuf> = None, NoEffect("it is a setting of `deepspeed`");
         /// Divide weights while building the model.
-        zero3_init_flag: bool = false, NotYet("");
+        zero3_init_flag: bool = false, NoEffect("it is a setting of `deepspeed`");
         /// Save divided weights as 16-bit numbers.
-        zero3_save_16bit_model: bool = false, NotYet("");
+        zero3_save_16bit_model: bool = false, NoEffect("it is a setting of `deepspeed`");
         /// Keep weights and gradients in float16.
-        fp16_master_weights_and_gradients: bool = false, NotYet("");
+        fp16_master_weights_and_gradients: bool = false, NoEffect("it is a setting of `deepspeed`");
     } } };
 }
 
 macro_rules! hub_options {
     ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Hub {
-        /// Repository to upload trained files to.
-        huggingface_repo_id: Option<String> = None, NotYet("");
+        /// Repository at the Hugging Face hub to upload trained files to.
+        huggingface_repo_id: Option<String> = None, NotYet("nothing is uploaded: take it out and upload the files of `output_dir` with `hf upload`");
         /// Kind of that repository.
-        huggingface_repo_type: Option<String> = None, NotYet("");
+        huggingface_repo_type: Option<String> = None, NoEffect("it is a setting of `huggingface_repo_id`");
         /// Folder in that repository.
-        huggingface_path_in_repo: Option<String> = None, NotYet("");
+        huggingface_path_in_repo: Option<String> = None, NoEffect("it is a setting of `huggingface_repo_id`");
         /// Access token for uploads.
-        huggingface_token: Option<String> = None, NotYet("");
+        huggingface_token: Option<String> = None, NoEffect("it is a setting of `huggingface_repo_id`");
         /// `public`, or private when not given.
-        huggingface_repo_visibility: Option<String> = None, NotYet("");
+        huggingface_repo_visibility: Option<String> = None, NoEffect("it is a setting of `huggingface_repo_id`");
         /// Upload saved states too.
-        save_state_to_huggingface: bool = false, NotYet("");
+        save_state_to_huggingface: bool = false, NotYet("nothing is uploaded: take it out, states are kept in `output_dir`");
         /// Go on from a state in a repository.
-        resume_from_huggingface: bool = false, NotYet("");
+        resume_from_huggingface: bool = false, NotYet("download the state and name its folder as `resume`");
         /// Upload while training goes on.
-        async_upload: bool = false, NotYet("");
+        async_upload: bool = false, NoEffect("it is a setting of `huggingface_repo_id`");
     } } };
 }

@@ -13,6 +13,13 @@ macro_rules! config_options {
         output_config: bool = false, Supported;
         /// Check the configuration and the data, print the resolved plan and end without training.
         dry_run: bool = false, Supported;
+        /// Check the config and the dataset file without opening model or images: unknown and
+        /// contradicting options, values out of the usual, missing files. Prints what it found and
+        /// ends, with code 78 if something would stop the run.
+        config_check: bool = false, Supported;
+        /// Ignore unknown names in the config file and on the command line, with a warning, instead
+        /// of refusing them. A mistyped option is then not trained with.
+        allow_unknown: bool = false, Supported;
         /// Device that computes: only `cpu` for now.
         device: Device = Device::Cpu, Supported;
         /// CPU threads of each rank. Default: the cores of this machine divided by its ranks.

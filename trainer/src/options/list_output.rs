@@ -107,15 +107,15 @@ macro_rules! logging_options {
 macro_rules! sampling_options {
     ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Sampling {
         /// Make sample images every N steps.
-        sample_every_n_steps: Option<usize> = None, NotYet("");
+        sample_every_n_steps: Option<usize> = None, Later("sample pictures are not made yet");
         /// Make sample images before the first step.
-        sample_at_first: bool = false, NotYet("");
+        sample_at_first: bool = false, Later("sample pictures are not made yet");
         /// Make sample images every N epochs.
-        sample_every_n_epochs: Option<usize> = None, NotYet("");
+        sample_every_n_epochs: Option<usize> = None, Later("sample pictures are not made yet");
         /// File with the prompts of sample images.
-        sample_prompts: Option<PathBuf> = None, NotYet("");
+        sample_prompts: Option<PathBuf> = None, Later("sample pictures are not made yet");
         /// Sampler of sample images. Default `ddim`.
-        sample_sampler: SampleSampler = SampleSampler::Ddim, NotYet("");
+        sample_sampler: SampleSampler = SampleSampler::Ddim, NoEffect("it is a setting of sample pictures");
     } } };
 }
 

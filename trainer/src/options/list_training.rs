@@ -23,22 +23,22 @@ macro_rules! training_options {
         /// before the run stops. Default 10; 0 stops at the first. A step that is left out counts
         /// as a step of the run and changes no weight; no file is written until a good one.
         max_skipped_steps: usize = 10, Supported;
-        /// Precision of the frozen model's arithmetic: `no` (float32) or `bf16`. LoRA weights are
-        /// always float32. Default `no`.
+        /// Precision of the frozen model's arithmetic: `no` (float32), `bf16` (half the memory), or
+        /// `fp16`, which the CPU computes in float32. LoRA weights are always float32. Default `no`.
         mixed_precision: MixedPrecision = MixedPrecision::No, Supported;
         /// Gradients and weights in float16 too.
-        full_fp16: bool = false, NotYet("use `mixed_precision = \"bf16\"` or `\"no\"`");
+        full_fp16: bool = false, NoEffect("the LoRA and its gradients stay in float32, which is more exact; they are small");
         /// Gradients and weights in bfloat16 too.
-        full_bf16: bool = false, NotYet("use `mixed_precision = \"bf16\"`");
+        full_bf16: bool = false, NoEffect("the LoRA and its gradients stay in float32, which is more exact; they are small");
         /// Keep the base model in 8-bit floats.
-        fp8_base: bool = false, NotYet("");
+        fp8_base: bool = false, NoEffect("the base model is kept in the precision of `mixed_precision`, which is more exact and takes more memory");
         /// Keep the U-Net in 8-bit floats.
-        fp8_base_unet: bool = false, NotYet("");
+        fp8_base_unet: bool = false, NoEffect("the base model is kept in the precision of `mixed_precision`, which is more exact and takes more memory");
         /// Compute block by block again in the backward pass instead of keeping everything: less
         /// memory, about a third more time, the same result to the bit.
         gradient_checkpointing: bool = false, Supported;
         /// Move checkpointed tensors to main memory.
-        cpu_offload_checkpointing: bool = false, NotYet("");
+        cpu_offload_checkpointing: bool = false, NoEffect("the CPU computes, so tensors are in main memory already");
         /// Keep the VAE in float32 under mixed precision.
         no_half_vae: bool = false, NoEffect("the VAE always computes in float32");
     } } };

@@ -7,9 +7,10 @@
 //! - `value`, `choices`: types of values · `table`: the declaring macro and the row type
 //! - `list_*`: the options · `arguments`, `network_args`, `optimizer_args`, `scheduler_args`:
 //!   `key=value` lists
-//! - `config_file`: TOML with places
+//! - `config_file`: TOML with places · `front_ends`, `foreign`: keys and values of other programs
 //! - `parse`: command line over file over default · `validate`: rules · `suggest`: did-you-mean
-//! - `help`, `print`: options as help and as TOML
+//! - `help`, `print`, `docs`: options as help, TOML and document
+//! - `lint`: advice about unusual settings
 
 #[macro_use]
 mod table;
@@ -26,7 +27,13 @@ mod list_training;
 mod arguments;
 mod choices;
 mod config_file;
+mod docs;
+mod foreign;
+#[cfg(test)]
+mod front_end_tests;
+mod front_ends;
 mod help;
+mod lint;
 mod network_args;
 mod optimizer_args;
 mod parse;
@@ -39,7 +46,9 @@ mod validate;
 mod value;
 
 pub use choices::*;
+pub use docs::markdown;
 pub use help::help_text;
+pub use lint::lint;
 pub use network_args::NetworkArgs;
 pub use optimizer_args::AdamwArgs;
 pub use parse::{Action, Parsed, UsageError, find_option, parse, write_config};

@@ -4,6 +4,8 @@
 //! one is refused with a suggestion. All faults of a file are reported at once.
 
 use super::config_file::{ConfigFile, add_toml_suffix, find_config, read_config};
+use super::foreign::Foreign;
+use super::front_ends::{self, Meaning};
 use super::suggest::closest;
 use super::{Kind, OPTIONS, OptionSpec, Options, Origin, validate};
 use anyhow::{Context, Result, bail};
@@ -16,6 +18,8 @@ use toml::Value;
 pub enum Action {
     /// Train, or with `dry_run` print the plan.
     Train,
+    /// Say what is wrong or unusual about the options.
+    CheckConfig,
     /// Print the help, all of it or what matches the word.
     Help(Option<String>),
     /// Write the options to this file.
@@ -35,6 +39,8 @@ pub struct Parsed {
     pub config_path: Option<PathBuf>,
     /// Remarks for the user: options without effect, values changed or ignored.
     pub notes: Vec<String>,
+    /// What would stop the run; empty unless the action is [`Action::CheckConfig`].
+    pub problems: Vec<String>,
 }
 
 /// A fault of the command line itself, as opposed to one in a config file.
@@ -66,7 +72,8 @@ pub fn parse(args: &[OsString]) -> Result<Parsed> {
         options: Options::default(),
         datasets: None,
         config_path: None,
-        notes: Vec::new(),
+        notes: line.ignored.clone(),
+        problems: Vec::new(),
     };
     if let Some(search) = line.help {
         parsed.action = Action::Help(search);
@@ -90,7 +97,7 @@ pub fn parse(args: &[OsString]) -> Result<Parsed> {
         let file = read_config(&path)?;
         // The file comes first so that the command line, applied once more, wins.
         parsed.options = Options::default();
-        apply_file(&mut parsed, &file)?;
+        parsed.problems = apply_file(&mut parsed, &file, line.allows_unknown);
         for (spec, value) in &line.values {
             assign(&mut parsed.options, spec, value, Origin::CommandLine)?;
         }
@@ -98,8 +105,18 @@ pub fn parse(args: &[OsString]) -> Result<Parsed> {
         parsed.datasets = file.datasets;
         parsed.config_path = Some(path);
     }
+    if parsed.options.config_check {
+        parsed.action = Action::CheckConfig;
+    } else if !parsed.problems.is_empty() {
+        bail!(parsed.problems.join("\n"));
+    }
     let has_datasets = parsed.datasets.is_some();
-    parsed.notes.extend(validate::check_and_complete(&mut parsed.options, has_datasets)?);
+    let review = validate::check_and_complete(&mut parsed.options, has_datasets);
+    parsed.notes.extend(review.notes);
+    parsed.problems.extend(review.problems);
+    if !parsed.problems.is_empty() && parsed.action == Action::Train {
+        bail!(parsed.problems.join("\n"));
+    }
     Ok(parsed)
 }
 
@@ -129,35 +146,53 @@ fn config_name(positional: Option<String>, options: &Options) -> Result<Option<P
     }
 }
 
-/// Sets every option of a file; all faults are collected into one error.
-fn apply_file(parsed: &mut Parsed, file: &ConfigFile) -> Result<()> {
+/// Sets every option of a file; gives the faults.
+fn apply_file(parsed: &mut Parsed, file: &ConfigFile, allows_unknown: bool) -> Vec<String> {
+    let allowed = file.entries.iter().find(|entry| entry.key == "allow_unknown");
+    let allows_unknown =
+        allows_unknown || allowed.is_some_and(|entry| !front_ends::is_nothing(&entry.value));
     let mut faults = Vec::new();
+    let mut foreign = Foreign::default();
     for entry in &file.entries {
         let origin = Origin::File { path: file.path.clone(), line: entry.line };
         let place = format!("{}:{}", file.path.display(), entry.line);
-        match find_option(&entry.key.replace('-', "_")) {
-            None => faults.push(format!(
-                "{place}: unknown option: `{}`{}",
-                entry.key,
-                hint_for(&entry.key)
-            )),
+        let key = entry.key.replace('-', "_");
+        match find_option(&key) {
             Some(spec) if matches!(spec.name, "config_file" | "output_config") => {
                 parsed
                     .notes
                     .push(format!("{place}: `{}` has no effect inside a config file", spec.name));
             }
             Some(spec) => {
-                if let Err(fault) = assign(&mut parsed.options, spec, &entry.value, origin) {
+                let Some(value) = front_ends::meant_value(spec, &entry.value) else { continue };
+                if let Err(fault) = assign(&mut parsed.options, spec, &value, origin) {
                     faults.push(fault.to_string());
                 }
             }
+            None => match front_ends::meaning_of(&key) {
+                Some(meaning) => faults.extend(foreign.take(&key, &entry.value, meaning, origin)),
+                None if allows_unknown => parsed
+                    .notes
+                    .push(format!("warning: {place}: unknown option, ignored: `{}`", entry.key)),
+                None => faults.push(format!(
+                    "{place}: unknown option: `{}`{}",
+                    entry.key,
+                    hint_for(&entry.key)
+                )),
+            },
         }
     }
-    if faults.is_empty() { Ok(()) } else { bail!(faults.join("\n")) }
+    faults.extend(foreign.apply(parsed));
+    faults
 }
 
 /// Sets one option and remembers where it was written.
-fn assign(options: &mut Options, spec: &OptionSpec, value: &Value, origin: Origin) -> Result<()> {
+pub(super) fn assign(
+    options: &mut Options,
+    spec: &OptionSpec,
+    value: &Value,
+    origin: Origin,
+) -> Result<()> {
     if let Err(mismatch) = (spec.assign)(options, value) {
         bail!(
             "{} must be {}, not {}",
@@ -172,22 +207,13 @@ fn assign(options: &mut Options, spec: &OptionSpec, value: &Value, origin: Origi
 
 /// Names that users bring from elsewhere, with where they belong.
 const ELSEWHERE: &[(&str, &str)] = &[
-    ("batch_size", "here it is `train_batch_size`; `batch_size` belongs into `[[datasets]]`"),
-    ("num_repeats", "it belongs into `[[datasets.subsets]]`"),
-    ("image_dir", "it belongs into `[[datasets.subsets]]`"),
-    ("class_tokens", "it belongs into `[[datasets.subsets]]`"),
-    ("is_reg", "it belongs into `[[datasets.subsets]]`"),
-    ("metadata_file", "it belongs into `[[datasets.subsets]]`, or use `in_json`"),
     ("num_processes", "it belongs before `train`: `lorarun --num_processes N train ...`"),
     ("num_machines", "it belongs before `train`"),
-    ("num_cpu_threads_per_process", "here it is `threads`"),
     ("rank", "here it is `network_dim`"),
     ("lora_rank", "here it is `network_dim`"),
     ("lr", "here it is `learning_rate`"),
     ("steps", "here it is `max_train_steps`"),
     ("epochs", "here it is `max_train_epochs`"),
-    ("cache_text_encoder_outputs", "it is an option of the SDXL trainer"),
-    ("cache_text_encoder_outputs_to_disk", "it is an option of the SDXL trainer"),
 ];
 
 /// The hint line for an unknown name, or nothing.
@@ -195,6 +221,15 @@ fn hint_for(name: &str) -> String {
     let plain = name.replace('-', "_").to_lowercase();
     if let Some((_, advice)) = ELSEWHERE.iter().find(|(known, _)| *known == plain) {
         return format!("\nhint: {advice}");
+    }
+    match front_ends::meaning_of(&plain) {
+        Some(Meaning::Ignored(reason)) => return format!("\nhint: leave it out: {reason}"),
+        Some(Meaning::Unread(advice)) => return format!("\nhint: {advice}"),
+        Some(Meaning::Named(name)) => return format!("\nhint: here it is `{name}`"),
+        Some(Meaning::Argument(option, key)) => {
+            return format!("\nhint: it belongs into `{option}`, as `{key}=VALUE`");
+        }
+        None => {}
     }
     let names: Vec<&str> = OPTIONS.iter().map(|spec| spec.name).collect();
     match closest(&plain, &names) {
@@ -204,9 +239,13 @@ fn hint_for(name: &str) -> String {
 }
 
 /// The words of the command line, taken apart but not applied.
+#[derive(Default)]
 struct CommandLine {
     positional: Option<String>,
     values: Vec<(&'static OptionSpec, Value)>,
+    /// With `--allow_unknown`: a remark for each unknown option.
+    ignored: Vec<String>,
+    allows_unknown: bool,
     help: Option<Option<String>>,
 }
 
@@ -219,7 +258,10 @@ impl CommandLine {
             };
             words.push(word.to_owned());
         }
-        let mut line = CommandLine { positional: None, values: Vec::new(), help: None };
+        let allows_unknown = words.iter().any(|word| {
+            matches!(word.replace('-', "_").as_str(), "__allow_unknown" | "__allow_unknown=true")
+        });
+        let mut line = CommandLine { allows_unknown, ..CommandLine::default() };
         let mut rest = words.into_iter().peekable();
         while let Some(word) = rest.next() {
             if word == "-h" || word == "--help" {
@@ -235,6 +277,12 @@ impl CommandLine {
                 None => (name, None),
             };
             let Some(spec) = find_option(&name.replace('-', "_")) else {
+                if allows_unknown {
+                    // Whether it takes values is not known: what follows up to the next option may be.
+                    while rest.next_if(|word| !word.starts_with("--")).is_some() {}
+                    line.ignored.push(format!("warning: unknown option, ignored: `--{name}`"));
+                    continue;
+                }
                 bail!("unknown option: `--{name}`{}", hint_for(name));
             };
             let value = read_value(spec, inline, &mut rest)?;

@@ -5,23 +5,31 @@
 mod dataset;
 mod model;
 mod network;
+mod neutral;
 mod objective;
 mod optimizer;
 mod output;
 mod scheduler;
 mod values;
 
+use super::front_ends::is_nothing;
 use super::{OPTIONS, Options, Origin, Support};
 use anyhow::{Result, bail};
 
-/// Completes options that follow from others, then checks all rules. Returns remarks for the user;
-/// the error holds every broken rule.
-pub(super) fn check_and_complete(
-    options: &mut Options,
-    inline_datasets: bool,
-) -> Result<Vec<String>> {
+/// What the rules say about a set of options.
+pub(super) struct Review {
+    /// Remarks for the user.
+    pub notes: Vec<String>,
+    /// Broken rules, each with its hint.
+    pub problems: Vec<String>,
+}
+
+/// Completes options that follow from others, then checks all rules.
+pub(super) fn check_and_complete(options: &mut Options, inline_datasets: bool) -> Review {
     let mut notes = Vec::new();
-    complete(options, &mut notes)?;
+    if let Err(fault) = complete(options, &mut notes) {
+        return Review { notes, problems: vec![fault.to_string()] };
+    }
     let mut check = Check { options, problems: Vec::new() };
     check.support(&mut notes);
     check.values();
@@ -32,7 +40,7 @@ pub(super) fn check_and_complete(
     check.schedule(&mut notes);
     check.objective(&mut notes);
     check.output(&mut notes);
-    if check.problems.is_empty() { Ok(notes) } else { bail!(check.problems.join("\n")) }
+    Review { problems: check.problems, notes }
 }
 
 /// Old spellings, and options that others imply.
@@ -65,9 +73,7 @@ fn complete(options: &mut Options, notes: &mut Vec<String>) -> Result<()> {
         options.cache_latents = true;
         notes.push("`cache_latents_to_disk` turns `cache_latents` on".to_owned());
     }
-    if options.max_token_length == Some(75) {
-        options.max_token_length = None;
-    }
+    neutral::unset_neutral(options, notes);
     Ok(())
 }
 
@@ -101,31 +107,34 @@ impl Check<'_> {
 
     /// Options that are known but not built, and options without effect.
     fn support(&mut self, notes: &mut Vec<String>) {
+        // Options with the same reason share a line.
+        let mut idle: Vec<(&str, Vec<String>)> = Vec::new();
         for spec in OPTIONS.iter().filter(|spec| !spec.is_default(self.options)) {
             match spec.support {
                 // Configs written by programs carry every key: empty and zero ask for nothing.
-                Support::NotYet(_) if (spec.read)(self.options).is_some_and(|v| is_nothing(&v)) => {
-                }
+                _ if (spec.read)(self.options).is_some_and(|v| is_nothing(&v)) => {}
                 Support::Supported => {}
                 Support::NotYet(advice) => {
                     self.problem(spec.name, "is not supported yet", advice);
                 }
-                Support::NoEffect(reason) => {
-                    notes.push(format!("{} has no effect here: {reason}", self.name(spec.name)));
+                Support::Refused(reason) => {
+                    self.problems.push(format!("{} is refused: {reason}", self.name(spec.name)));
+                }
+                Support::NoEffect(reason) | Support::Later(reason) => {
+                    let name = match self.options.written.get(spec.name) {
+                        Some(Origin::CommandLine) => format!("`--{}`", spec.name),
+                        _ => format!("`{}`", spec.name),
+                    };
+                    match idle.iter_mut().find(|(other, _)| *other == reason) {
+                        Some((_, names)) => names.push(name),
+                        None => idle.push((reason, vec![name])),
+                    }
                 }
             }
         }
-    }
-}
-
-/// Whether a value asks for nothing: off, zero, or empty.
-fn is_nothing(value: &toml::Value) -> bool {
-    match value {
-        toml::Value::Boolean(on) => !on,
-        toml::Value::Integer(number) => *number == 0,
-        toml::Value::Float(number) => *number == 0.,
-        toml::Value::String(text) => text.is_empty(),
-        toml::Value::Array(items) => items.is_empty(),
-        _ => false,
+        for (reason, names) in idle {
+            let have = if names.len() == 1 { "has" } else { "have" };
+            notes.push(format!("{} {have} no effect here: {reason}", names.join(", ")));
+        }
     }
 }

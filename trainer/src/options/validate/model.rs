@@ -1,7 +1,7 @@
 //! Rules of the base model, precision and device.
 
 use super::Check;
-use crate::options::{Device, MixedPrecision};
+use crate::options::Device;
 
 impl Check<'_> {
     /// Base model, precision and device.
@@ -12,12 +12,6 @@ impl Check<'_> {
                 "`pretrained_model_name_or_path` is missing\nhint: name the base model: a .safetensors or .ckpt file, a diffusers folder or a hub id".to_owned(),
             );
         }
-        self.forbid(
-            o.mixed_precision == MixedPrecision::Fp16,
-            "mixed_precision",
-            "is not supported yet on the CPU: `fp16`",
-            "use `bf16` or `no`",
-        );
         self.forbid(
             o.device == Device::Cuda,
             "device",
