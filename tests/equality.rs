@@ -48,6 +48,52 @@ fn one_two_and_four_ranks_train_the_same_lora() {
     }
 }
 
+/// All that is drawn or weighted for each sample: offset, octaves, disturbance, masks, tags.
+fn with_every_noise(batch: usize) -> Scene {
+    let mut scene = with_batch(batch);
+    let masks = scene.folder.path().join("masks");
+    std::fs::create_dir(&masks).expect("a new folder");
+    for index in 0..8_u32 {
+        let mask = image::GrayImage::from_fn(128, 128, |x, y| {
+            image::Luma([if x > 16 * index { 255 } else { y as u8 }])
+        });
+        mask.save(masks.join(format!("{index}.png"))).expect("a saved mask");
+    }
+    scene.set("conditioning_data_dir", crate::harness::quoted(&masks.display().to_string()));
+    for (key, value) in [
+        ("masked_loss", "true"),
+        ("noise_offset", "0.1"),
+        ("noise_offset_random_strength", "true"),
+        ("adaptive_noise_scale", "0.1"),
+        ("multires_noise_iterations", "6"),
+        ("ip_noise_gamma", "0.1"),
+        ("ip_noise_gamma_random_strength", "true"),
+        ("loss_type", "'huber'"),
+        ("min_snr_gamma", "5"),
+        ("shuffle_caption", "true"),
+        ("token_warmup_step", "0.8"),
+        ("lr_scheduler", "'warmup_stable_decay'"),
+        ("lr_warmup_steps", "2"),
+        ("lr_decay_steps", "0.5"),
+        ("max_train_steps", "6"),
+    ] {
+        scene.set(key, value);
+    }
+    scene
+}
+
+#[test]
+fn noise_masks_and_tags_belong_to_the_sample_not_to_the_rank() {
+    let one = with_every_noise(4).trained(&[]);
+    let two = with_every_noise(2).trained(&["--num_processes", "2"]);
+    let (error, key) = distance(&two, &one);
+    assert!(error <= 1e-4, "{error} at {key}");
+    // They do something: without the masks another LoRA comes out.
+    let mut unmasked = with_every_noise(4);
+    unmasked.set("masked_loss", "false");
+    assert!(distance(&unmasked.trained(&[]), &one).0 > 1e-3);
+}
+
 #[test]
 fn a_partial_last_batch_is_shared_among_the_ranks() {
     // 16 samples in batches of 6: the last batch of an epoch has 4, then 2 ranks have 3+1.

@@ -58,6 +58,25 @@ fn a_missing_model_file() {
 }
 
 #[test]
+fn a_warmup_longer_than_the_run() {
+    let mut scene = Scene::new();
+    scene.set("lr_scheduler", "'cosine'").set("lr_warmup_steps", "11");
+    let said = ["`lr_warmup_steps` is longer than the run of 10 steps: 11", "hint: lower"];
+    refuses(&scene, &[], CONFIGURATION, &said);
+}
+
+#[test]
+fn an_image_without_its_mask() {
+    let mut scene = Scene::new();
+    let masks = scene.folder.path().join("masks");
+    std::fs::create_dir(&masks).expect("a new folder");
+    image::GrayImage::new(128, 128).save(masks.join("0.png")).expect("a saved mask");
+    scene.set("masked_loss", "true");
+    scene.set("conditioning_data_dir", quoted(&masks.display().to_string()));
+    refuses(&scene, &[], CONFIGURATION, &["7 of 8 images have no mask", "1.png"]);
+}
+
+#[test]
 fn a_truncated_safetensors() {
     let mut scene = Scene::new();
     broken_model(&mut scene, |mut bytes| {

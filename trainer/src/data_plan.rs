@@ -2,7 +2,9 @@
 
 use anyhow::{Context, Result, bail};
 
-use crate::dataset::{DatasetDefaults, DatasetInput, DatasetOptions, Interpolation, SubsetOptions};
+use crate::dataset::{
+    DatasetDefaults, DatasetGroup, DatasetInput, DatasetOptions, Interpolation, SubsetOptions,
+};
 use crate::options::{Options, Parsed};
 
 /// Where the datasets of a run are described.
@@ -76,6 +78,10 @@ pub fn dataset_defaults(options: &Options) -> Result<DatasetDefaults> {
         random_crop: options.random_crop,
         face_crop_aug_range: options.face_crop_aug_range.map(|range| (range.low, range.high)),
         alpha_mask: options.alpha_mask,
+        conditioning_data_dir: options
+            .conditioning_data_dir
+            .clone()
+            .filter(|_| options.masked_loss),
         resize_interpolation: interpolation,
         resize_interpolation_name: name.map(str::to_owned),
         caption_extension: options.caption_extension.clone(),
@@ -83,5 +89,15 @@ pub fn dataset_defaults(options: &Options) -> Result<DatasetDefaults> {
         validation_split: options.validation_split,
         validation_seed: options.validation_seed.or(options.seed).unwrap_or(0),
     };
-    Ok(DatasetDefaults { dataset, subset, ..DatasetDefaults::default() })
+    let masked_loss = options.masked_loss;
+    Ok(DatasetDefaults { dataset, subset, masked_loss, ..DatasetDefaults::default() })
+}
+
+/// What to say where `masked_loss` finds nothing to mask with; sd-scripts trains on in silence.
+pub fn missing_masks(options: &Options, group: &DatasetGroup) -> Option<String> {
+    (options.masked_loss && !group.has_masks()).then(|| {
+        "`masked_loss` has no masks: every pixel counts\nhint: give a subset its \
+         `conditioning_data_dir`, or `alpha_mask` for the alpha channel of its images"
+            .to_owned()
+    })
 }

@@ -18,6 +18,7 @@ pub mod memory;
 pub mod metadata;
 pub mod monitor;
 pub mod network;
+pub mod noise;
 pub mod noising;
 pub mod objective;
 pub mod optimizer;

@@ -3,11 +3,11 @@
 use std::cell::RefCell;
 
 use anyhow::{Context, Result};
-use engine::{DType, Device, Tensor};
 
 use crate::dataset::{Batch, LatentEncoder, SampleMeta};
 use crate::latents::{MOMENTS, VaeEncoder};
-use crate::objective::{Draw, Noised, Objective};
+use crate::noise::Draw;
+use crate::objective::{Noised, Objective};
 use crate::rng::{Purpose, stream};
 use crate::step::Prompts;
 
@@ -62,20 +62,18 @@ impl Noising {
             _ => anyhow::bail!("a batch has neither latents nor images that a VAE could encode"),
         };
         let latents = self.sample_latents(batch, &moments, seed)?;
-        let len = shape[1] * shape[2] * CHANNELS;
+        let of_sample = [shape[1], shape[2], CHANNELS];
         let draw = |sample: &SampleMeta| match timestep {
-            None => self.objective.draw(seed, sample.global_index, len, CHANNELS),
+            None => self.objective.draw(seed, sample.global_index, of_sample),
             Some(timestep) => {
                 let key = sample.global_index.wrapping_add(timestep as u64);
-                Draw { timestep, ..self.objective.draw(seed, key, len, CHANNELS) }
+                Draw { timestep, ..self.objective.draw(seed, key, of_sample) }
             }
         };
         let draws: Vec<Draw> = batch.samples.iter().map(draw).collect();
         let mut noised = self.objective.prepare(&latents, shape, &draws, weights)?;
         if let Some(alphas) = &batch.alpha_masks {
-            let mask: Vec<f32> =
-                alphas.iter().flat_map(|alpha| std::iter::repeat_n(*alpha, CHANNELS)).collect();
-            noised.loss.mask = Some(Tensor::from_f32(Device::Cpu, &shape, &mask, DType::F32)?);
+            noised.weigh_pixels(alphas)?;
         }
         Ok(noised)
     }

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use engine::{DType, Device, ElementLoss, LossSpec, Tensor};
 use models::{NoiseSchedule, ScheduleSettings};
 
+use crate::noise::{Draw, NoiseShape};
 use crate::options::{HuberSchedule, LossType, Options};
 use crate::rng::{Purpose, stream};
 
@@ -39,20 +40,8 @@ pub struct Objective {
     weighting: TimestepWeighting,
     element: ElementLoss,
     huber: HuberThreshold,
-    noise_offset: Option<f32>,
-    adaptive_noise_scale: Option<f32>,
+    noise: NoiseShape,
     timesteps: std::ops::Range<usize>,
-}
-
-/// The random numbers of one sample.
-#[derive(Clone, Debug)]
-pub struct Draw {
-    /// Standard normal, as many as the sample's latents, `[h,w,4]`.
-    pub noise: Vec<f32>,
-    /// Standard normal, one per latent channel, for `noise_offset`.
-    pub offset: Vec<f32>,
-    /// Timestep in 0..1000.
-    pub timestep: usize,
 }
 
 /// One batch, ready for the U-Net.
@@ -65,6 +54,20 @@ pub struct Noised {
     pub timesteps: Vec<f32>,
     /// How the prediction is judged.
     pub loss: LossSpec,
+}
+
+impl Noised {
+    /// Weighs the loss of each latent pixel by `alphas` `[B,h,w]` in [0,1] (`alpha_mask`,
+    /// `masked_loss`). The mean stays that over all pixels: a mask of half the picture halves the
+    /// loss, as in sd-scripts.
+    pub fn weigh_pixels(&mut self, alphas: &[f32]) -> Result<()> {
+        let shape = self.target.shape();
+        let channels = shape.last().copied().unwrap_or(1);
+        let mask: Vec<f32> =
+            alphas.iter().flat_map(|alpha| std::iter::repeat_n(*alpha, channels)).collect();
+        self.loss.mask = Some(Tensor::from_f32(Device::Cpu, shape, &mask, DType::F32)?);
+        Ok(())
+    }
 }
 
 impl Objective {
@@ -102,25 +105,16 @@ impl Objective {
                 c: options.huber_c as f32,
                 scale: options.huber_scale as f32,
             },
-            noise_offset: options.noise_offset.map(|x| x as f32).filter(|x| *x != 0.),
-            adaptive_noise_scale: options.adaptive_noise_scale.map(|x| x as f32),
+            noise: NoiseShape::from_options(options),
             timesteps,
         })
     }
 
-    /// The random numbers of sample `index` for latents of `len` elements in `channels` channels.
-    pub fn draw(&self, seed: u64, index: u64, len: usize, channels: usize) -> Draw {
-        let normals = |purpose, count| {
-            let mut rng = stream(seed, purpose, index, 0);
-            (0..count).map(|_| rng.normal()).collect()
-        };
+    /// The random numbers of sample `index` for latents `[h,w,c]`.
+    pub fn draw(&self, seed: u64, index: u64, shape: [usize; 3]) -> Draw {
         let span = self.timesteps.len() as u64;
         let timestep = stream(seed, Purpose::Timestep, index, 0).below(span) as usize;
-        Draw {
-            noise: normals(Purpose::Noise, len),
-            offset: normals(Purpose::NoiseOffset, channels),
-            timestep: self.timesteps.start + timestep,
-        }
+        self.noise.draw(seed, index, shape, self.timesteps.start + timestep)
     }
 
     /// Noises `latents` (f32 `[B,h,w,c]`, already scaled) and says what to predict.
@@ -133,11 +127,12 @@ impl Objective {
         draws: &[Draw],
         weights: &[f32],
     ) -> Result<Noised> {
-        let (len, channels) = (shape[1] * shape[2] * shape[3], shape[3]);
+        let sample = [shape[1], shape[2], shape[3]];
+        let len = sample.iter().product::<usize>();
         let fits = latents.len() == shape[0] * len
             && draws.len() == shape[0]
             && weights.len() == shape[0]
-            && draws.iter().all(|d| d.noise.len() == len && d.offset.len() == channels);
+            && draws.iter().all(|draw| self.noise.fits(draw, sample));
         if !fits {
             bail!("latents, draws and weights do not fit the batch shape: {shape:?}");
         }
@@ -146,9 +141,11 @@ impl Objective {
         let mut loss =
             LossSpec { element: self.element, delta: Vec::new(), weight: Vec::new(), mask: None };
         for ((latents, draw), weight) in latents.chunks_exact(len).zip(draws).zip(weights) {
-            let noise = self.shifted_noise(latents, draw, channels);
+            let noise = self.noise.noise(latents, sample, draw);
             let schedule = &self.schedule;
-            let mixed = schedule.add_noise(latents, &noise, draw.timestep);
+            let disturbed = self.noise.disturbed(&noise, draw);
+            let mixed_in = disturbed.as_ref().unwrap_or(&noise);
+            let mixed = schedule.add_noise(latents, mixed_in, draw.timestep);
             noisy.extend(mixed.context("timestep outside the schedule")?);
             if self.v_parameterization {
                 let velocity = schedule.velocity(latents, &noise, draw.timestep);
@@ -166,26 +163,6 @@ impl Objective {
             timesteps: draws.iter().map(|d| d.timestep as f32).collect(),
             loss,
         })
-    }
-
-    /// The noise with a random shift per channel (`noise_offset`), which grows with the latents'
-    /// mean under `adaptive_noise_scale`.
-    fn shifted_noise(&self, latents: &[f32], draw: &Draw, channels: usize) -> Vec<f32> {
-        let mut noise = draw.noise.clone();
-        let Some(offset) = self.noise_offset else {
-            return noise;
-        };
-        let pixels = (latents.len() / channels) as f64;
-        for (channel, normal) in draw.offset.iter().enumerate() {
-            let mut strength = offset;
-            if let Some(adaptive) = self.adaptive_noise_scale {
-                let sum: f64 =
-                    latents[channel..].iter().step_by(channels).map(|x| f64::from(*x)).sum();
-                strength = (strength + adaptive * (sum / pixels).abs() as f32).max(0.);
-            }
-            noise[channel..].iter_mut().step_by(channels).for_each(|n| *n += strength * normal);
-        }
-        noise
     }
 
     /// Product of the weights that depend on the timestep only.
@@ -210,21 +187,24 @@ impl Objective {
         weight
     }
 
-    /// `c` of the Huber losses at a timestep (Huggingface diffusers PR 7488, sd-scripts).
+    /// `c` of the Huber losses at a timestep (Huggingface diffusers PR 7488, sd-scripts). The
+    /// schedule `snr` has no scale there, so that it has none here.
     fn huber_threshold(&self, timestep: usize) -> f32 {
         let HuberThreshold { schedule, c, scale } = self.huber;
-        let at = match schedule {
-            HuberSchedule::Constant => c,
+        match schedule {
+            HuberSchedule::Constant => c * scale,
             HuberSchedule::Exponential => {
                 let rate = -c.ln() / self.schedule.steps() as f32;
-                (-rate * timestep as f32).exp()
+                (-rate * timestep as f32).exp() * scale
             }
             HuberSchedule::Snr => {
                 let alpha_bar = self.schedule.alphas_cumprod[timestep];
                 let sigma = ((1. - alpha_bar) / alpha_bar).sqrt();
                 (1. - c) / ((1. + sigma) * (1. + sigma)) + c
             }
-        };
-        at * scale
+        }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,7 +11,7 @@ use collectives::{Comm, Env};
 use crate::base::Base;
 use crate::checkpoint::check_writable;
 use crate::console;
-use crate::data_plan::{dataset_defaults, dataset_input};
+use crate::data_plan::{dataset_defaults, dataset_input, missing_masks};
 use crate::dataset::{
     CacheOptions, CachePlace, ClipTokenizer, DatasetGroup, FixedBatches, LatentStore, Loader,
     LoaderOptions, LoaderParts, Sampler, TokenLength, cache_latents, plan_datasets, worker_count,
@@ -63,7 +63,7 @@ impl Run {
         if options.cache_latents {
             group.check_latents_cacheable()?;
         }
-        for warning in &group.warnings {
+        for warning in group.warnings.iter().chain(&missing_masks(&options, &group)) {
             console::warn(warning);
         }
         let base = Base::open(&options)?;

@@ -143,7 +143,6 @@ fn main() -> Result<()> {
     let objective = Objective::from_options(&Options::default())?;
     let side = args.resolution / 8;
     let shape = [args.batch_size, side, side, 4];
-    let len = side * side * 4;
     let ids: Vec<u32> =
         (0..77).map(|i| if i == 0 { 49406 } else { 49407 - (i % 5) * 900 }).collect();
     let prompts = Prompts { ids: ids.repeat(args.batch_size), weights: None, chunks: 1 };
@@ -155,9 +154,9 @@ fn main() -> Result<()> {
     for step in 0..args.warmup + args.steps {
         let started = Instant::now();
         let draws: Vec<_> = (0..args.batch_size)
-            .map(|b| objective.draw(1, (step * 64 + b) as u64, len, 4))
+            .map(|b| objective.draw(1, (step * 64 + b) as u64, [side, side, 4]))
             .collect();
-        let latents: Vec<f32> = objective.draw(2, step as u64, len * args.batch_size, 4).noise;
+        let latents: Vec<f32> = objective.draw(2, step as u64, [args.batch_size * side, side, 4]).noise;
         let noised = objective.prepare(&latents, shape, &draws, &weights)?;
         let mut gradients = Gradients::new(&params);
         let mut ready = |id: ParamId, g: engine::Tensor| gradients.add(id, &g);

@@ -97,6 +97,16 @@ pub enum DatasetError {
         /// What is wrong.
         problem: String,
     },
+    /// A mask of `masked_loss` that is missing or does not fit.
+    #[error("unusable mask `{}`: {problem}{}", path.display(), hint(advice))]
+    Mask {
+        /// The mask, or the image that has none.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+        /// What to do.
+        advice: String,
+    },
     /// The tokenizer could not be built or failed.
     #[error("the tokenizer of `{place}` cannot be used: {problem}")]
     Tokenizer {

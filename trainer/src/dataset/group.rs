@@ -4,6 +4,7 @@ use super::buckets::{BucketChooser, Size};
 use super::config::{DatasetConfig, DatasetPlan, SubsetPlan, SubsetSource};
 use super::error::DatasetError;
 use super::held_out::{asks_for_validation, check_split, hold_out};
+use super::mask::{Mask, warn_of_unused};
 use super::scan::{FoundImage, scan_subset};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashSet};
@@ -31,6 +32,8 @@ pub struct ImageEntry {
     pub bucket: Size,
     /// The size it is resized to before cropping.
     pub resized: Size,
+    /// Picture that weighs its loss (`masked_loss`).
+    pub mask: Option<Mask>,
 }
 
 /// The images of one size; each index of `Dataset::images` as often as it is repeated.
@@ -121,6 +124,12 @@ impl DatasetGroup {
                 datasets.push(Dataset::assemble(plan, images, strict_data, &mut warnings)?);
             }
         }
+        let all = || datasets.iter().chain(&held_out);
+        let subsets = all().flat_map(|dataset| &dataset.plan.subsets);
+        let folders = subsets.filter_map(|s| s.options.conditioning_data_dir.as_ref()).collect();
+        let found = all().flat_map(|dataset| &dataset.found);
+        let used = found.filter_map(|image| Some(&image.mask.as_ref()?.path)).collect();
+        warn_of_unused(&folders, &used, &mut warnings)?;
         let count = |datasets: &[Dataset]| datasets.iter().map(|d| d.images.len()).sum();
         check_split(asked, count(&datasets), count(&held_out))?;
         let validation =
@@ -158,6 +167,14 @@ impl DatasetGroup {
         self.datasets.get(dataset as usize)?.images.get(image as usize)
     }
 
+    /// Whether some image has a mask for its loss, its own or its alpha channel.
+    pub fn has_masks(&self) -> bool {
+        self.datasets.iter().any(|dataset| {
+            let with_alpha = dataset.plan.subsets.iter().any(|subset| subset.options.alpha_mask);
+            with_alpha || dataset.images.iter().any(|image| image.mask.is_some())
+        })
+    }
+
     /// Whether latents can be made once: no colour changes and no random crops.
     ///
     /// # Errors
@@ -184,7 +201,7 @@ impl DatasetGroup {
         Ok(())
     }
 
-    /// A hash of what is trained on (names, sizes, captions, repeats, buckets): ranks that disagree
+    /// A hash of what is trained on (names, sizes, captions, repeats, buckets, masks): ranks that disagree
     /// here see different files.
     pub fn fingerprint(&self) -> [u8; 32] {
         let mut hasher = Sha256::new();
@@ -192,13 +209,14 @@ impl DatasetGroup {
             hasher.update(b"dataset");
             for image in &dataset.images {
                 let line = format!(
-                    "{}\0{:?}\0{}\0{}\0{:?}\0{:?}\n",
+                    "{}\0{:?}\0{}\0{}\0{:?}\0{:?}\0{:?}\n",
                     image.path.file_name().unwrap_or_default().to_string_lossy(),
                     image.size,
                     image.caption,
                     image.repeats,
                     image.bucket,
-                    image.resized
+                    image.resized,
+                    image.mask.as_ref().map(|mask| &mask.hash)
                 );
                 hasher.update(line.as_bytes());
             }
@@ -270,6 +288,7 @@ impl Dataset {
                 is_reg: subset.is_reg(),
                 bucket: fit.bucket,
                 resized: fit.resized,
+                mask: image.mask.clone(),
             };
             aspect_error += fit.aspect_error.abs();
             if entry.is_reg {

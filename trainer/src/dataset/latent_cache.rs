@@ -8,7 +8,7 @@
 
 use super::error::DatasetError;
 use super::group::{DatasetGroup, ImageEntry};
-use super::latent_file::{self, CachedLatents, LatentSettings, MOMENT_CHANNELS};
+use super::latent_file::{self, Alpha, CachedLatents, LatentSettings, MOMENT_CHANNELS};
 use super::ordered::Ordered;
 use super::picture::{LATENT_SCALE, Picture, Variation, mirrored, prepare};
 use collectives::{Comm, signals};
@@ -240,7 +240,11 @@ fn item_of(
         bucket: entry.bucket,
         resized: entry.resized,
         interpolation,
-        alpha: subset.alpha_mask,
+        alpha: match &entry.mask {
+            Some(mask) => Alpha::Mask(mask.hash.clone()),
+            None if subset.alpha_mask => Alpha::Channel,
+            None => Alpha::None,
+        },
         flip: subset.flip_aug,
         vae: options.vae.clone(),
     };

@@ -53,13 +53,34 @@ impl CachedLatents {
     }
 }
 
+/// What weighs the pixels of an image in its loss.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Alpha {
+    /// Nothing.
+    None,
+    /// Its alpha channel.
+    Channel,
+    /// A picture of its own, known by its hash.
+    Mask(String),
+}
+
+impl std::fmt::Display for Alpha {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Alpha::None => f.write_str("false"),
+            Alpha::Channel => f.write_str("true"),
+            Alpha::Mask(hash) => write!(f, "mask {hash}"),
+        }
+    }
+}
+
 /// Everything beside the image's content that the latents depend on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct LatentSettings {
     pub(crate) bucket: Size,
     pub(crate) resized: Size,
     pub(crate) interpolation: String,
-    pub(crate) alpha: bool,
+    pub(crate) alpha: Alpha,
     pub(crate) flip: bool,
     /// Identity of the VAE and its precision.
     pub(crate) vae: String,
@@ -205,7 +226,7 @@ pub(crate) fn read(file: &Path, settings: &LatentSettings) -> Result<CachedLaten
         latent_size: (width, height),
         moments: tensor("moments", &shape)?,
         moments_flipped: settings.flip.then(|| tensor("moments_flipped", &shape)).transpose()?,
-        alpha: settings.alpha.then(|| tensor("alpha", &shape[..2])).transpose()?,
+        alpha: (settings.alpha != Alpha::None).then(|| tensor("alpha", &shape[..2])).transpose()?,
     })
 }
 

@@ -16,6 +16,7 @@ pub mod image_file;
 pub mod latent_cache;
 pub mod latent_file;
 pub mod loader;
+pub mod mask;
 pub mod order;
 mod ordered;
 pub mod picture;

@@ -7,6 +7,7 @@ use super::buckets::{Size, crop_in_bucket};
 use super::config::SubsetOptions;
 use super::group::{Dataset, ImageEntry};
 use super::image_file::{self, Pixels};
+use super::mask::attach;
 use super::resize::resize;
 use crate::rng::{Purpose, Rng, stream};
 use std::path::Path;
@@ -35,8 +36,8 @@ pub struct Picture {
     pub size: Size,
     /// RGB in [-1,1], `[height, width, 3]`.
     pub rgb: Vec<f32>,
-    /// Alpha in [0,1] averaged over the pixels of each latent, `[height / 8, width / 8]`; for
-    /// subsets with `alpha_mask`.
+    /// Alpha or mask in [0,1] averaged over the pixels of each latent, `[height / 8, width / 8]`;
+    /// for subsets with `alpha_mask` or masks.
     pub alpha: Option<Vec<f32>>,
     /// Width and height of the file.
     pub original_size: Size,
@@ -61,13 +62,17 @@ pub fn prepare(
     variation: Variation,
 ) -> Result<Picture, String> {
     let options = &dataset.plan.subsets[image.subset].options;
-    let pixels = image_file::decode(&image.path, options.alpha_mask)?;
+    let with_alpha = options.alpha_mask && image.mask.is_none();
+    let mut pixels = image_file::decode(&image.path, with_alpha)?;
     let found = (pixels.width as u32, pixels.height as u32);
     if found != image.size {
         return Err(format!(
             "its size was {}x{} when the run began and is {}x{} now",
             image.size.0, image.size.1, found.0, found.1
         ));
+    }
+    if let Some(mask) = &image.mask {
+        pixels = attach(pixels, mask)?;
     }
     let mut pixels = match variation {
         Variation::None => cover_and_crop(pixels, image, options, None),
@@ -89,7 +94,7 @@ pub fn prepare(
     Ok(Picture {
         size: image.bucket,
         rgb: normalize(&pixels),
-        alpha: options.alpha_mask.then(|| latent_alpha(&pixels)),
+        alpha: (options.alpha_mask || image.mask.is_some()).then(|| latent_alpha(&pixels)),
         original_size: image.size,
         crop: crop_in_bucket(image.bucket, image.size),
         flipped,
@@ -259,7 +264,8 @@ fn normalize(pixels: &Pixels) -> Vec<f32> {
     rgb
 }
 
-fn latent_alpha(pixels: &Pixels) -> Vec<f32> {
+/// Mean alpha of the pixels of each latent, in [0,1]; what is over at the right and bottom is left out.
+pub(crate) fn latent_alpha(pixels: &Pixels) -> Vec<f32> {
     let (width, height) = (pixels.width / LATENT_SCALE, pixels.height / LATENT_SCALE);
     let mut sums = vec![0u32; width * height];
     for y in 0..height * LATENT_SCALE {

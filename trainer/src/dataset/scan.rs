@@ -4,6 +4,7 @@
 use super::config::{SubsetPlan, SubsetSource};
 use super::error::DatasetError;
 use super::image_file::{self, EXTENSIONS};
+use super::mask::{Mask, find_masks};
 use rayon::prelude::*;
 use std::path::{Path, PathBuf};
 
@@ -18,6 +19,8 @@ pub(crate) struct FoundImage {
     pub(crate) tags: Option<String>,
     /// Index of the subset in its dataset.
     pub(crate) subset: usize,
+    /// Picture that weighs its loss.
+    pub(crate) mask: Option<Mask>,
 }
 
 /// What a scan found, beside what it left out.
@@ -32,8 +35,8 @@ pub(crate) struct Found {
 /// Finds the images of one subset.
 ///
 /// # Errors
-/// A folder or metadata file that cannot be read or holds no image, an image without a caption, and
-/// caption files that are empty or no UTF-8.
+/// A folder or metadata file that cannot be read or holds no image, an image without a caption or
+/// mask, and caption files that are empty or no UTF-8.
 pub(crate) fn scan_subset(subset: &SubsetPlan, index: usize) -> Result<Found, DatasetError> {
     let mut found = Found::default();
     let named = match &subset.source {
@@ -56,10 +59,16 @@ pub(crate) fn scan_subset(subset: &SubsetPlan, index: usize) -> Result<Found, Da
     for ((path, tags, caption), size) in named.into_iter().zip(sizes) {
         match size {
             Ok(size) => {
-                found.images.push(FoundImage { path, size, caption, tags, subset: index });
+                let mask = None;
+                found.images.push(FoundImage { path, size, caption, tags, subset: index, mask });
             }
             Err(problem) => found.unusable.push(DatasetError::Image { path, problem }),
         }
+    }
+    if let Some(folder) = &subset.options.conditioning_data_dir {
+        let images: Vec<_> = found.images.iter().map(|i| (i.path.as_path(), i.size)).collect();
+        let masks = find_masks(folder, &images)?;
+        found.images.iter_mut().zip(masks).for_each(|(image, mask)| image.mask = Some(mask));
     }
     Ok(found)
 }

@@ -48,10 +48,13 @@ macro_rules! dataset_options {
         random_crop: bool = false, Supported;
         /// Weight the loss by the image's alpha channel: transparent parts are not learned.
         alpha_mask: bool = false, Supported;
-        /// Mask images for the loss.
-        masked_loss: bool = false, NotYet("`--alpha_mask` weights the loss by the image's alpha channel");
-        /// Folder of mask or conditioning images.
-        conditioning_data_dir: Option<PathBuf> = None, NotYet("");
+        /// Weight the loss by mask pictures: white parts are learned, black ones not, grey ones in
+        /// part. They lie in the `conditioning_data_dir` of a subset, each with the name and the size
+        /// of its image. `--alpha_mask` alone is enough for alpha channels.
+        masked_loss: bool = false, Supported;
+        /// Folder of mask pictures for all training images, with `--masked_loss`; better named for
+        /// each subset in the dataset file.
+        conditioning_data_dir: Option<PathBuf> = None, Supported;
         /// Encode every image once before training and keep the latents. Much faster; excludes
         /// `--color_aug` and `--random_crop`.
         cache_latents: bool = false, Supported;
@@ -109,9 +112,11 @@ macro_rules! caption_options {
         caption_dropout_every_n_epochs: usize = 0, Supported;
         /// Probability of leaving out each tag (0 to 1). Default 0.
         caption_tag_dropout_rate: f64 = 0.0, Supported;
-        /// Start with this many tags and add more while training. Default 1.
-        token_warmup_min: usize = 1, NotYet("");
-        /// Step at which all tags are used (a share of all steps when below 1). Default 0: at once.
-        token_warmup_step: f64 = 0.0, NotYet("");
+        /// Tags that are used in the first step of `--token_warmup_step`. Default 1; kept tags
+        /// (`--keep_tokens`) come on top.
+        token_warmup_min: usize = 1, Supported;
+        /// Begin with the first tags of a caption and add the others one by one up to this step (a
+        /// share of all steps when below 1). Default 0: all tags at once.
+        token_warmup_step: f64 = 0.0, Supported;
     } } };
 }

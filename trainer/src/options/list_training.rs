@@ -107,18 +107,23 @@ macro_rules! noise_options {
         /// Shift the noise of each channel by a random amount of this size, so that very dark and
         /// very bright images can be learned. About 0.05 to 0.1; more washes out.
         noise_offset: Option<f64> = None, Supported;
-        /// Draw the offset's strength between 0 and `--noise_offset` for each image.
-        noise_offset_random_strength: bool = false, NotYet("");
-        /// Add the latent's mean times this value to `--noise_offset`, which it requires.
+        /// Draw the offset's strength evenly between 0 and `--noise_offset` for each image.
+        noise_offset_random_strength: bool = false, Supported;
+        /// Add the mean of the latents, per channel and without its sign, times this value to
+        /// `--noise_offset`, which it requires: bright and dark images get more. About 0.1; negative
+        /// values take away, down to 0.
         adaptive_noise_scale: Option<f64> = None, Supported;
-        /// Octaves of multi-resolution noise (6 to 10).
-        multires_noise_iterations: Option<usize> = None, NotYet("");
-        /// Fading of multi-resolution noise. Default 0.3.
-        multires_noise_discount: f64 = 0.3, NotYet("");
-        /// Strength of input perturbation noise (about 0.1).
-        ip_noise_gamma: Option<f64> = None, NotYet("");
-        /// Draw the perturbation's strength between 0 and `--ip_noise_gamma`.
-        ip_noise_gamma_random_strength: bool = false, NotYet("");
+        /// Add coarser and coarser noise in this many octaves (6 to 10; they end at a single pixel),
+        /// so that large shapes and brightness are learned. An alternative to `--noise_offset`.
+        multires_noise_iterations: Option<usize> = None, Supported;
+        /// How much weaker each octave is than the one before (above 0, up to 1). Default 0.3; 0.8
+        /// or more with few octaves makes strong effects.
+        multires_noise_discount: f64 = 0.3, Supported;
+        /// Mix this much further noise into the latents that the model is not asked to find, which
+        /// makes it forgive its own errors (input perturbation). About 0.1.
+        ip_noise_gamma: Option<f64> = None, Supported;
+        /// Draw the perturbation's strength evenly between 0 and `--ip_noise_gamma` for each image.
+        ip_noise_gamma_random_strength: bool = false, Supported;
         /// Rescale the noise schedule so that the last timestep is pure noise. Meant for models
         /// with v prediction.
         zero_terminal_snr: bool = false, Supported;
@@ -139,11 +144,13 @@ macro_rules! noise_options {
         /// Error between prediction and target: `l2` (default), `l1`, `huber`, `smooth_l1`. The
         /// last three mind outliers less.
         loss_type: LossType = LossType::L2, Supported;
-        /// How the threshold of huber and smooth_l1 depends on the timestep. Default `snr`.
+        /// How the threshold of huber and smooth_l1 depends on the timestep: `constant`,
+        /// `exponential` (falls from 1 to `--huber_c` with the noise), `snr` (falls with the
+        /// signal-to-noise ratio, the default).
         huber_schedule: HuberSchedule = HuberSchedule::Snr, Supported;
         /// Threshold between the square and the linear part. Default 0.1.
         huber_c: f64 = 0.1, Supported;
-        /// Factor on that threshold. Default 1.0.
+        /// Factor on that threshold, with the schedules `constant` and `exponential`. Default 1.0.
         huber_scale: f64 = 1.0, Supported;
         /// Weight of regularization images in the loss. Default 1.0.
         prior_loss_weight: f64 = 1.0, Supported;

@@ -257,8 +257,8 @@ fn wrong_values_say_expected_and_got() {
 #[test]
 fn options_that_are_not_built_are_refused_unless_default() {
     assert_eq!(
-        fault(&["--multires_noise_iterations", "6"]),
-        "`--multires_noise_iterations` is not supported yet"
+        fault(&["--full_bf16"]),
+        "`--full_bf16` is not supported yet\nhint: use `mixed_precision = \"bf16\"`"
     );
     assert!(
         fault(&["--optimizer_type", "AdamW8bit"])
@@ -305,6 +305,25 @@ fn schedules_and_their_settings() {
         notes(&[&piecewise[..], &["--lr_warmup_steps=3"]].concat())
             .contains("`step_rules` can begin")
     );
+}
+
+#[test]
+fn noise_rules() {
+    let notes = |words: &[&str]| run_with(words).unwrap().notes.join("\n");
+    let discount = |word| fault(&["--multires_noise_iterations=6", word]);
+    assert!(discount("--multires_noise_discount=0").contains("above 0 and at most 1: `0`"));
+    assert!(discount("--multires_noise_discount=1.5").contains("0.3 is usual"));
+    assert!(!notes(&["--multires_noise_discount=0"]).contains("multires"));
+    assert!(fault(&["--ip_noise_gamma=-0.1"]).contains("from 0 to 1: `-0.1`"));
+    let exponential = ["--loss_type=huber", "--huber_schedule=exponential", "--huber_c=0"];
+    assert!(fault(&exponential).contains("must be above 0"));
+    assert!(notes(&["--noise_offset_random_strength"]).contains("without `noise_offset`"));
+    assert!(notes(&["--ip_noise_gamma_random_strength"]).contains("without `ip_noise_gamma`"));
+    let both = ["--noise_offset=0.05", "--multires_noise_iterations=6"];
+    assert!(notes(&both).contains("low frequencies count twice"));
+    assert!(!notes(&both[..1]).contains("frequencies"));
+    let scale = ["--loss_type=smooth_l1", "--huber_scale=2"];
+    assert!(notes(&scale).contains("no effect with `huber_schedule"));
 }
 
 #[test]

@@ -20,7 +20,8 @@ use models::{UnetInput, Vae};
 
 use crate::base::Base;
 use crate::gradients::Gradients;
-use crate::objective::{Draw, Noised, Objective};
+use crate::noise::Draw;
+use crate::objective::{Noised, Objective};
 use crate::optimizer::{AdamWSettings, OptimizerSettings, StepInput, TensorForm, TensorStep};
 use crate::step::{CHUNK, Models, Prompts, Setting, encode_prompts, forward_backward};
 
@@ -113,11 +114,11 @@ impl Inputs {
         let len = height * width * channels;
         let sample = |b: usize| {
             let at = step * batch + b;
-            Some(Draw {
-                noise: self.noise.get(at * len..(at + 1) * len)?.to_vec(),
-                offset: self.offset.get(b * channels..(b + 1) * channels)?.to_vec(),
-                timestep: *self.timesteps.get(at)?,
-            })
+            Some(Draw::plain(
+                self.noise.get(at * len..(at + 1) * len)?.to_vec(),
+                self.offset.get(b * channels..(b + 1) * channels)?.to_vec(),
+                *self.timesteps.get(at)?,
+            ))
         };
         let draws: Option<Vec<Draw>> = (0..batch).map(sample).collect();
         draws.with_context(|| format!("the reference has no inputs for step {step}"))

@@ -393,6 +393,9 @@ fn apply_subset_options(options: &mut SubsetOptions, table: &Table) {
     reader.flag("color_aug", &mut options.color_aug);
     reader.flag("random_crop", &mut options.random_crop);
     reader.flag("alpha_mask", &mut options.alpha_mask);
+    if let Some(folder) = reader.text("conditioning_data_dir") {
+        options.conditioning_data_dir = Some(folder.into());
+    }
     reader.plain_text("caption_extension", &mut options.caption_extension);
     reader.optional_text("class_tokens", &mut options.class_tokens);
     reader.number("validation_split", &mut options.validation_split);
@@ -447,6 +450,20 @@ fn finish(
         if kept.iter().any(same) {
             warnings.push(format!("the subset is given twice, the first one is used: {place}"));
             continue;
+        }
+        if subset.is_reg() || !is_dreambooth {
+            // The common folder of masks is for training images.
+            let own = &mut subset.options.conditioning_data_dir;
+            if *own == defaults.subset.conditioning_data_dir {
+                *own = None;
+            }
+        }
+        if subset.options.conditioning_data_dir.is_some() && !defaults.masked_loss {
+            return Err(origin.config(
+                name,
+                format!("`conditioning_data_dir` is for `masked_loss`, which is off: {place}"),
+                "add `masked_loss = true` to the run's options, or remove the folder",
+            ));
         }
         let subset_options = &mut subset.options;
         if subset_options.caption_separator.is_empty() {

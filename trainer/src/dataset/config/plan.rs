@@ -83,6 +83,8 @@ pub struct SubsetOptions {
     pub face_crop_aug_range: Option<(f64, f64)>,
     /// Weigh the loss by the alpha channel. Default false.
     pub alpha_mask: bool,
+    /// Folder of masks for the loss. DreamBooth only, with `masked_loss`.
+    pub conditioning_data_dir: Option<PathBuf>,
     /// How images are resized. Default: area when shrinking, Lanczos when growing.
     pub resize_interpolation: Option<Interpolation>,
     /// `resize_interpolation` as written, for the metadata.
@@ -119,6 +121,7 @@ impl Default for SubsetOptions {
             random_crop: false,
             face_crop_aug_range: None,
             alpha_mask: false,
+            conditioning_data_dir: None,
             resize_interpolation: None,
             resize_interpolation_name: None,
             caption_extension: ".caption".into(),
@@ -178,6 +181,8 @@ pub struct DatasetDefaults {
     pub dataset: DatasetOptions,
     /// Options of subsets (`dataset_repeats` is `num_repeats` here).
     pub subset: SubsetOptions,
+    /// `masked_loss`: pictures may be masks.
+    pub masked_loss: bool,
     /// Sides of the pictures must be a multiple of this: 64 for SD1 and SD2, 32 for SDXL.
     pub size_multiple: u32,
 }
@@ -187,6 +192,7 @@ impl Default for DatasetDefaults {
         Self {
             dataset: DatasetOptions::default(),
             subset: SubsetOptions::default(),
+            masked_loss: false,
             size_multiple: 64,
         }
     }

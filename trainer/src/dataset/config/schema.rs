@@ -95,7 +95,7 @@ const ROWS: &[Row] = &[
     Row("custom_attributes", Kind::Anything, Scope::NotSupported, Method::Both),
     Row("validation_seed", Kind::Int(0), Scope::Anywhere, Method::Both),
     Row("validation_split", RATE, Scope::Anywhere, Method::Both),
-    Row("conditioning_data_dir", Kind::Anything, Scope::NotSupported, Method::Both),
+    Row("conditioning_data_dir", Kind::Text, Scope::Subset, Method::DreamBooth),
 ];
 
 impl Scope {

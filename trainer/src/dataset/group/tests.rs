@@ -67,6 +67,7 @@ fn regularisation_images_are_balanced() {
         is_reg: true,
         bucket: (1, 1),
         resized: (1, 1),
+        mask: None,
     };
     let repeats = |images: Vec<u32>, wanted| {
         let images = images.into_iter().map(image).collect();

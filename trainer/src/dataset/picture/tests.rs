@@ -190,3 +190,51 @@ fn color_changes_are_small_and_sometimes_absent() {
     }
     assert!((160..240).contains(&unchanged), "{unchanged}");
 }
+
+#[test]
+fn a_mask_picture_acts_as_an_alpha_channel_of_the_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    for name in ["rgb", "rgba", "masks"] {
+        std::fs::create_dir(at(name)).unwrap();
+    }
+    let shade = |x: u32, y: u32| ((x * 7 + y * 3) % 256) as u8;
+    let image = gradient(150, 100);
+    image.save(at("rgb/a.png")).unwrap();
+    let mask = RgbImage::from_fn(150, 100, |x, y| Rgb([shade(x, y), 0, 255]));
+    mask.save(at("masks/a.bmp")).unwrap();
+    RgbaImage::from_fn(150, 100, |x, y| {
+        let Rgb([red, green, blue]) = *image.get_pixel(x, y);
+        Rgba([red, green, blue, shade(x, y)])
+    })
+    .save(at("rgba/a.png"))
+    .unwrap();
+    let open = |images: &str, subset: &str, masked_loss: bool| {
+        let text = format!(
+            "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = \"{}\"\n\
+             class_tokens = \"x\"\nflip_aug = true\nrandom_crop = true\n{subset}",
+            at(images).display()
+        );
+        let table = text.parse().unwrap();
+        let input = DatasetInput::Inline { table, origin: "run.toml".into() };
+        let defaults = DatasetDefaults { masked_loss, ..DatasetDefaults::default() };
+        DatasetGroup::open(plan_datasets(&input, &defaults)?, true)
+    };
+    let folder_key = format!("conditioning_data_dir = \"{}\"", at("masks").display());
+    let masked = open("rgb", &folder_key, true).unwrap();
+    let alpha = open("rgba", "alpha_mask = true", false).unwrap();
+    let plain = open("rgb", "", true).unwrap();
+    assert!(masked.has_masks() && alpha.has_masks() && !plain.has_masks());
+    assert_ne!(masked.fingerprint(), plain.fingerprint());
+    for index in 0..8 {
+        let picture = |group: &DatasetGroup| {
+            let dataset = &group.datasets[0];
+            prepare(dataset, &dataset.images[0], sample(index)).unwrap()
+        };
+        assert_eq!(picture(&masked), picture(&alpha));
+        assert_eq!(picture(&masked).rgb, picture(&plain).rgb);
+        assert_eq!(picture(&plain).alpha, None);
+    }
+    let text = open("rgb", &folder_key, false).unwrap_err().to_string();
+    assert!(text.contains("`conditioning_data_dir` is for `masked_loss`"), "{text}");
+}
