@@ -69,6 +69,16 @@ pub enum ModelError {
         /// A key of the file, or `the file is empty`.
         example: String,
     },
+    /// A file of another kind of network.
+    #[error(
+        "the LoRA is of another kind than the network, which has no tensor: `{key}`\n\
+         hint: choose the kind of the file, by `network_module` (`networks.lora`, `networks.loha`, \
+         `networks.lokr`) and `dora_wd` and `use_tucker` in `network_args`"
+    )]
+    LoraKind {
+        /// Key of the file.
+        key: String,
+    },
     /// One half of a LoRA module is missing.
     #[error("the LoRA has `{found}` but lacks: `{missing}`")]
     LoraHalf {

@@ -2,6 +2,7 @@
 
 #[cfg(test)]
 mod adapters;
+#[cfg(test)]
 mod layers;
 #[cfg(test)]
 mod operations;

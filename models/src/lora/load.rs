@@ -38,6 +38,7 @@ impl LoraNetwork {
             tensors.keys().filter_map(|key| key.split('.').next()).collect();
         for module in &mut self.modules {
             let name = module.target.name.clone();
+            refuse_others(module, tensors)?;
             if !has_tensors(module, tensors)? {
                 report.missing.push(name);
                 continue;
@@ -52,6 +53,7 @@ impl LoraNetwork {
             }
             let alpha = read_alpha(tensors, &name)?.unwrap_or(0.);
             let rank = Rank::new(module.rank.dim, alpha);
+            let rank = self.algorithm.settle(&module.target, rank);
             if rank.alpha != module.rank.alpha {
                 report.alphas.push((name, module.rank.alpha, rank.alpha));
                 module.rank = rank;
@@ -79,6 +81,19 @@ fn has_tensors(module: &LoraModule, tensors: &BTreeMap<String, OwnedTensor>) -> 
             Err(ModelError::LoraHalf { found, missing })
         }
         (found, _) => Ok(found.is_some()),
+    }
+}
+
+/// An error if the file has tensors of the module that this kind of network has not: without them
+/// the module would be another one.
+fn refuse_others(module: &LoraModule, tensors: &BTreeMap<String, OwnedTensor>) -> Result<()> {
+    let start = format!("{}.", module.target.name);
+    let known =
+        |suffix: &str| suffix == "alpha" || module.tensors.iter().any(|plan| plan.suffix == suffix);
+    let mut of_module = tensors.range(start.clone()..).map_while(|(k, _)| k.strip_prefix(&start));
+    match of_module.find(|suffix| !known(suffix)) {
+        None => Ok(()),
+        Some(suffix) => Err(ModelError::LoraKind { key: format!("{start}{suffix}") }),
     }
 }
 

@@ -9,9 +9,13 @@
 //! [`Algorithm`].
 
 mod blocks;
+mod composed;
+mod dora;
 mod dylora;
 mod groups;
 mod load;
+mod loha;
+mod lokr;
 mod low_rank;
 mod network;
 mod rank;
@@ -22,10 +26,12 @@ mod tests;
 pub use blocks::{
     BlockLayout, BlockLrText, BlockRankText, BlockRanks, BlockRates, LR_CURVES, UniformRank,
 };
+pub use composed::{Composition, Form};
 pub use groups::{LoraPlus, ParamGroup};
 pub use load::LoadReport;
+pub use lokr::Split;
 pub use network::{LoraModule, LoraNetwork};
-pub use rank::{FileRanks, Rank, RankRule, UniformRanks};
+pub use rank::{FileRanks, Rank, RankRule, RootRanks, UniformRanks};
 pub use target::{LayerKind, Part, Target, text_encoder_targets, unet_targets};
 
 use engine::{Adapter, Dropouts, ParamId};
@@ -41,23 +47,36 @@ pub enum Algorithm {
         /// Divides the rank.
         unit: usize,
     },
+    /// Networks of LyCORIS.
+    Composed(Composition),
 }
 
 impl Algorithm {
-    /// The tensors of a module, in the order of sd-scripts' parameters.
+    /// The tensors of a module, in the order of the reference's parameters.
     fn tensors(self, target: &Target, dim: usize) -> Vec<TensorPlan> {
         match self {
             Algorithm::LowRank => low_rank::tensors(target, dim),
             Algorithm::DyLora { unit } => dylora::tensors(target, dim, unit),
+            Algorithm::Composed(composition) => composition.tensors(target, dim),
         }
     }
 
-    /// What a layer is given; `scale` is `alpha/dim` times the multiplier.
-    fn adapter(self, module: &LoraModule, scale: f32, dropouts: Dropouts) -> Adapter {
+    /// What a layer is given.
+    fn adapter(self, module: &LoraModule, multiplier: f32, dropouts: Dropouts) -> Adapter {
         let (first, key) = (ParamId(module.first), name_key(&module.target.name));
+        let scale = module.rank.scale() * multiplier;
         match self {
             Algorithm::LowRank => low_rank::adapter(first, scale, dropouts, key),
             Algorithm::DyLora { .. } => dylora::adapter(first, module.tensors[0].parts, scale, key),
+            Algorithm::Composed(composition) => composition.adapter(module, multiplier),
+        }
+    }
+
+    /// The rank and alpha that hold for a layer where these are asked for.
+    fn settle(self, target: &Target, rank: Rank) -> Rank {
+        match self {
+            Algorithm::LowRank | Algorithm::DyLora { .. } => rank,
+            Algorithm::Composed(composition) => composition.settle(target, rank),
         }
     }
 }
@@ -76,6 +95,10 @@ enum Init {
     Zeros,
     /// Uniform within plus and minus this bound.
     Uniform(f32),
+    /// Normal with this deviation.
+    Normal(f32),
+    /// The norms of the frozen weight's rows: [`LoraNetwork::set_magnitudes`].
+    RowNorms,
 }
 
 /// One tensor of a module in files, and the parameters that hold it in the engine.
@@ -92,12 +115,14 @@ struct TensorPlan {
     parts: usize,
     /// The engine keeps `[n,m]` where files have `[m,n]`.
     transposed: bool,
+    /// Pixels of a kernel that files flatten into the last axis, behind its channels; otherwise 1.
+    window: usize,
 }
 
 impl TensorPlan {
     /// A tensor that is one parameter, in the order of files up to its kernel.
     fn whole(suffix: &'static str, shape: Vec<usize>, file_shape: Vec<usize>, init: Init) -> Self {
-        Self { suffix, shape, file_shape, init, parts: 1, transposed: false }
+        Self { suffix, shape, file_shape, init, parts: 1, transposed: false, window: 1 }
     }
 
     fn len(&self) -> usize {
@@ -127,6 +152,7 @@ impl TensorPlan {
     fn kernel(&self) -> (usize, usize) {
         match *self.file_shape {
             [_, input, height, width] => (input, height * width),
+            [_, columns] => (columns / self.window, self.window),
             _ => (1, 1),
         }
     }

@@ -51,7 +51,7 @@ struct Place {
 /// A LoRA over a base model: text encoder first, then U-Net, each in diffusers' order.
 #[derive(Clone, Debug)]
 pub struct LoraNetwork {
-    algorithm: Algorithm,
+    pub(super) algorithm: Algorithm,
     pub(super) modules: Vec<LoraModule>,
     /// One per parameter.
     places: Vec<Place>,
@@ -78,6 +78,7 @@ impl LoraNetwork {
                 let message = format!("`unit` ({unit}) does not divide the rank: {}", rank.dim);
                 return Err(ModelError::Network(message));
             }
+            let rank = algorithm.settle(&target, rank);
             let tensors = algorithm.tensors(&target, rank.dim);
             let (module, first) = (network.modules.len(), network.places.len());
             for (tensor, plan) in tensors.iter().enumerate() {
@@ -142,7 +143,8 @@ impl LoraNetwork {
         self.plan(id).1.part().file_order(data)
     }
 
-    /// Values of a new LoRA, one vector per parameter, in the engine's order.
+    /// Values of a new LoRA, one vector per parameter, in the engine's order. Magnitudes are left to
+    /// [`LoraNetwork::set_magnitudes`].
     ///
     /// `uniform(key, n)` gives `n` independent numbers in 0..1 for the tensor of that key; keyed by
     /// the caller's seed, so that every rank gets the same.
@@ -153,11 +155,15 @@ impl LoraNetwork {
         let mut values = Vec::with_capacity(self.places.len());
         for module in &self.modules {
             for plan in &module.tensors {
+                let mut draw =
+                    |n: usize| uniform(&format!("{}.{}", module.target.name, plan.suffix), n);
                 let value = match plan.init {
-                    Init::Zeros => vec![0.; plan.len()],
+                    Init::Zeros | Init::RowNorms => vec![0.; plan.len()],
+                    Init::Normal(deviation) => {
+                        plan.engine_order(normal(&draw(2 * plan.len()), deviation))
+                    }
                     Init::Uniform(bound) => {
-                        let key = format!("{}.{}", module.target.name, plan.suffix);
-                        let drawn = uniform(&key, plan.len());
+                        let drawn = draw(plan.len());
                         plan.engine_order(drawn.iter().map(|x| (2. * x - 1.) * bound).collect())
                     }
                 };
@@ -192,8 +198,7 @@ impl LoraNetwork {
     ) -> Result<()> {
         let mut adapters: BTreeMap<(Part, String), Adapter> = BTreeMap::new();
         for module in &self.modules {
-            let scale = module.rank.scale() * multiplier;
-            let adapter = self.algorithm.adapter(module, scale, self.dropouts);
+            let adapter = self.algorithm.adapter(module, multiplier, self.dropouts);
             adapters.insert((module.target.part, module.target.path.clone()), adapter);
         }
         let mut take = |part, path: &str| adapters.remove(&(part, path.to_owned()));
@@ -230,4 +235,14 @@ impl LoraNetwork {
         }
         Ok(tensors)
     }
+}
+
+/// Normal numbers from pairs of uniform ones in 0..1 (Box and Muller).
+fn normal(uniform: &[f32], deviation: f32) -> Vec<f32> {
+    let number = |pair: &[f32; 2]| {
+        let [radius, turn] = pair.map(f64::from);
+        let radius = (-2. * (1. - radius).ln()).sqrt();
+        (radius * (std::f64::consts::TAU * turn).cos()) as f32 * deviation
+    };
+    uniform.as_chunks::<2>().0.iter().map(number).collect()
 }

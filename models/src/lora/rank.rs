@@ -53,6 +53,20 @@ impl RankRule for UniformRanks {
     }
 }
 
+/// Ranks whose updates are multiplied by `alpha/√dim` instead of `alpha/dim` (rsLoRA,
+/// arXiv:2312.03732).
+///
+/// Files say so by a larger alpha, `alpha·√dim`, as LyCORIS writes it: programs that compute
+/// `alpha/dim`, all of them, then apply the strength that was trained.
+pub struct RootRanks<'a>(pub &'a dyn RankRule);
+
+impl RankRule for RootRanks<'_> {
+    fn rank(&self, target: &Target) -> Option<Rank> {
+        let rank = self.0.rank(target)?;
+        Some(Rank { alpha: rank.alpha * (rank.dim as f32).sqrt(), ..rank })
+    }
+}
+
 /// The ranks of a LoRA file (`dim_from_weights`): modules that it lacks are left out.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FileRanks {
@@ -64,13 +78,19 @@ impl FileRanks {
     pub fn new(tensors: &BTreeMap<String, OwnedTensor>) -> Result<Self> {
         let mut ranks = BTreeMap::new();
         for (key, tensor) in tensors {
-            let Some(module) = key.strip_suffix(".lora_down.weight") else { continue };
-            let dim = tensor.shape.first().copied().filter(|dim| *dim > 0);
-            let dim = dim.ok_or_else(|| {
+            let Some((module, dim)) = rank_of(key, tensor) else { continue };
+            let dim = dim.filter(|dim| *dim > 0).ok_or_else(|| {
                 ModelError::Network(format!("the LoRA tensor `{key}` has no rank"))
             })?;
             let alpha = read_alpha(tensors, module)?.unwrap_or(0.);
             ranks.insert(module.to_owned(), Rank::new(dim, alpha));
+        }
+        // Kronecker products of two whole matrices have no rank; LyCORIS writes it as their alpha.
+        for module in tensors.keys().filter_map(|key| key.strip_suffix(".lokr_w2")) {
+            if !ranks.contains_key(module) {
+                let alpha = read_alpha(tensors, module)?.unwrap_or(1.).max(1.);
+                ranks.insert(module.to_owned(), Rank::new(alpha as usize, 0.));
+            }
         }
         if ranks.is_empty() {
             let example = tensors.keys().next().cloned();
@@ -90,6 +110,13 @@ impl RankRule for FileRanks {
     fn rank(&self, target: &Target) -> Option<Rank> {
         self.ranks.get(&target.name).copied()
     }
+}
+
+/// Module and rank, where this tensor shows a rank.
+fn rank_of<'a>(key: &'a str, tensor: &OwnedTensor) -> Option<(&'a str, Option<usize>)> {
+    let (module, suffix) = key.split_once('.')?;
+    let outermost = matches!(suffix, "lora_down.weight" | "hada_w1_b" | "lokr_w1_b" | "lokr_w2_b");
+    outermost.then(|| (module, tensor.shape.first().copied()))
 }
 
 /// A module's alpha, `None` where the file has none.
