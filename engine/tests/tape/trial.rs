@@ -1,8 +1,8 @@
 //! Runs a small network on the tape and, in f64, by formula.
 
 use engine::{
-    Adapter, DType, Device, ElementLoss, LossSpec, LowRankAdapter, ParamId, ParamStore, Result,
-    Tape, Tensor, Value,
+    Adapter, DType, Device, Dropouts, ElementLoss, LossSpec, LowRankAdapter, ParamId, ParamStore,
+    Result, Tape, Tensor, Value,
 };
 
 /// A named parameter's shape and numbers.
