@@ -1,8 +1,12 @@
 //! The base model of a run: opened once, its parts loaded when they are needed.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use engine::{DType, Device};
+use formats::lora_file;
 use formats::{BaseModel, Family, OpenOptions, open_base_model};
+use models::lora::{BaseMerge, Part, text_encoder_targets, unet_targets};
 use models::{ClipConfig, ClipTextModel, Preset, Unet, UnetConfig, Vae, VaeConfig, preset};
 
 use crate::options::{MixedPrecision, Options};
@@ -23,6 +27,8 @@ pub struct Base {
     pub device: Device,
     /// Type of the U-Net's and the text encoder's arithmetic.
     pub dtype: DType,
+    /// LoRA files that are part of the loaded weights (`base_weights`).
+    pub merge: BaseMerge,
 }
 
 impl Base {
@@ -51,19 +57,54 @@ impl Base {
         let text = files.text_encoder_config.as_ref();
         let text_encoder = ClipConfig::resolve(text, &*files.text_encoder, preset)?;
         let vae = VaeConfig::resolve(files.vae_config.as_ref(), &*files.vae, preset)?;
-        Ok(Self { files, preset, unet, text_encoder, vae, device: Device::Cpu, dtype })
+        Ok(Self {
+            files,
+            preset,
+            unet,
+            text_encoder,
+            vae,
+            device: Device::Cpu,
+            dtype,
+            merge: BaseMerge::default(),
+        })
+    }
+
+    /// Takes the files of `base_weights` into the base model; gives a line about each.
+    pub fn merge_base_weights(&mut self, options: &Options) -> Result<Vec<String>> {
+        let mut targets = text_encoder_targets(&*self.files.text_encoder);
+        targets.extend(unet_targets(&*self.files.unet));
+        let multipliers = options.base_weights_multiplier.as_deref().unwrap_or_default();
+        let mut notes = Vec::new();
+        for (index, name) in options.base_weights.iter().flatten().enumerate() {
+            let multiplier = multipliers.get(index).copied().unwrap_or(1.);
+            let context = || format!("cannot merge the file of `base_weights`: {name}");
+            let file = lora_file::read(Path::new(name)).with_context(context)?;
+            let report =
+                self.merge.add(&file.tensors, multiplier as f32, &targets).with_context(context)?;
+            let merged = report.merged;
+            notes
+                .push(format!("merge {name} into the base model: {merged} modules x {multiplier}"));
+            if let Some(first) = report.unused.first() {
+                let count = report.unused.len();
+                notes.push(format!(
+                    "{name} has {count} modules that are not merged, the first: {first}"
+                ));
+            }
+        }
+        Ok(notes)
     }
 
     /// Loads the U-Net in the compute type.
     pub fn load_unet(&self) -> Result<Unet> {
-        let unet = Unet::load(&*self.files.unet, &self.unet, self.device, self.dtype);
+        let weights = self.merge.over(Part::Unet, &*self.files.unet);
+        let unet = Unet::load(&weights, &self.unet, self.device, self.dtype);
         unet.with_context(|| format!("load the U-Net of {}", self.files.path.display()))
     }
 
     /// Loads the text encoder in the compute type.
     pub fn load_text_encoder(&self) -> Result<ClipTextModel> {
-        let weights = &*self.files.text_encoder;
-        let model = ClipTextModel::load(weights, &self.text_encoder, self.device, self.dtype);
+        let weights = self.merge.over(Part::TextEncoder, &*self.files.text_encoder);
+        let model = ClipTextModel::load(&weights, &self.text_encoder, self.device, self.dtype);
         model.with_context(|| format!("load the text encoder of {}", self.files.path.display()))
     }
 

@@ -4,11 +4,12 @@ use anyhow::{Context, Result, bail};
 use engine::ParamStore;
 use formats::lora_file;
 use models::lora::{
-    Algorithm, BlockLayout, FileRanks, LoraNetwork, ParamGroup, Part, Rank, RankRule, Target,
-    UniformRanks, name_key, text_encoder_targets, unet_targets,
+    Algorithm, BlockLayout, FileRanks, LoraNetwork, NormReport, ParamGroup, Part, Rank, RankRule,
+    Target, UniformRanks, name_key, text_encoder_targets, unet_targets,
 };
 
 use crate::base::Base;
+use crate::logs::KeyNorms;
 use crate::memory::refuse_beyond_memory;
 use crate::options::{NetworkArgs, Options};
 use crate::rng::{Purpose, stream};
@@ -67,7 +68,12 @@ impl PreparedNetwork {
             }),
         };
         let all = targets.iter().filter(|target| is_asked_for(target, &args)).count();
-        let mut network = LoraNetwork::new(targets, &*rule, Algorithm::LowRank)?;
+        let algorithm = match options.is_dylora() {
+            true => Algorithm::DyLora { unit: args.unit.unwrap_or(1) },
+            false => Algorithm::LowRank,
+        };
+        let mut network = LoraNetwork::new(targets, &*rule, algorithm)?;
+        network.dropouts = options.read_dropouts()?;
         let mut notes = Vec::new();
         let left_out = all.saturating_sub(network.modules().len());
         if left_out > 0 && !options.dim_from_weights {
@@ -133,4 +139,17 @@ pub fn part_rate(options: &Options, part: Part) -> f64 {
 /// Learning rate of a group before the schedule: its part's, times weight of the block and LoRA+.
 pub fn learning_rate(options: &Options, group: &ParamGroup) -> f64 {
     part_rate(options, group.part) * group.lr_factor
+}
+
+/// Scales modules down whose norm grew too large (`scale_weight_norms`); `None` where none was asked
+/// for. sd-scripts does it for `networks.lora` alone.
+pub fn limit_norms(
+    options: &Options,
+    network: &LoraNetwork,
+    params: &mut ParamStore,
+) -> Result<Option<KeyNorms>> {
+    let limit = options.scale_weight_norms.filter(|limit| *limit > 0. && !options.is_dylora());
+    let Some(limit) = limit else { return Ok(None) };
+    let NormReport { scaled, mean, max } = network.limit_norms(params, limit)?;
+    Ok(Some(KeyNorms { scaled, mean, max }))
 }

@@ -34,7 +34,7 @@ pub enum Purpose {
     NoiseOffset = 10,
     /// Initial values of the LoRA, keyed by module index.
     LoraInit = 11,
-    /// Dropout masks, keyed by step and module.
+    /// Elements of a module that one sample sees.
     Dropout = 12,
     /// The input perturbation (`ip_noise_gamma`) of one sample.
     InputPerturbation = 13,
@@ -48,6 +48,10 @@ pub enum Purpose {
     Preview = 17,
     /// Seeds given out when the user gave none.
     SeedChoice = 18,
+    /// Ranks of a module that one sample sees.
+    RankDropout = 50,
+    /// Modules that a batch leaves out.
+    ModuleDropout = 51,
     /// Which images are held out for validation, keyed by image.
     ValidationChoice = 40,
     /// Order of the images of a validation, keyed by image.

@@ -66,8 +66,9 @@ impl Run {
         for warning in group.warnings.iter().chain(&missing_masks(&options, &group)) {
             console::warn(warning);
         }
-        let base = Base::open(&options)?;
-        for note in &base.files.notes {
+        let mut base = Base::open(&options)?;
+        let merged = base.merge_base_weights(&options)?;
+        for note in base.files.notes.iter().chain(&merged) {
             console::note(note);
         }
         let comm = Comm::connect(env).context("connect the ranks")?;

@@ -1,7 +1,9 @@
 //! One micro-step: prompts and noised latents in, loss and gradients out.
 
+use std::rc::Rc;
+
 use anyhow::Result;
-use engine::{ParamId, ParamStore, Tape, Tensor};
+use engine::{Draws, ParamId, ParamStore, Tape, Tensor};
 use models::{ClipTextModel, Unet, UnetInput, join_chunks, scale_tokens};
 
 use crate::objective::Noised;
@@ -28,13 +30,15 @@ pub struct Prompts {
     pub chunks: usize,
 }
 
-/// Everything that does not change from step to step.
-#[derive(Clone, Copy)]
+/// How the models are run.
+#[derive(Clone)]
 pub struct Setting {
     /// Layers of the text encoder to leave out.
     pub clip_skip: Option<usize>,
     /// Keep only the inputs of blocks and compute their insides again.
     pub checkpointing: bool,
+    /// What the adapters leave out of this micro-step.
+    pub draws: Option<Rc<dyn Draws>>,
 }
 
 /// What a forward pass gives.
@@ -55,7 +59,8 @@ pub fn forward_backward(
     batch: &Noised,
     ready: &mut dyn FnMut(ParamId, Tensor) -> engine::Result<()>,
 ) -> Result<Forward> {
-    let tape = Tape::new(params, setting.checkpointing);
+    let random = setting.draws.is_some();
+    let tape = Tape::new(params, setting.checkpointing).with_draws(setting.draws);
     let context = encode_prompts(&tape, &models.text_encoder, setting.clip_skip, prompts)?;
     let prediction = models.unet.forward(
         &tape,
@@ -68,7 +73,10 @@ pub fn forward_backward(
         losses,
     };
     drop((context, prediction));
-    tape.backward(&loss, ready)?;
+    // Dropouts can leave out all that the loss depends on.
+    if loss.is_tracked() || !random {
+        tape.backward(&loss, ready)?;
+    }
     Ok(forward)
 }
 

@@ -13,13 +13,14 @@ use models::lora::{LoraNetwork, ParamGroup};
 use crate::checkpoint::SavePoint;
 use crate::console;
 use crate::dataset::{Batch, Loader};
+use crate::draws::draws_for;
 use crate::ema::Ema;
 use crate::gradients::{Control, Gradients};
 use crate::logs::Rate;
 use crate::loss_history::SampleLoss;
 use crate::lr::Schedule;
 use crate::monitor::{Moment, Monitor, StepReport};
-use crate::network::learning_rate;
+use crate::network::{learning_rate, limit_norms};
 use crate::noising::Noising;
 use crate::optimizer::{Optimize, StepInput, TensorStep};
 use crate::options::Options;
@@ -143,6 +144,7 @@ impl Trainer<'_> {
             schedule_factor: self.schedule.factor(step),
         };
         self.optimizer.step(&mut self.params, &input)?;
+        report.key_norms = limit_norms(self.options, &self.network, &mut self.params)?;
         if let Some(ema) = &mut self.ema {
             ema.update(&self.params.flat().to_vec_f32()?);
         }
@@ -206,6 +208,7 @@ impl Trainer<'_> {
         let setting = Setting {
             clip_skip: self.options.clip_skip,
             checkpointing: self.options.gradient_checkpointing,
+            draws: draws_for(&self.network, self.plan.seed, batch),
         };
         let models = (&self.models, &self.params);
         let forward = forward_backward(models, setting, &prompts, &noised, ready)?;

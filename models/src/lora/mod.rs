@@ -17,7 +17,9 @@ mod load;
 mod loha;
 mod lokr;
 mod low_rank;
+mod merge;
 mod network;
+mod norms;
 mod rank;
 mod target;
 #[cfg(test)]
@@ -30,7 +32,9 @@ pub use composed::{Composition, Form};
 pub use groups::{LoraPlus, ParamGroup};
 pub use load::LoadReport;
 pub use lokr::Split;
+pub use merge::{BaseMerge, MergeReport, MergedWeights};
 pub use network::{LoraModule, LoraNetwork};
+pub use norms::NormReport;
 pub use rank::{FileRanks, Rank, RankRule, RootRanks, UniformRanks};
 pub use target::{LayerKind, Part, Target, text_encoder_targets, unet_targets};
 

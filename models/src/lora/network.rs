@@ -94,6 +94,11 @@ impl LoraNetwork {
         Ok(network)
     }
 
+    /// Whether training passes leave parts out: they need draws on the tape.
+    pub fn draws_in_training(&self) -> bool {
+        self.dropouts != Dropouts::default() || matches!(self.algorithm, Algorithm::DyLora { .. })
+    }
+
     /// Its modules.
     pub fn modules(&self) -> &[LoraModule] {
         &self.modules

@@ -66,6 +66,14 @@ pub struct Target {
 }
 
 impl Target {
+    /// Numbers of its weight to an output: inputs times pixels of the window.
+    pub fn weight_columns(&self) -> usize {
+        match self.kind {
+            LayerKind::Linear => self.input,
+            LayerKind::Conv { kernel: (height, width) } => self.input * height * width,
+        }
+    }
+
     /// Whether it is linear or a 1x1 convolution: these have `network_dim`, others `conv_dim`.
     pub fn is_pointwise(&self) -> bool {
         matches!(self.kind, LayerKind::Linear | LayerKind::Conv { kernel: (1, 1) })

@@ -68,7 +68,7 @@ macro_rules! network_options {
         /// changing it changes the effective learning rate. 0 means the same as dim.
         network_alpha: f64 = 1.0, Supported;
         /// Probability with which each neuron of the LoRA is dropped in a step (0 to 1).
-        network_dropout: Option<f64> = None, NotYet("");
+        network_dropout: Option<f64> = None, Supported;
         /// Further settings of the network as `key=value`: `conv_dim=4` `conv_alpha=1` train 3x3
         /// convolutions too (LoRA-C3Lier).
         network_args: Option<Vec<String>> = None, Supported;
@@ -82,10 +82,10 @@ macro_rules! network_options {
         /// Train only the LoRA modules of the text encoder; the U-Net stays as it is.
         network_train_text_encoder_only: bool = false, Supported;
         /// After each step scale down modules whose weight norm exceeds this value (1 is a start).
-        scale_weight_norms: Option<f64> = None, NotYet("");
+        scale_weight_norms: Option<f64> = None, Supported;
         /// LoRA files to merge into the base model before training.
-        base_weights: Option<Vec<String>> = None, NotYet("");
+        base_weights: Option<Vec<String>> = None, Supported;
         /// Strength of each file of `--base_weights`. Default 1.0 each.
-        base_weights_multiplier: Option<Vec<f64>> = None, NotYet("");
+        base_weights_multiplier: Option<Vec<f64>> = None, Supported;
     } } };
 }

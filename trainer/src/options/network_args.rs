@@ -3,6 +3,7 @@
 use super::Options;
 use super::arguments::{read_number, refuse_key, split_pairs};
 use anyhow::{Result, bail};
+use engine::Dropouts;
 use models::lora::{
     BlockLayout, BlockLrText, BlockRankText, BlockRanks, BlockRates, LoraPlus, UniformRank,
 };
@@ -30,10 +31,26 @@ pub struct NetworkArgs {
     pub loraplus: LoraPlus,
     /// Every pair as written, for the metadata.
     pub pairs: Vec<(String, String)>,
+    /// Keys that the kind of network does not read.
+    pub idle: Vec<&'static str>,
 }
 
 /// Keys that sd-scripts or LyCORIS take and that are not built here.
 const LATER_NETWORK_KEYS: &[&str] = &[];
+
+/// Keys of `networks.lora` that `networks.dylora` does not read.
+const NOT_DYLORA_KEYS: &[&str] = &[
+    "dropout",
+    "rank_dropout",
+    "module_dropout",
+    "block_dims",
+    "block_alphas",
+    "conv_block_dims",
+    "conv_block_alphas",
+    "down_lr_weight",
+    "mid_lr_weight",
+    "up_lr_weight",
+];
 
 /// Keys that ask for nothing here.
 const IDLE_NETWORK_KEYS: &[&str] = &["verbose"];
@@ -67,7 +84,30 @@ impl Options {
             args.set(&key, &value)?;
             args.pairs.push((key, value));
         }
+        if self.is_dylora() {
+            args.leave_out(NOT_DYLORA_KEYS);
+        } else {
+            args.leave_out(&["unit"]);
+        }
         Ok(args)
+    }
+
+    /// Whether the network is one whose ranks are trained a few at a time.
+    pub fn is_dylora(&self) -> bool {
+        self.network_module.as_deref() == Some("networks.dylora")
+    }
+
+    /// What modules leave out in training.
+    pub fn read_dropouts(&self) -> Result<Dropouts> {
+        let args = self.read_network_args()?;
+        // DyLoRA has none.
+        let own = self.network_dropout.filter(|_| !self.is_dylora());
+        let read = |value: Option<f64>| value.unwrap_or(0.) as f32;
+        Ok(Dropouts {
+            element: read(own.or(args.dropout)),
+            rank: read(args.rank_dropout),
+            module: read(args.module_dropout),
+        })
     }
 
     /// Rank of the network: 4 where none is given, as in the reference.
@@ -77,6 +117,30 @@ impl Options {
 }
 
 impl NetworkArgs {
+    /// Forgets the keys that this kind of network does not read, as sd-scripts passes over them.
+    fn leave_out(&mut self, keys: &[&'static str]) {
+        let (ranks, rates) = (&mut self.block_ranks, &mut self.block_rates);
+        for key in keys {
+            let was_written = match *key {
+                "dropout" => self.dropout.take().is_some(),
+                "rank_dropout" => self.rank_dropout.take().is_some(),
+                "module_dropout" => self.module_dropout.take().is_some(),
+                "unit" => self.unit.take().is_some(),
+                "block_dims" => ranks.dims.take().is_some(),
+                "block_alphas" => ranks.alphas.take().is_some(),
+                "conv_block_dims" => ranks.conv_dims.take().is_some(),
+                "conv_block_alphas" => ranks.conv_alphas.take().is_some(),
+                "down_lr_weight" => rates.down.take().is_some(),
+                "mid_lr_weight" => rates.mid.take().is_some(),
+                "up_lr_weight" => rates.up.take().is_some(),
+                _ => false,
+            };
+            if was_written {
+                self.idle.push(key);
+            }
+        }
+    }
+
     fn set(&mut self, key: &str, value: &str) -> Result<()> {
         let text = || Some(value.to_owned());
         match key {
@@ -172,8 +236,33 @@ mod tests {
     use super::*;
 
     fn network(items: &[&str]) -> Result<NetworkArgs> {
-        let list = items.iter().map(|item| (*item).to_owned()).collect();
-        Options { network_args: Some(list), ..Options::default() }.read_network_args()
+        network_of("networks.lora", items)
+    }
+
+    fn network_of(module: &str, items: &[&str]) -> Result<NetworkArgs> {
+        let network_args = Some(items.iter().map(|item| (*item).to_owned()).collect());
+        let network_module = Some(module.to_owned());
+        Options { network_args, network_module, ..Options::default() }.read_network_args()
+    }
+
+    #[test]
+    fn dylora_reads_its_own_keys() {
+        let args = network_of("networks.dylora", &["unit=4", "block_dims=1", "dropout=0.5"]);
+        let args = args.unwrap();
+        assert_eq!((args.unit, args.dropout), (Some(4), None));
+        assert_eq!(args.idle, ["dropout", "block_dims"]);
+        let dropouts = |module: &str| {
+            let network_args = Some(vec!["dropout=0.5".to_owned(), "rank_dropout=0.25".to_owned()]);
+            let network_module = Some(module.to_owned());
+            let mut options = Options { network_args, network_module, ..Options::default() };
+            let read = options.read_dropouts().unwrap();
+            options.network_dropout = Some(0.125);
+            (read, options.read_dropouts().unwrap())
+        };
+        let (own, given) = dropouts("networks.lora");
+        assert_eq!((own.element, given.element, own.rank), (0.5, 0.125, 0.25));
+        let none = (Dropouts::default(), Dropouts::default());
+        assert_eq!(dropouts("networks.dylora"), none);
     }
 
     #[test]
@@ -213,7 +302,8 @@ mod tests {
         ])
         .unwrap();
         assert_eq!((args.dropout, args.rank_dropout), (Some(0.1), Some(0.2)));
-        assert_eq!((args.module_dropout, args.unit), (Some(0.3), Some(4)));
+        assert_eq!((args.module_dropout, args.unit), (Some(0.3), None));
+        assert_eq!(args.idle, ["unit"]);
         assert_eq!(args.loraplus.all, Some(16.));
         assert_eq!((args.loraplus.unet, args.loraplus.text_encoder), (Some(8.), Some(4.)));
         let mut notes = Vec::new();

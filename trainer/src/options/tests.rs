@@ -270,7 +270,7 @@ fn options_that_are_not_built_are_refused_unless_default() {
             .contains("both choose an optimizer")
     );
     assert!(fault(&["--deepspeed"]).contains("`--deepspeed` is refused: DeepSpeed divides"));
-    assert!(fault(&["--network_module", "networks.dylora"]).contains("not supported yet"));
+    assert!(fault(&["--network_module", "networks.oft"]).contains("not supported yet"));
     assert!(fault(&["--device=cuda"]).contains("not supported yet"));
     assert!(fault(&["--log_with=wandb"]).contains("not supported yet: `wandb`"));
     for default in ["--multires_noise_discount=0.3", "--optimizer_type=adamw", "--deepspeed=false"]

@@ -8,7 +8,8 @@ impl Check<'_> {
     /// Network and its settings.
     pub(super) fn network(&mut self, notes: &mut Vec<String>) {
         let o = self.options;
-        if let Some(module) = o.network_module.as_deref().filter(|name| *name != "networks.lora") {
+        let known = |name: &&str| !["networks.lora", "networks.dylora"].contains(name);
+        if let Some(module) = o.network_module.as_deref().filter(known) {
             let fault = format!("is not supported yet: `{module}`");
             self.problem("network_module", &fault, "use `networks.lora`");
         }
@@ -24,11 +25,60 @@ impl Check<'_> {
             "needs the file to take the rank from",
             "add `network_weights`",
         );
+        self.forbid(
+            o.network_dropout.is_some_and(|p| !(0. ..1.).contains(&p)),
+            "network_dropout",
+            "must be a probability from 0 up to but not 1",
+            "0.1 is a usual value",
+        );
+        self.forbid(
+            o.scale_weight_norms.is_some_and(|limit| limit < 0. || !limit.is_finite()),
+            "scale_weight_norms",
+            "must not be negative",
+            "1 is a usual value, 0 turns it off",
+        );
+        let files = o.base_weights.as_ref().map_or(0, Vec::len);
+        let multipliers = o.base_weights_multiplier.as_ref().map_or(0, Vec::len);
+        if multipliers > files {
+            notes.push(format!(
+                "`base_weights_multiplier` has {multipliers} numbers for {files} files of \
+                 `base_weights`: the rest has no effect"
+            ));
+        }
         match o.read_network_args() {
             Err(fault) => self.problems.push(fault.to_string()),
             Ok(args) => {
+                self.dylora(&args, notes);
                 self.block_lists(&args, notes);
                 self.idle_arguments(&args, notes);
+            }
+        }
+    }
+
+    /// Ranks that are trained a few at a time.
+    fn dylora(&mut self, args: &NetworkArgs, notes: &mut Vec<String>) {
+        let o = self.options;
+        if !o.is_dylora() {
+            return;
+        }
+        let (rank, unit) = (o.network_rank(), args.unit.unwrap_or(1));
+        if !rank.is_multiple_of(unit) && !o.dim_from_weights {
+            self.problems.push(format!(
+                "`unit` in `network_args` must divide the rank of {rank}, not: `{unit}`"
+            ));
+        }
+        if let Some(conv_dim) = args.conv_dim.filter(|dim| *dim != rank) {
+            self.problems.push(format!(
+                "`conv_dim` in `network_args` must be the same as `network_dim` ({rank}) with \
+                 `networks.dylora`, not: `{conv_dim}`"
+            ));
+        }
+        for (option, written) in [
+            ("network_dropout", o.network_dropout.is_some_and(|p| p > 0.)),
+            ("scale_weight_norms", o.scale_weight_norms.is_some_and(|limit| limit > 0.)),
+        ] {
+            if written {
+                notes.push(format!("`{option}` has no effect with `networks.dylora`"));
             }
         }
     }
@@ -59,10 +109,9 @@ impl Check<'_> {
     /// Settings that are read and then not used.
     fn idle_arguments(&mut self, args: &NetworkArgs, notes: &mut Vec<String>) {
         let written = |key: &str| args.pairs.iter().any(|(other, _)| other == key);
-        for key in ["dropout", "rank_dropout", "module_dropout", "unit"] {
-            if written(key) {
-                self.problems.push(format!("`{key}` in `network_args` is not supported yet"));
-            }
+        let module = self.options.network_module.as_deref().unwrap_or("networks.lora");
+        for key in &args.idle {
+            notes.push(format!("`{key}` in `network_args` has no effect with `{module}`"));
         }
         let lists = &args.block_ranks;
         if written("conv_alpha") && args.conv_dim.is_none() && lists.conv_dims.is_none() {
