@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod adapters;
 #[cfg(test)]
+mod dropouts;
+#[cfg(test)]
 mod layers;
 #[cfg(test)]
 mod operations;

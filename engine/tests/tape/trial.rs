@@ -1,8 +1,10 @@
 //! Runs a small network on the tape and, in f64, by formula.
 
+use std::rc::Rc;
+
 use engine::{
-    Adapter, DType, Device, Dropouts, ElementLoss, LossSpec, LowRankAdapter, ParamId, ParamStore,
-    Result, Tape, Tensor, Value,
+    Adapter, DType, Device, Draws, Dropouts, ElementLoss, LossSpec, LowRankAdapter, ParamId,
+    ParamStore, Result, Tape, Tensor, Value,
 };
 
 /// A named parameter's shape and numbers.
@@ -57,7 +59,16 @@ pub fn run<'m>(
     checkpointing: bool,
     net: impl FnOnce(&Tape<'m>, Vec<ParamId>) -> Result<Value>,
 ) -> Result<Outcome> {
-    let tape = Tape::new(store, checkpointing);
+    run_with_draws(store, (checkpointing, None), net)
+}
+
+/// [`run`] as a training pass whose adapters draw what they leave out.
+pub fn run_with_draws<'m>(
+    store: &'m ParamStore,
+    (checkpointing, draws): (bool, Option<Rc<dyn Draws>>),
+    net: impl FnOnce(&Tape<'m>, Vec<ParamId>) -> Result<Value>,
+) -> Result<Outcome> {
+    let tape = Tape::new(store, checkpointing).with_draws(draws);
     let out = net(&tape, (0..store.count()).map(ParamId).collect())?;
     let batch = out.shape()[0];
     let numbers = out.tensor().to_vec_f32()?;
