@@ -127,7 +127,10 @@ impl Monitor {
             Occasion::Epoch => moment.epoch,
         };
         match &mut self.log {
-            Some(log) => log.validation(at, moment.step, &loss.scalars(occasion, training)),
+            Some(log) => {
+                let place = (moment.step, moment.epoch);
+                log.validation(at, place, &loss.scalars(occasion, training))
+            }
             None => Ok(()),
         }
     }
@@ -140,12 +143,13 @@ impl Monitor {
         }
         let Some(log) = &mut self.log else { return Ok(()) };
         let records = self.history.iter().flat_map(LossHistory::records);
-        log.epoch(moment.epoch, average, records)
+        log.epoch((moment.step, moment.epoch), average, records)
     }
 
-    /// Leaves the last state of the progress on the screen.
-    pub fn stop(&mut self) {
+    /// Leaves the last state of the progress on the screen and ends the logs.
+    pub fn stop(&mut self) -> Result<()> {
         self.progress = None;
+        self.log.as_mut().map_or(Ok(()), RunLog::finish)
     }
 
     /// Everything to go on from: the same on every rank but for the name of the log's folder, which

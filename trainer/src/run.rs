@@ -55,6 +55,7 @@ impl Run {
     /// configuration.
     pub fn prepare(parsed: &Parsed, env: &Env) -> Result<Self> {
         let options = parsed.options.clone();
+        console::configure(options.console_log_level, options.console_log_file.as_deref())?;
         for note in &parsed.notes {
             console::note(note);
         }

@@ -81,11 +81,11 @@ impl Trainer<'_> {
                 self.monitor.end_epoch(moment)?;
             }
             if stop && !ends {
-                self.monitor.stop();
+                self.monitor.stop()?;
                 return self.stop(moment.step, moment.epoch);
             }
         }
-        self.monitor.stop();
+        self.monitor.stop()?;
         self.save(SavePoint::Last, self.plan.steps, self.plan.epochs)?;
         self.comm.barrier().context("wait for the last file")?;
         Ok(Ending::Complete)

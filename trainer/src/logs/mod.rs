@@ -1,13 +1,16 @@
-//! The logs of a run: TensorBoard events, one JSON line per step, and a table of the images' losses.
+//! The logs of a run: TensorBoard events, an offline run of Weights & Biases, one JSON line per step,
+//! and a table of the images' losses.
 //!
 //! `logging_dir/<prefix><date and time>/` holds `steps.jsonl` and `image_losses.csv`, the folder of
-//! the tracker in it the TensorBoard events, under sd-scripts' tags. Rank 0 writes alone; every call
+//! the tracker in it the TensorBoard events, `wandb` the offline run; tags are sd-scripts'. Rank 0 writes alone; every call
 //! is on its way to the disk when it returns, so a killed run keeps every finished step. A resumed
 //! run goes on in the folder of the run it continues: what that one logged after the saved state is
 //! cut off.
 
+mod protobuf;
 mod table;
 mod tensorboard;
+mod wandb;
 
 use std::path::{Path, PathBuf};
 
@@ -15,11 +18,13 @@ use anyhow::{Context, Result};
 use formats::model_spec::civil_time;
 use serde_json::{Map, Value, json};
 
+use crate::console;
 use crate::loss_history::ImageLoss;
 use crate::memory::peak_resident;
 use crate::options::{LogWith, Options};
 use table::LineFile;
 pub use tensorboard::EventWriter;
+use wandb::{RunNames, WandbRun};
 
 /// The learning rate of a parameter group.
 #[derive(Clone, Debug, PartialEq)]
@@ -148,12 +153,15 @@ pub struct RunLog {
     /// The options as text, with `log_config`.
     config: Option<String>,
     tensorboard: bool,
+    wandb: Option<RunNames>,
+    options: Box<Options>,
     open: Option<Open>,
 }
 
 #[derive(Debug)]
 struct Open {
     events: Option<EventWriter>,
+    wandb: Option<WandbRun>,
     steps: LineFile,
     images: LineFile,
 }
@@ -175,6 +183,11 @@ impl RunLog {
             tracker: options.log_tracker_name.clone().unwrap_or_else(|| "network_train".into()),
             config: options.log_config.then(config),
             tensorboard: options.log_with != Some(LogWith::Wandb),
+            wandb: match options.log_with {
+                Some(LogWith::Wandb | LogWith::All) => Some(RunNames::from_options(options)?),
+                _ => None,
+            },
+            options: Box::new(options.clone()),
             open: None,
         }))
     }
@@ -215,6 +228,15 @@ impl RunLog {
                 events.text("config", steps, config)?;
             }
         }
+        let wandb = match &self.wandb {
+            Some(names) => {
+                let run = WandbRun::create(&folder, &self.tracker, names, &self.options)?;
+                let place = run.path().parent().unwrap_or(&folder).display().to_string();
+                console::note(&format!("for Weights & Biases: `wandb sync {place}`"));
+                Some(run)
+            }
+            None => None,
+        };
         let is_before = |line: &str| {
             let line: Value = serde_json::from_str(line).ok()?;
             Some(line.get("step")?.as_u64()? <= steps as u64)
@@ -228,30 +250,27 @@ impl RunLog {
             images.add("epoch,image,count,mean,last")?;
         }
         let steps = LineFile::open(&folder.join("steps.jsonl"), &is_before)?;
-        self.open = Some(Open { events, steps, images });
+        self.open = Some(Open { events, wandb, steps, images });
         Ok(())
     }
 
     /// Logs an optimizer step.
     pub fn step(&mut self, values: &StepLog) -> Result<()> {
         let Some(open) = &mut self.open else { return Ok(()) };
-        if let Some(events) = &mut open.events {
-            events.scalars(values.step, &as_pairs(&values.scalars()))?;
-        }
+        open.scalars(values.step, (values.step, values.epoch), &as_pairs(&values.scalars()))?;
         open.steps.add(&values.line())
     }
 
-    /// Logs the end of epoch `epoch` (from 1); the reference counts epochs on this curve.
+    /// Logs the end of epoch `epoch` (from 1), after `step` steps; the reference counts epochs on
+    /// this curve.
     pub fn epoch<'r>(
         &mut self,
-        epoch: usize,
+        (step, epoch): (usize, usize),
         average_loss: f64,
         images: impl Iterator<Item = (&'r Path, &'r ImageLoss)>,
     ) -> Result<()> {
         let Some(open) = &mut self.open else { return Ok(()) };
-        if let Some(events) = &mut open.events {
-            events.scalars(epoch, &[("loss/epoch_average", average_loss)])?;
-        }
+        open.scalars(epoch, (step, epoch), &[("loss/epoch_average", average_loss)])?;
         let mut rows = Vec::new();
         for (image, loss) in images.filter(|(_, loss)| loss.count > 0) {
             rows.push(format!(
@@ -267,14 +286,43 @@ impl RunLog {
 
     /// Logs scalars of a validation at `at`: a step or, as the reference does for its epoch curves,
     /// an epoch. The JSON line names the step.
-    pub fn validation(&mut self, at: usize, step: usize, values: &[(String, f64)]) -> Result<()> {
+    pub fn validation(
+        &mut self,
+        at: usize,
+        (step, epoch): (usize, usize),
+        values: &[(String, f64)],
+    ) -> Result<()> {
         let Some(open) = &mut self.open else { return Ok(()) };
-        if let Some(events) = &mut open.events {
-            events.scalars(at, &as_pairs(values))?;
-        }
+        open.scalars(at, (step, epoch), &as_pairs(values))?;
         let values: Map<String, Value> =
             values.iter().map(|(tag, value)| (tag.clone(), json!(value))).collect();
         open.steps.add(&json!({"step": step, "validation": values}).to_string())
+    }
+
+    /// The run is over.
+    pub fn finish(&mut self) -> Result<()> {
+        match self.open.as_mut().and_then(|open| open.wandb.as_mut()) {
+            Some(wandb) => wandb.finish(),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Open {
+    /// Scalars for the tools: TensorBoard shows them at `at`, wandb by step and epoch.
+    fn scalars(
+        &mut self,
+        at: usize,
+        (step, epoch): (usize, usize),
+        values: &[(&str, f64)],
+    ) -> Result<()> {
+        if let Some(events) = &mut self.events {
+            events.scalars(at, values)?;
+        }
+        match &mut self.wandb {
+            Some(wandb) => wandb.log(values, step, epoch),
+            None => Ok(()),
+        }
     }
 }
 

@@ -5,11 +5,11 @@
 //! hand; field numbers are those of tensorflow's `event.proto` and `summary.proto`.
 //! Rank 0 writes alone. Each call is flushed, so a killed run keeps every finished step.
 
+use super::protobuf::{Message, now};
 use anyhow::{Context, Result};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Writes one event file.
 #[derive(Debug)]
@@ -93,57 +93,6 @@ impl EventWriter {
             .write_all(&record)
             .and_then(|()| self.file.flush())
             .with_context(|| format!("cannot write the log file: `{}`", self.path.display()))
-    }
-}
-
-/// Seconds since 1970.
-fn now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64())
-}
-
-/// Fields of a protobuf message, in the order of the calls.
-struct Message(Vec<u8>);
-
-impl Message {
-    fn new() -> Self {
-        Message(Vec::new())
-    }
-
-    fn push_varint(&mut self, mut value: u64) {
-        while value >= 0x80 {
-            self.0.push(value as u8 | 0x80);
-            value >>= 7;
-        }
-        self.0.push(value as u8);
-    }
-
-    fn key(&mut self, field: u64, wire_type: u64) {
-        self.push_varint(field << 3 | wire_type);
-    }
-
-    fn varint(mut self, field: u64, value: u64) -> Self {
-        self.key(field, 0);
-        self.push_varint(value);
-        self
-    }
-
-    fn double(mut self, field: u64, value: f64) -> Self {
-        self.key(field, 1);
-        self.0.extend_from_slice(&value.to_le_bytes());
-        self
-    }
-
-    fn float(mut self, field: u64, value: f32) -> Self {
-        self.key(field, 5);
-        self.0.extend_from_slice(&value.to_le_bytes());
-        self
-    }
-
-    fn bytes(mut self, field: u64, value: &[u8]) -> Self {
-        self.key(field, 2);
-        self.push_varint(value.len() as u64);
-        self.0.extend_from_slice(value);
-        self
     }
 }
 

@@ -68,8 +68,8 @@ fn a_resumed_run_goes_on_in_its_folder() {
     let loss = ImageLoss { count: 2, sum: 0.5, last: 0.125 };
     for step in 1..=3 {
         log.step(&values(step, (step != 2).then_some(0.25))).unwrap();
-        log.validation(step, step, &[("loss/validation/step_average".into(), 0.5)]).unwrap();
-        log.epoch(step, 0.5, [(Path::new("a,b.png"), &loss)].into_iter()).unwrap();
+        log.validation(step, (step, 1), &[("loss/validation/step_average".into(), 0.5)]).unwrap();
+        log.epoch((step, step), 0.5, [(Path::new("a,b.png"), &loss)].into_iter()).unwrap();
     }
     let steps = lines(&log, "steps.jsonl");
     assert_eq!(steps.len(), 6);

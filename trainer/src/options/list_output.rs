@@ -81,24 +81,30 @@ macro_rules! logging_options {
         /// `image_losses.csv` (at every epoch's end, count, mean and latest loss of every image).
         /// Without it nothing is logged.
         logging_dir: Option<PathBuf> = None, Supported;
-        /// Where to log: `tensorboard`. Default: TensorBoard when `--logging_dir` is given.
+        /// Where to log: `tensorboard`, `wandb` or `all`; needs `--logging_dir`. Default: TensorBoard
+        /// when `--logging_dir` is given. `wandb` writes an offline run; `wandb sync FOLDER` uploads
+        /// it (the folder is named at the start).
         log_with: Option<LogWith> = None, Supported;
         /// Text before the date in the name of a run's log folder.
         log_prefix: Option<String> = None, Supported;
-        /// Name of the folder inside a run's log folder. Default `network_train`.
+        /// Name of the folder of TensorBoard's events inside a run's log folder, and of the project
+        /// at Weights & Biases. Default `network_train`.
         log_tracker_name: Option<String> = None, Supported;
-        /// TOML file with settings of the log tool.
-        log_tracker_config: Option<PathBuf> = None, NotYet("");
+        /// TOML file with settings of the log tool: under `[wandb]` `name`, `entity`, `group`,
+        /// `job_type`, `notes` and `tags`. TensorBoard has none.
+        log_tracker_config: Option<PathBuf> = None, Supported;
         /// Write the run's options into the log as text.
         log_config: bool = false, Supported;
         /// Name of the run at Weights & Biases.
-        wandb_run_name: Option<String> = None, NotYet("TensorBoard logs are written with `--logging_dir`");
+        wandb_run_name: Option<String> = None, Supported;
         /// Key for Weights & Biases.
-        wandb_api_key: Option<String> = None, NotYet("TensorBoard logs are written with `--logging_dir`");
-        /// How much is printed: DEBUG, INFO (default), WARNING, ERROR or CRITICAL.
-        console_log_level: Option<LogLevel> = None, NoEffect("all messages are shown; warnings begin with `warning:`");
-        /// Write messages to this file instead of the terminal.
-        console_log_file: Option<PathBuf> = None, NotYet("send standard error to a file: `lorarun train ... 2> FILE`");
+        wandb_api_key: Option<String> = None, NoEffect("the run is written to disk; `wandb login` and `wandb sync` upload it");
+        /// What is printed: INFO (default; DEBUG is the same) everything, WARNING warnings alone,
+        /// ERROR and CRITICAL nothing but what ends the run. The progress bar stays.
+        console_log_level: Option<LogLevel> = None, Supported;
+        /// Write messages to the end of this file instead of the terminal. The progress bar and the
+        /// error that ends a run stay on the terminal.
+        console_log_file: Option<PathBuf> = None, Supported;
         /// Print messages without colours and columns.
         console_log_simple: bool = false, NoEffect("messages are always plain lines");
     } } };

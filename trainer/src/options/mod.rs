@@ -52,6 +52,7 @@ pub use lint::lint;
 pub use network_args::NetworkArgs;
 pub use optimizer_args::AdamwArgs;
 pub use parse::{Action, Parsed, UsageError, find_option, parse, write_config};
+pub(crate) use print::PRIVATE;
 pub use scheduler_args::TORCH_SCHEDULES;
 pub use table::{Group, OptionSpec, Origin, Support};
 pub use value::{CropRange, IntOrFloat, Kind, Mismatch, OptionValue, Resolution};

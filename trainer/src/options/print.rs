@@ -3,17 +3,18 @@
 use super::{Group, OPTIONS, Options};
 use std::fmt::Write;
 
+/// Where a config is written to is no part of it, and access keys do not belong into files that are
+/// passed on.
+pub(crate) const PRIVATE: [&str; 5] =
+    ["config_file", "output_config", "dry_run", "wandb_api_key", "huggingface_token"];
+
 impl Options {
     /// The options that differ from their defaults, as a config file with one comment per group.
     pub fn to_toml(&self) -> String {
         let mut text = String::new();
         let mut group: Option<Group> = None;
         for spec in OPTIONS {
-            // Where a config is written to is no part of it, and access keys do not belong into
-            // files that are passed on.
-            let private =
-                ["config_file", "output_config", "dry_run", "wandb_api_key", "huggingface_token"];
-            if spec.is_default(self) || private.contains(&spec.name) {
+            if spec.is_default(self) || PRIVATE.contains(&spec.name) {
                 continue;
             }
             let Some(value) = (spec.read)(self) else { continue };

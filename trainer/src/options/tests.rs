@@ -272,7 +272,6 @@ fn options_that_are_not_built_are_refused_unless_default() {
     assert!(fault(&["--deepspeed"]).contains("`--deepspeed` is refused: DeepSpeed divides"));
     assert!(fault(&["--network_module", "networks.oft"]).contains("not supported yet"));
     assert!(fault(&["--device=cuda"]).contains("not supported yet"));
-    assert!(fault(&["--log_with=wandb"]).contains("not supported yet: `wandb`"));
     for default in ["--multires_noise_discount=0.3", "--optimizer_type=adamw", "--deepspeed=false"]
     {
         run_with(&[default]).unwrap();
@@ -345,6 +344,9 @@ fn contradictions_are_refused() {
         (&["--min_timestep=500", "--max_timestep=400"], "leaves no valid timesteps"),
         (&["--caption_dropout_rate=1.5"], "a probability from 0 to 1"),
         (&["--log_with=tensorboard"], "needs a folder for the logs"),
+        (&["--log_with=wandb"], "needs a folder for the logs"),
+        (&["--ema_decay=1"], "must be from 0 up to, not including, 1"),
+        (&["--validation_split=1.5"], "is a share from 0 to 1"),
     ];
     for (words, expected) in cases {
         let message = fault(words);

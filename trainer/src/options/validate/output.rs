@@ -18,16 +18,31 @@ impl Check<'_> {
             let fault = format!("must be a file name without folders, not: `{name}`");
             self.problem("output_name", &fault, "folders belong into `output_dir`");
         }
-        if let Some(tool @ (LogWith::Wandb | LogWith::All)) = o.log_with {
-            let fault = format!("is not supported yet: `{}`", tool.as_str());
-            self.problem("log_with", &fault, "use `tensorboard`");
-        }
         self.forbid(
-            o.log_with == Some(LogWith::Tensorboard) && o.logging_dir.is_none(),
+            o.log_with.is_some() && o.logging_dir.is_none(),
             "log_with",
             "needs a folder for the logs",
-            "add `logging_dir`",
+            "add `logging_dir`; `wandb` writes an offline run there",
         );
+        let wandb = matches!(o.log_with, Some(LogWith::Wandb | LogWith::All));
+        if o.wandb_run_name.is_some() && !wandb {
+            notes.push(
+                "`wandb_run_name` has no effect: `log_with` does not ask for `wandb`".to_owned(),
+            );
+        }
+        if o.logging_dir.is_none() {
+            for (name, set) in [
+                ("log_prefix", o.log_prefix.is_some()),
+                ("log_tracker_name", o.log_tracker_name.is_some()),
+                ("log_tracker_config", o.log_tracker_config.is_some()),
+                ("log_config", o.log_config),
+            ] {
+                if set {
+                    notes.push(format!("`{name}` has no effect without `logging_dir`"));
+                }
+            }
+        }
+        self.validation(notes);
         let pairs = [
             (
                 "save_last_n_epochs",
@@ -40,6 +55,25 @@ impl Check<'_> {
         for (last, keep, every, needed) in pairs {
             if keep.is_some() && every.is_none() {
                 notes.push(format!("`{last}` has no effect without `{needed}`"));
+            }
+        }
+    }
+
+    /// Validation. The dataset configuration may ask for it on its own, so its absence here says
+    /// nothing when there is one.
+    fn validation(&self, notes: &mut Vec<String>) {
+        let o = self.options;
+        if o.validation_split > 0. || o.dataset_config.is_some() {
+            return;
+        }
+        for (name, set) in [
+            ("validate_every_n_steps", o.validate_every_n_steps.is_some()),
+            ("max_validation_steps", o.max_validation_steps.is_some()),
+        ] {
+            if set {
+                notes.push(format!(
+                    "`{name}` acts only where images are held out: see `validation_split`"
+                ));
             }
         }
     }
