@@ -327,7 +327,7 @@ fn noise_rules() {
 
 #[test]
 fn contradictions_are_refused() {
-    let cases: [(&[&str], &str); 16] = [
+    let cases: &[(&[&str], &str)] = &[
         (&["--cache_latents", "--color_aug"], "`--color_aug` changes images at random"),
         (&["--cache_latents_to_disk", "--random_crop"], "`--random_crop` changes images at random"),
         (&["--v_pred_like_loss=0.1", "--v_parameterization"], "cannot be combined"),
