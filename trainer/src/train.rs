@@ -75,11 +75,11 @@ impl Trainer<'_> {
             self.monitor.step(self.comm, moment, &report)?;
             let epoch_ends = moment.step_in_epoch + 1 == self.plan.steps_per_epoch;
             self.validate_if_due(moment, epoch_ends || step + 1 == self.plan.steps)?;
-            self.save_what_is_due(moment.step, moment.epoch, epoch_ends)?;
             let ends = step + 1 == self.plan.steps;
             if epoch_ends || ends {
                 self.monitor.end_epoch(moment)?;
             }
+            self.save_what_is_due(moment.step, moment.epoch, epoch_ends)?;
             if stop && !ends {
                 self.monitor.stop()?;
                 return self.stop(moment.step, moment.epoch);
