@@ -55,8 +55,9 @@ read = datastore if sys.argv[1] == "--datastore" else pieces
 for number, data in enumerate(read(sys.argv[-1]), 1):
     record = protocol.Record()
     record.ParseFromString(data)
-    assert record.num == number and record.SerializeToString(deterministic=True)
-    assert not record.UnknownFields() if hasattr(record, "UnknownFields") else True
+    size = record.ByteSize()
+    record.DiscardUnknownFields()
+    assert record.num == number and record.ByteSize() == size == len(data)
     kind = record.WhichOneof("record_type")
     if kind == "run":
         config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
