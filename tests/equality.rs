@@ -11,7 +11,7 @@ fn values(file: &LoraFile, key: &str) -> Vec<f32> {
 }
 
 /// Largest relative distance `|a-b| / |b|` over all tensors.
-fn distance(a: &LoraFile, b: &LoraFile) -> (f64, String) {
+pub fn distance(a: &LoraFile, b: &LoraFile) -> (f64, String) {
     assert_eq!(a.tensors.keys().collect::<Vec<_>>(), b.tensors.keys().collect::<Vec<_>>());
     let mut worst = (0., String::new());
     for key in a.tensors.keys() {

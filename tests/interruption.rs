@@ -53,17 +53,21 @@ fn files(folder: &Path) -> Vec<PathBuf> {
     entries.flatten().map(|e| e.path()).collect()
 }
 
-/// Every file of the folder is a whole LoRA under its final name.
+/// Every file of the folder is a whole LoRA, every folder a state, under its final name.
 fn assert_complete(folder: &Path) {
     for path in files(folder) {
         let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+        if name.ends_with("-state") {
+            assert!(path.join("state.json").is_file(), "not complete: {name}");
+            continue;
+        }
         assert!(name.ends_with(".safetensors"), "left behind: {name}");
         let file = formats::lora_file::read(&path).unwrap_or_else(|e| panic!("{name}: {e}"));
         file.modules().unwrap_or_else(|e| panic!("{name}: {e}"));
     }
 }
 
-fn kill(pid: i32, signal: &str) {
+pub fn kill(pid: i32, signal: &str) {
     let status = Command::new("kill").args([signal, &pid.to_string()]).status().expect("kill runs");
     assert!(status.success());
 }

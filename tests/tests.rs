@@ -8,6 +8,7 @@
 //! - `interruption`: killed ranks, Ctrl-C, full disk
 //! - `keys`: tensors and metadata of our files beside those of sd-scripts, and lossless continuing
 //! - `quickstart`: the README's example
+//! - `resume`: stopped or killed anywhere and resumed, a run ends with the bytes of one that was not
 //! - `selftest`: agreement with the PyTorch reference, and that a changed reference is noticed
 //! - `validation`: it changes nothing and is the same on any number of ranks; logs
 //! - `watch`: steps that are not finite are left out; the average of the weights
@@ -20,6 +21,7 @@ mod interruption;
 mod keys;
 mod layering;
 mod quickstart;
+mod resume;
 mod selftest;
 mod validation;
 mod watch;

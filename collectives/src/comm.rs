@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use crate::env::{DEFAULT_TIMEOUT, Env};
 use crate::error::{CollectiveError, Result};
-use crate::group::Group;
+use crate::group::{Group, Order};
 use crate::segment::{Author, Segment};
 
 /// This rank's membership in the group of all ranks of a run. Dropping it leaves the group; peers
@@ -208,7 +208,20 @@ impl Comm {
     pub fn all_reduce(&self, values: &mut [f32]) -> Result<()> {
         match &self.link {
             Link::Alone => Ok(()),
-            Link::Shared(shared) => shared.run(|group| group.all_reduce(values, self.deadline())),
+            Link::Shared(shared) => {
+                shared.run(|group| group.all_reduce(values, Order::Ranks, self.deadline()))
+            }
+        }
+    }
+
+    /// Replaces `values` with the sum over all ranks, added in pairs: ((0 + 1) + (2 + 3)) +
+    /// ..., as halving the ranks gives. Every rank gets identical bits.
+    pub fn all_reduce_in_pairs(&self, values: &mut [f32]) -> Result<()> {
+        match &self.link {
+            Link::Alone => Ok(()),
+            Link::Shared(shared) => {
+                shared.run(|group| group.all_reduce(values, Order::Pairs, self.deadline()))
+            }
         }
     }
 
@@ -280,7 +293,7 @@ impl Lane {
     /// The communication thread: runs started collectives in order until the handle is dropped.
     fn serve(&self, jobs: &Receiver<Job>) {
         while let Ok(Job { mut values, deadline, answer }) = jobs.recv() {
-            let result = locked(&self.group).all_reduce(&mut values, deadline);
+            let result = locked(&self.group).all_reduce(&mut values, Order::Ranks, deadline);
             *locked(&self.outstanding) -= 1;
             self.idle.notify_all();
             // A dropped `Pending` wants no answer.

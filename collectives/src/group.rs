@@ -17,6 +17,16 @@ use crate::segment::{ABORT_BIT, ABSENT, Author, BUFFERS, JOINED, LEFT, Segment};
 /// How often a waiting rank looks whether its peers still live.
 const LIVENESS_INTERVAL: Duration = Duration::from_millis(100);
 
+/// In which order the ranks' values are added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Rank 0 + rank 1 + rank 2 + ...
+    Ranks,
+    /// (0 + 1) + (2 + 3), then these in pairs, and so on: what halving the ranks gives. Two groups
+    /// whose sizes are powers of two then add in the same order what is contiguous in both.
+    Pairs,
+}
+
 /// What a rank calls; equal on all ranks, or the call is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Op {
@@ -24,7 +34,7 @@ pub(crate) enum Op {
     Connect,
     Barrier,
     /// Lengths must be equal.
-    AllReduce,
+    AllReduce(Order),
     /// From this rank; the others learn the length.
     Broadcast(usize),
     /// Lengths may differ.
@@ -37,7 +47,8 @@ impl Op {
         match self {
             Op::Connect => 1,
             Op::Barrier => 2,
-            Op::AllReduce => 3,
+            Op::AllReduce(Order::Ranks) => 3,
+            Op::AllReduce(Order::Pairs) => 6,
             Op::AllGather => 4,
             Op::Broadcast(root) => 5 | (root as u64) << 8,
         }
@@ -49,6 +60,7 @@ impl Op {
             1 => "connect".to_owned(),
             2 => "barrier".to_owned(),
             3 => format!("all_reduce of {length} floats"),
+            6 => format!("all_reduce of {length} floats in pairs"),
             4 => "all_gather".to_owned(),
             5 => format!("broadcast from rank {}", code >> 8),
             _ => format!("unknown collective {code}"),
@@ -246,9 +258,9 @@ impl Group {
             let announcement = &self.segment.slot(rank).announcements[(call.seq % 2) as usize];
             let kind = announcement.kind.load(Ordering::Relaxed);
             // Only a sum needs equal lengths.
-            let length = match kind == Op::AllReduce.code() {
-                true => announcement.length.load(Ordering::Relaxed),
-                false => 0,
+            let length = match kind {
+                3 | 6 => announcement.length.load(Ordering::Relaxed),
+                _ => 0,
             };
             (announcement.seq.load(Ordering::Relaxed), kind, length)
         };

@@ -4,8 +4,8 @@
 //! - no knowledge of models, tensors' meaning or files: this crate moves `f32` and bytes;
 //! - no call can wait for ever: every collective has a deadline, polls an abort flag and notices a
 //!   peer that is gone;
-//! - sums are taken in rank order (rank 0 + rank 1 + ...), whatever the timing, so that every rank
-//!   of every run holds the same bits;
+//! - sums are taken in rank order (rank 0 + rank 1 + ...), or in pairs where asked for, whatever the
+//!   timing, so that every rank of every run holds the same bits;
 //! - nothing is left behind: the shared segment has no name in any file system.
 //!
 //! Read in this order: [`env`], [`Comm`] (`comm.rs`), `group.rs` (ranks in lockstep),

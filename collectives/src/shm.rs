@@ -6,8 +6,8 @@
 //!
 //! # All-reduce
 //! Chunk `k` of the vector is cut into one shard per rank. Phase `k`: copy the shards of the other
-//! ranks into the own buffer. After the wait: sum the own shard over all ranks, in rank order, into
-//! the caller's memory and into the own buffer; finishing phase `k + 1` (which also copied chunk
+//! ranks into the own buffer. After the wait: sum the own shard over all ranks, one by one or in pairs,
+//! into the caller's memory and into the own buffer; finishing phase `k + 1` (which also copied chunk
 //! `k + 1`) publishes it; after that wait, fetch the sums of the other shards. So a chunk costs one
 //! wait and 2 (N - 1) / N copies of its bytes.
 //!
@@ -20,7 +20,7 @@
 use std::time::Duration;
 
 use crate::error::{CollectiveError, Result};
-use crate::group::{Group, Op};
+use crate::group::{Group, Op, Order};
 use crate::segment::BUFFER_BYTES;
 
 /// Floats in one buffer.
@@ -36,17 +36,22 @@ impl Group {
         self.call(Op::Barrier, 0, deadline, Group::meet)
     }
 
-    /// Replaces `values` with the sum over all ranks, added in rank order.
-    pub(crate) fn all_reduce(&mut self, values: &mut [f32], deadline: Duration) -> Result<()> {
+    /// Replaces `values` with the sum over all ranks, added in `order`.
+    pub(crate) fn all_reduce(
+        &mut self,
+        values: &mut [f32],
+        order: Order,
+        deadline: Duration,
+    ) -> Result<()> {
         let length = values.len();
-        self.call(Op::AllReduce, length, deadline, |group, call| {
+        self.call(Op::AllReduce(order), length, deadline, |group, call| {
             let mut chunks = values.chunks_mut(CHUNK);
             let mut current = chunks.next();
             let mut buffer = group.writable_buffer();
             group.put_shards(buffer, current.as_deref().unwrap_or_default());
             group.meet(call)?;
             while let Some(chunk) = current {
-                group.sum_own_shard(buffer, chunk);
+                group.sum_own_shard(buffer, chunk, order);
                 let next = chunks.next();
                 let next_buffer = group.writable_buffer();
                 group.put_shards(next_buffer, next.as_deref().unwrap_or_default());
@@ -138,14 +143,13 @@ impl Group {
         }
     }
 
-    /// Sums the own shard over all ranks, in rank order, into the chunk and the own buffer.
-    fn sum_own_shard(&self, buffer: usize, chunk: &mut [f32]) {
+    /// Sums the own shard over all ranks, in `order`, into the chunk and the own buffer.
+    fn sum_own_shard(&self, buffer: usize, chunk: &mut [f32], order: Order) {
         let own = shard(chunk.len(), self.rank, self.world_size);
         let target = self.segment.buffer(self.rank, buffer).cast::<f32>();
-        let mut sum = [0.0f32; BLOCK];
+        let mut sums = Sums::new(order);
         for start in own.clone().step_by(BLOCK) {
             let end = own.end.min(start + BLOCK);
-            let sum = &mut sum[..end - start];
             for rank in 0..self.world_size {
                 let part = if rank == self.rank {
                     &chunk[start..end]
@@ -154,16 +158,11 @@ impl Group {
                     // SAFETY: the range lies in the buffer; its rank has finished the phase that
                     // wrote it, writes only its own shard (disjoint from this one) in this phase
                     // and the buffer again two phases later. Any bits are valid floats.
-                    unsafe { std::slice::from_raw_parts(peer.add(start), sum.len()) }
+                    unsafe { std::slice::from_raw_parts(peer.add(start), end - start) }
                 };
-                if rank == 0 {
-                    sum.copy_from_slice(part);
-                } else {
-                    for (total, value) in sum.iter_mut().zip(part) {
-                        *total += value;
-                    }
-                }
+                sums.add(rank, part);
             }
+            let sum = &sums.finish()[..end - start];
             chunk[start..end].copy_from_slice(sum);
             // SAFETY: the own shard of the own buffer: within bounds, and no peer reads it before
             // this phase is finished.
@@ -207,6 +206,62 @@ impl Group {
     }
 }
 
+/// Partial sums of one block; ranks are added from 0 on.
+struct Sums {
+    order: Order,
+    /// The first `depth` are in use.
+    blocks: Vec<[f32; BLOCK]>,
+    depth: usize,
+}
+
+impl Sums {
+    fn new(order: Order) -> Self {
+        Self { order, blocks: Vec::new(), depth: 0 }
+    }
+
+    /// Adds the part of the next rank.
+    fn add(&mut self, rank: usize, part: &[f32]) {
+        // In pairs a rank ends as many pairs as its number ends in ones: 1 ends (0 1), 3 ends (2 3)
+        // and ((0 1) (2 3)).
+        let merges = match self.order {
+            Order::Ranks => u32::from(rank > 0),
+            Order::Pairs => rank.trailing_ones(),
+        };
+        if merges == 0 {
+            if self.blocks.len() == self.depth {
+                self.blocks.push([0.0; BLOCK]);
+            }
+            self.blocks[self.depth][..part.len()].copy_from_slice(part);
+            self.depth += 1;
+            return;
+        }
+        add(&mut self.blocks[self.depth - 1], part);
+        (1..merges).for_each(|_| self.merge());
+    }
+
+    /// Adds the last block to the one before.
+    fn merge(&mut self) {
+        self.depth -= 1;
+        let (before, last) = self.blocks.split_at_mut(self.depth);
+        add(&mut before[self.depth - 1], &last[0]);
+    }
+
+    /// The sum; the next block begins anew.
+    fn finish(&mut self) -> &[f32] {
+        while self.depth > 1 {
+            self.merge();
+        }
+        self.depth = 0;
+        &self.blocks[0]
+    }
+}
+
+fn add(sum: &mut [f32], part: &[f32]) {
+    for (total, value) in sum.iter_mut().zip(part) {
+        *total += value;
+    }
+}
+
 /// The part of a chunk of `length` floats that `rank` sums.
 fn shard(length: usize, rank: usize, world_size: usize) -> std::ops::Range<usize> {
     let lines = length.div_ceil(LINE);
@@ -217,6 +272,35 @@ fn shard(length: usize, rank: usize, world_size: usize) -> std::ops::Range<usize
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ranks_are_added_one_by_one_or_in_pairs() {
+        let parts: Vec<f32> = (0..8).map(|rank| 1.1_f32.powi(rank * 7)).collect();
+        let sum = |order, world_size: usize| {
+            let mut sums = Sums::new(order);
+            for (rank, part) in parts[..world_size].iter().enumerate() {
+                sums.add(rank, &[*part]);
+            }
+            sums.finish()[0].to_bits()
+        };
+        fn tree(parts: &[f32]) -> f32 {
+            match parts {
+                [one] => *one,
+                _ => {
+                    let (left, right) = parts.split_at(parts.len() / 2);
+                    tree(left) + tree(right)
+                }
+            }
+        }
+        for world_size in [1, 2, 4, 8] {
+            let one_by_one: f32 = parts[1..world_size].iter().fold(parts[0], |sum, x| sum + x);
+            assert_eq!(sum(Order::Ranks, world_size), one_by_one.to_bits());
+            assert_eq!(sum(Order::Pairs, world_size), tree(&parts[..world_size]).to_bits());
+        }
+        assert_ne!(sum(Order::Ranks, 8), sum(Order::Pairs, 8), "the orders cannot be told apart");
+        let odd = (parts[0] + parts[1]) + parts[2];
+        assert_eq!(sum(Order::Pairs, 3), odd.to_bits());
+    }
 
     #[test]
     fn shards_cover_a_chunk_without_gap_or_overlap() {

@@ -64,6 +64,26 @@ fn sums_are_those_in_rank_order_bit_for_bit() {
 }
 
 #[test]
+fn sums_in_pairs_are_those_of_halving_bit_for_bit() {
+    for world_size in [1, 2, 4] {
+        on_all_ranks(world_size, |comm| {
+            for (round, length) in LENGTHS.into_iter().enumerate() {
+                let mut sum = values(comm.rank(), length, round);
+                comm.all_reduce_in_pairs(&mut sum).unwrap();
+                let value = |rank, index| value(rank, index, round);
+                let halves = |index| match world_size {
+                    1 => value(0, index),
+                    2 => value(0, index) + value(1, index),
+                    _ => (value(0, index) + value(1, index)) + (value(2, index) + value(3, index)),
+                };
+                let expected: Vec<f32> = (0..length).map(halves).collect();
+                assert!(bits(&sum) == bits(&expected), "{world_size} ranks, {length} floats");
+            }
+        });
+    }
+}
+
+#[test]
 fn started_sums_arrive_in_order_whatever_the_timing() {
     for world_size in 1..=4 {
         on_all_ranks(world_size, |comm| {

@@ -113,20 +113,19 @@ fn link_hidden(file: &File, folder: &Path, prefix: &str) -> io::Result<PathBuf> 
     }
 }
 
-/// Removes the hidden files that killed processes left beside `path`; call it before a run that
-/// alone writes there. Returns how many were removed.
+/// Removes the hidden files that killed processes left in `folder` of files whose names `ours`
+/// accepts; for the only process that writes there. Returns how many were removed.
 ///
 /// # Errors
 /// [`FormatError::Io`] when the folder cannot be listed or a file not be removed.
-pub fn remove_leftovers(path: &Path) -> Result<usize, FormatError> {
-    let folder = folder_of(path);
-    let prefix = prefix_of(path)?;
+pub fn remove_leftovers(folder: &Path, ours: &dyn Fn(&str) -> bool) -> Result<usize, FormatError> {
     let mut removed = 0;
     for entry in fs::read_dir(folder).map_err(|e| FormatError::io("list", folder, e))? {
         let entry = entry.map_err(|e| FormatError::io("list", folder, e))?;
         let name = entry.file_name();
-        let Some(name) = name.to_str() else { continue };
-        if name.starts_with(&prefix) && name.ends_with(SUFFIX) {
+        let hidden = name.to_str().and_then(|name| name.strip_prefix('.'));
+        let name = hidden.and_then(|name| name.strip_suffix(SUFFIX)?.rsplit_once('.'));
+        if name.is_some_and(|(name, _)| ours(name)) {
             fs::remove_file(entry.path())
                 .map_err(|e| FormatError::io("remove", entry.path(), e))?;
             removed += 1;
@@ -256,7 +255,7 @@ mod tests {
         for name in [".a.bin.xYz123.part", ".b.bin.xYz123.part", "a.bin"] {
             fs::write(folder.path().join(name), b"").unwrap();
         }
-        assert_eq!(remove_leftovers(&folder.path().join("a.bin")).unwrap(), 1);
+        assert_eq!(remove_leftovers(folder.path(), &|name| name == "a.bin").unwrap(), 1);
         assert_eq!(names(folder.path()), [".b.bin.xYz123.part", "a.bin"]);
     }
 }

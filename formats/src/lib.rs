@@ -6,6 +6,7 @@
 #![deny(missing_docs)]
 
 pub mod atomic;
+pub mod atomic_folder;
 mod base_model;
 mod diffusers_dir;
 mod dtype;

@@ -71,6 +71,7 @@ mod tests {
             step: 1,
             size: (256, 192),
             global_count: 4,
+            full_share: 2,
             samples: vec![sample],
             images: None,
             moments: None,

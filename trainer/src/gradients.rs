@@ -11,6 +11,8 @@ use anyhow::{Context, Result};
 use collectives::{Comm, Pending};
 use engine::{ParamId, ParamStore, Tensor};
 
+use crate::reproducible::Layout;
+
 /// Elements of a bucket: 1 Mi f32 are 4 MiB, large enough to run at memory speed and small enough
 /// to leave most of a backward pass to hide behind.
 const BUCKET_ELEMENTS: usize = 1 << 20;
@@ -24,6 +26,18 @@ pub struct Control {
     pub non_finite: f32,
     /// 1 when this rank was asked to stop.
     pub stop: f32,
+}
+
+impl std::ops::Add for Control {
+    type Output = Control;
+
+    fn add(self, other: Control) -> Control {
+        Control {
+            loss: self.loss + other.loss,
+            non_finite: self.non_finite + other.non_finite,
+            stop: self.stop + other.stop,
+        }
+    }
 }
 
 const CONTROL_WORDS: usize = 3;
@@ -95,6 +109,18 @@ impl Gradients {
             *sum += x;
         }
         Ok(())
+    }
+
+    /// How a row of a sum in a fixed tree is laid out.
+    pub fn layout(&self) -> Layout {
+        Layout { ranges: self.ranges.clone(), len: self.flat.len() }
+    }
+
+    /// Adds a row of this layout.
+    pub fn add_row(&mut self, row: &[f32]) {
+        self.flat.iter_mut().zip(row).for_each(|(sum, x)| *sum += x);
+        let touched = self.layout().touched(row);
+        self.touched.iter_mut().zip(touched).for_each(|(flag, touched)| *flag |= touched);
     }
 
     /// Starts the micro-step whose gradients complete the step.

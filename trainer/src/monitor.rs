@@ -80,7 +80,9 @@ impl Monitor {
         if let Some(log) = &mut self.log {
             log.open(steps, steps / self.steps_per_epoch.max(1))?;
         }
-        self.progress = Some(Progress::start(self.steps, self.epochs, comm.rank() == 0));
+        let mut progress = Progress::start(self.steps, self.epochs, comm.rank() == 0);
+        progress.begin_after(steps);
+        self.progress = Some(progress);
         Ok(())
     }
 

@@ -49,6 +49,14 @@ impl Progress {
         }
     }
 
+    /// Shows a run that goes on after `step` steps.
+    pub fn begin_after(&mut self, step: usize) {
+        self.first_step = Some(step);
+        if let Some(bar) = &self.bar {
+            bar.set_position(step as u64);
+        }
+    }
+
     /// Shows that `step` optimizer steps are done, the last one in `epoch` (from 1).
     /// `key_norms` where `scale_weight_norms` is at work.
     pub fn step(

@@ -29,7 +29,9 @@ use crate::optimizer::TensorForm;
 use crate::options::{Options, Parsed};
 use crate::plan::{Plan, choose_seed, describe, estimate_memory};
 use crate::progress::format_summary;
+use crate::reproducible;
 use crate::saver::{DatasetNumbers, Saver};
+use crate::state::{self, Keeper, Resume, RunFacts, Start, run_facts};
 use crate::step::Models;
 use crate::train::{Ending, Trainer};
 use crate::validation::Validation;
@@ -48,6 +50,9 @@ pub struct Run {
     held_out: Option<DatasetGroup>,
     prepared: PreparedNetwork,
     plan: Plan,
+    resume: Option<Resume>,
+    facts: RunFacts,
+    start: Start,
 }
 
 impl Run {
@@ -73,7 +78,11 @@ impl Run {
             console::note(note);
         }
         let comm = Comm::connect(env).context("connect the ranks")?;
-        let seed = agree_on_seed(&options, &comm)?;
+        if options.reproducible {
+            reproducible::check(comm.world_size())?;
+        }
+        let resume = Resume::find(&options, &comm)?;
+        let seed = agree_on_seed(&options, resume.as_ref(), &comm)?;
         let prepared = PreparedNetwork::new(&options, &base, seed)?;
         let plan = Plan::new(&options, &group, &base, seed, comm.world_size())?;
         let rows = describe(&options, &plan, &group, &base, &prepared);
@@ -82,8 +91,10 @@ impl Run {
         for note in &prepared.notes {
             console::note(note);
         }
+        let facts = run_facts(&options, &plan, &base, &prepared.network, &group)?;
+        let start = state::begin(resume.as_ref(), &options, &facts, &plan)?;
         check_before_loading(&options, &comm, (&group, &base, &prepared, &plan))?;
-        Ok(Self { options, comm, base, group, held_out, prepared, plan })
+        Ok(Self { options, comm, base, group, held_out, prepared, plan, resume, facts, start })
     }
 
     /// Whether the user asked for the plan alone.
@@ -141,8 +152,8 @@ fn check_before_loading(
 }
 
 /// Ranks that chose a seed each would train different things.
-fn agree_on_seed(options: &Options, comm: &Comm) -> Result<u64> {
-    if let Some(seed) = options.seed {
+fn agree_on_seed(options: &Options, resume: Option<&Resume>, comm: &Comm) -> Result<u64> {
+    if let Some(seed) = options.seed.or(resume.and_then(Resume::seed)) {
         return Ok(seed);
     }
     let own = choose_seed(options).to_le_bytes().to_vec();
@@ -154,13 +165,22 @@ fn agree_on_seed(options: &Options, comm: &Comm) -> Result<u64> {
 impl Run {
     /// Caches latents, loads the models, trains, and writes the files.
     pub fn train(self, env: &Env) -> Result<Ending> {
-        let Self { options, comm, base, group, held_out, prepared, plan } = self;
+        let Self { options, comm, base, group, held_out, mut prepared, plan, resume, .. } = self;
+        let (mut facts, mut start) = (self.facts, self.start);
         let groups: Vec<DatasetGroup> = [group].into_iter().chain(held_out).collect();
         let mut cached = cache(&options, &comm, &base, groups)?.into_iter();
         let (group, latents) = cached.next().context("the training images are gone")?;
         let held_out = cached.next();
         // Damaged images were left out: the plan must count what is there.
         let plan = Plan::new(&options, &group, &base, plan.seed, comm.world_size())?;
+        if facts.data.steps_per_epoch != plan.steps_per_epoch {
+            facts.data.steps_per_epoch = plan.steps_per_epoch;
+            start = state::begin_again(resume.as_ref(), &options, &facts.data, &plan)?;
+        }
+        let mut loaded = resume.map(|resume| resume.load(&comm)).transpose()?;
+        if let Some(loaded) = &mut loaded {
+            loaded.replace_values(&mut prepared, &plan)?;
+        }
         let group = Arc::new(group);
         let saver = match comm.rank() {
             0 => {
@@ -179,6 +199,11 @@ impl Run {
         network.install(&mut models.text_encoder, &mut models.unet, 1.)?;
         let has_latents = latents.is_some();
         let (parts, loading) = loader_parts(&options, env, &base, (group, latents), &plan)?;
+        let loading = LoaderOptions {
+            max_train_steps: start.data_of(plan.steps) as u64,
+            first_step: start.data_of(start.step) as u64,
+            ..loading
+        };
         let mut loader = Loader::start(parts, loading)?;
         let validation = held_out
             .map(|held_out| prepare_validation(&options, env, &base, held_out, &plan))
@@ -191,7 +216,8 @@ impl Run {
             vae: if has_latents { None } else { Some(RefCell::new(VaeEncoder::load(&base)?)) },
         };
         let ema = options.ema_decay.map(|decay| Ema::new(decay, &params)).transpose()?;
-        let trainer = Trainer {
+        let keeper = (comm.rank() == 0).then(|| Keeper::new(&plan, facts, start));
+        let mut trainer = Trainer {
             optimizer: plan.optimizer.build(&params, &TensorForm::of(&network))?,
             schedule: Schedule::new(&options, plan.steps)?,
             options: &options,
@@ -206,7 +232,12 @@ impl Run {
             validation,
             saver,
             monitor,
+            start,
+            keeper,
         };
+        if let Some(loaded) = loaded {
+            trainer.restore(loaded)?;
+        }
         // The mapped files are read; their pages go back to the system.
         drop(base);
         let ending = trainer.run(&mut loader)?;
@@ -254,7 +285,8 @@ fn cache(
         let options = CacheOptions {
             place,
             vae: vae.clone(),
-            batch_size: options.vae_batch_size.max(1),
+            // Which images share a batch depends on the number of ranks.
+            batch_size: if options.reproducible { 1 } else { options.vae_batch_size.max(1) },
             workers: worker_count(options.max_data_loader_n_workers, comm.world_size()),
             strict_data: options.strict_data,
             skip_check: options.skip_cache_check,
@@ -295,6 +327,7 @@ fn loader_parts(
         workers: worker_count(options.max_data_loader_n_workers, env.local_world_size),
         token_length,
         weighted_captions: options.weighted_captions,
+        fill_ranks: options.reproducible,
     };
     Ok((parts, options))
 }

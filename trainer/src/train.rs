@@ -25,7 +25,9 @@ use crate::noising::Noising;
 use crate::optimizer::{Optimize, StepInput, TensorStep};
 use crate::options::Options;
 use crate::plan::Plan;
+use crate::reproducible::{self, Ready};
 use crate::saver::Saver;
+use crate::state::{Carried, Keeper, Loaded, Start};
 use crate::step::{Models, Setting, forward_backward};
 use crate::validation::{Occasion, Validation};
 use crate::watch::{Sighting, Watch, require_finite};
@@ -58,14 +60,29 @@ pub struct Trainer<'a> {
     /// Rank 0 only.
     pub saver: Option<Saver>,
     pub monitor: Monitor,
+    /// Where the counts begin.
+    pub start: Start,
+    /// Rank 0 only.
+    pub keeper: Option<Keeper>,
+}
+
+/// What comes with the gradient of a step.
+#[derive(Default)]
+struct Summed {
+    /// Losses of this rank's samples.
+    samples: Vec<SampleLoss>,
+    /// Images, over all ranks.
+    images: usize,
+    /// Control words of all ranks.
+    agreed: Control,
 }
 
 impl Trainer<'_> {
     /// Runs all epochs.
     pub fn run(mut self, loader: &mut Loader) -> Result<Ending> {
         let mut gradients = Gradients::new(&self.params);
-        self.monitor.start(self.comm, 0)?;
-        for step in 0..self.plan.steps {
+        self.monitor.start(self.comm, self.start.step)?;
+        for step in self.start.step..self.plan.steps {
             let moment = Moment {
                 step: step + 1,
                 epoch: step / self.plan.steps_per_epoch + 1,
@@ -99,8 +116,52 @@ impl Trainer<'_> {
         gradients: &mut Gradients,
     ) -> Result<(StepReport, bool)> {
         let started = Instant::now();
+        let Summed { samples, images, agreed } = match self.options.reproducible {
+            true => self.gradient_in_tree(step, loader, gradients)?,
+            false => self.gradient(step, loader, gradients)?,
+        };
+        let norm = gradients.clip(self.options.max_grad_norm);
+        let stop = agreed.stop > 0.;
+        let mut report = StepReport {
+            loss: None,
+            samples,
+            gradient_norm: norm,
+            rates: self.rates(step),
+            key_norms: None,
+            seconds: 0.,
+            images,
+        };
+        if !Watch::is_good(agreed, norm) {
+            self.leave_out(step, &report.samples, gradients)?;
+            report.seconds = started.elapsed().as_secs_f64();
+            return Ok((report, stop));
+        }
+        self.watch.pass();
+        let tensors = self.tensor_steps(step, gradients.touched());
+        let input = StepInput {
+            gradient: gradients.flat(),
+            tensors: &tensors,
+            schedule_factor: self.schedule.factor(self.start.schedule_of(step)),
+        };
+        self.optimizer.step(&mut self.params, &input)?;
+        report.key_norms = limit_norms(self.options, &self.network, &mut self.params)?;
+        if let Some(ema) = &mut self.ema {
+            ema.update(&self.params.flat().to_vec_f32()?);
+        }
+        report.loss = Some(f64::from(agreed.loss));
+        report.seconds = started.elapsed().as_secs_f64();
+        Ok((report, stop))
+    }
+
+    /// The gradient of a step, summed over micro-steps and ranks.
+    fn gradient(
+        &self,
+        step: usize,
+        loader: &mut Loader,
+        gradients: &mut Gradients,
+    ) -> Result<Summed> {
         gradients.clear();
-        let micro_steps = loader.batches_in_step(step);
+        let micro_steps = loader.batches_in_step(self.start.data_of(step));
         let mut loss = 0.;
         let mut samples = Vec::new();
         let mut images = 0;
@@ -120,37 +181,27 @@ impl Trainer<'_> {
             stop: f32::from(u8::from(signals::stop_requested())),
         };
         let agreed = reduction.finish(own)?;
-        let norm = gradients.clip(self.options.max_grad_norm);
-        let stop = agreed.stop > 0.;
-        let mut report = StepReport {
-            loss: None,
-            samples,
-            gradient_norm: norm,
-            rates: self.rates(step),
-            key_norms: None,
-            seconds: 0.,
-            images: images + batch.global_count,
-        };
-        if !Watch::is_good(agreed, norm) {
-            self.leave_out(step, &report.samples, gradients)?;
-            report.seconds = started.elapsed().as_secs_f64();
-            return Ok((report, stop));
+        Ok(Summed { samples, images: images + batch.global_count, agreed })
+    }
+
+    /// The same, summed in an order that does not depend on the number of ranks.
+    fn gradient_in_tree(
+        &self,
+        step: usize,
+        loader: &mut Loader,
+        gradients: &mut Gradients,
+    ) -> Result<Summed> {
+        gradients.clear();
+        let mut sum = Summed::default();
+        for _ in 0..loader.batches_in_step(self.start.data_of(step)) {
+            let batch = loader.next_batch()?;
+            let samples = &mut sum.samples;
+            let mut one = |one: &Batch, ready: &mut Ready| self.micro_step(one, samples, ready);
+            let agreed = reproducible::add_batch(&batch, gradients, self.comm, &mut one)?;
+            sum.agreed = sum.agreed + agreed;
+            sum.images += batch.global_count;
         }
-        self.watch.pass();
-        let tensors = self.tensor_steps(step, gradients.touched());
-        let input = StepInput {
-            gradient: gradients.flat(),
-            tensors: &tensors,
-            schedule_factor: self.schedule.factor(step),
-        };
-        self.optimizer.step(&mut self.params, &input)?;
-        report.key_norms = limit_norms(self.options, &self.network, &mut self.params)?;
-        if let Some(ema) = &mut self.ema {
-            ema.update(&self.params.flat().to_vec_f32()?);
-        }
-        report.loss = Some(f64::from(agreed.loss));
-        report.seconds = started.elapsed().as_secs_f64();
-        Ok((report, stop))
+        Ok(sum)
     }
 
     /// The loss on the images that were held out, on all ranks. A run that ends within an epoch ends
@@ -197,7 +248,7 @@ impl Trainer<'_> {
         &self,
         batch: &Batch,
         samples: &mut Vec<SampleLoss>,
-        ready: &mut dyn FnMut(engine::ParamId, engine::Tensor) -> engine::Result<()>,
+        ready: &mut Ready,
     ) -> Result<f32> {
         if batch.samples.is_empty() {
             // The last batch of a bucket can be smaller than the number of ranks.
@@ -226,6 +277,7 @@ impl Trainer<'_> {
     /// Learning rates of the groups in a step, for the logs.
     fn rates(&self, step: usize) -> Vec<Rate> {
         let estimate = self.optimizer.effective_scale();
+        let step = self.start.schedule_of(step);
         let rate = |group: &ParamGroup| {
             let lr = self.schedule.rate(learning_rate(self.options, group), step);
             Rate { label: group.label.clone(), lr, scaled: estimate.map(|d| d * lr) }
@@ -236,6 +288,7 @@ impl Trainer<'_> {
     /// The tensors that move: those that a gradient reached, with their learning rates. (PyTorch
     /// leaves parameters without a gradient alone: no weight decay.)
     fn tensor_steps(&self, step: usize, touched: &[bool]) -> Vec<TensorStep> {
+        let step = self.start.schedule_of(step);
         let mut steps: Vec<TensorStep> = Vec::new();
         for group in self.network.groups() {
             let base = learning_rate(self.options, &group);
@@ -265,7 +318,56 @@ impl Trainer<'_> {
         Ok(())
     }
 
+    /// What this run carries from step to step beside the weights.
+    fn carried(&self) -> Result<Carried> {
+        let mut carried = Carried::from([
+            ("optimizer", self.optimizer.state()?),
+            ("watch", self.watch.state()),
+            ("monitor", self.monitor.state()?),
+        ]);
+        if let Some(ema) = &self.ema {
+            carried.insert("ema", ema.state()?);
+        }
+        Ok(carried)
+    }
+
+    /// Goes on from what another run carried.
+    pub fn restore(&mut self, mut loaded: Loaded) -> Result<()> {
+        if let Some(state) = loaded.take("optimizer")? {
+            self.optimizer.load_state(state).context("the state's optimizer does not fit")?;
+        }
+        if let Some(state) = loaded.take("watch")? {
+            self.watch.load_state(state)?;
+        }
+        if let Some(state) = loaded.take("monitor")? {
+            self.monitor.load_state(state)?;
+        }
+        if let Some(ema) = &mut self.ema {
+            // The average begins at the weights, which are the state's.
+            *ema = Ema::new(self.options.ema_decay.unwrap_or_default(), &self.params)?;
+            if let Some(state) = loaded.take("ema")? {
+                ema.load_state(state)?;
+            }
+        }
+        loaded.finish();
+        Ok(())
+    }
+
+    /// Writes the LoRA of `point`, and the state where one is due.
     fn save(&self, point: SavePoint, step: usize, epoch: usize) -> Result<()> {
+        self.save_file(point, step, epoch)?;
+        match &self.keeper {
+            Some(keeper) if keeper.is_due(point) => self.save_state(point, step, epoch),
+            _ => Ok(()),
+        }
+    }
+
+    fn save_state(&self, point: SavePoint, step: usize, epoch: usize) -> Result<()> {
+        let Some(keeper) = &self.keeper else { return Ok(()) };
+        keeper.save(point, (step, epoch), (&self.network, &self.params), &self.carried()?)
+    }
+
+    fn save_file(&self, point: SavePoint, step: usize, epoch: usize) -> Result<()> {
         require_finite(&self.network, &self.params, step)?;
         let Some(saver) = &self.saver else { return Ok(()) };
         match self.optimizer.evaluation_weights(&self.params)? {
@@ -282,12 +384,14 @@ impl Trainer<'_> {
         Ok(())
     }
 
-    /// Ends early because a signal asked for it: the agreed step is saved under its number.
+    /// Ends early because a signal asked for it: LoRA and state of the agreed step are saved under
+    /// its number.
     fn stop(&self, step: usize, epoch: usize) -> Result<Ending> {
-        self.save(SavePoint::Step(step), step, epoch)?;
-        self.comm.barrier().context("wait for the file")?;
+        self.save_file(SavePoint::Step(step), step, epoch)?;
+        self.save_state(SavePoint::Step(step), step, epoch)?;
+        self.comm.barrier().context("wait for the state")?;
         console::note(&format!(
-            "stopped on request after step {step} of {}; `network_weights` continues from the file",
+            "stopped on request after step {step} of {}; go on with `--resume auto`",
             self.plan.steps
         ));
         Ok(Ending::Stopped)

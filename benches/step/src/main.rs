@@ -156,7 +156,8 @@ fn main() -> Result<()> {
         let draws: Vec<_> = (0..args.batch_size)
             .map(|b| objective.draw(1, (step * 64 + b) as u64, [side, side, 4]))
             .collect();
-        let latents: Vec<f32> = objective.draw(2, step as u64, [args.batch_size * side, side, 4]).noise;
+        let latents: Vec<f32> =
+            objective.draw(2, step as u64, [args.batch_size * side, side, 4]).noise;
         let noised = objective.prepare(&latents, shape, &draws, &weights)?;
         let mut gradients = Gradients::new(&params);
         let mut ready = |id: ParamId, g: engine::Tensor| gradients.add(id, &g);

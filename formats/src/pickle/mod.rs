@@ -50,7 +50,8 @@ pub struct PickleFile {
 
 impl PickleFile {
     /// Opens `path` and reads its pickle. The tensors are those of the outermost dictionary, or
-    /// of its `state_dict` where it has one; values that are no tensors are passed over.
+    /// of its `state_dict` where it has one; of an optimizer's, those of parameter 3 as `3.exp_avg`.
+    /// Values that are no tensors are passed over.
     ///
     /// # Errors
     /// [`FormatError::ForbiddenPickle`] when the pickle asks for anything that could run code,
@@ -204,9 +205,31 @@ fn state_dict(arena: &Arena, root: Id) -> Result<BTreeMap<String, Id>, String> {
         }
     }
     if tensors.is_empty() {
+        tensors = optimizer_state(arena, root);
+    }
+    if tensors.is_empty() {
         return Err("its pickle holds no tensors".to_owned());
     }
     Ok(tensors)
+}
+
+/// The tensors of an optimizer's `state_dict`: those of `state[3]["exp_avg"]` as `3.exp_avg`.
+fn optimizer_state(arena: &Arena, root: Id) -> BTreeMap<String, Id> {
+    let entries = |id: Id| match arena.get(id) {
+        Value::Dict(items) => items.as_slice(),
+        _ => &[],
+    };
+    let mut tensors = BTreeMap::new();
+    let state = entries(root).iter().rev().find(|(key, _)| arena.text(*key) == Some("state"));
+    for (number, parameter) in state.map_or(&[][..], |(_, state)| entries(*state)) {
+        let Some(number) = arena.int(*number) else { continue };
+        for (name, value) in entries(*parameter) {
+            if let (Some(name), Value::Tensor(_)) = (arena.text(*name), arena.get(*value)) {
+                tensors.insert(format!("{number}.{name}"), *value);
+            }
+        }
+    }
+    tensors
 }
 
 /// Checks a tensor against its storage and the storage against the archive.

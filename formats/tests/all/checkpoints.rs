@@ -23,6 +23,15 @@ fn nested_flat_and_protocol_4_hold_the_same_tensors() {
 }
 
 #[test]
+fn the_moments_of_an_optimizer_are_named_by_parameter() {
+    let read = load(&data("formats/optimizer.bin"));
+    let names: Vec<_> = read.keys().map(String::as_str).collect();
+    let expected = ["0.exp_avg", "0.exp_avg_sq", "0.step", "1.exp_avg", "1.exp_avg_sq", "1.step"];
+    assert_eq!(names, expected);
+    assert_eq!(read, load(&data("formats/optimizer_expected.safetensors")));
+}
+
+#[test]
 fn contiguous_tensors_are_borrowed_from_the_map() {
     let file = PickleFile::open(&data("formats/nested.ckpt")).unwrap();
     let is_borrowed = |name: &str| {

@@ -148,6 +148,11 @@ impl LoraNetwork {
         self.plan(id).1.part().file_order(data)
     }
 
+    /// Undoes [`Self::file_order`].
+    pub fn engine_order(&self, id: ParamId, data: Vec<f32>) -> Vec<f32> {
+        self.plan(id).1.part().engine_order(data)
+    }
+
     /// Values of a new LoRA, one vector per parameter, in the engine's order. Magnitudes are left to
     /// [`LoraNetwork::set_magnitudes`].
     ///

@@ -96,3 +96,14 @@ class Evil:
 torch.save({"state_dict": {"w": torch.ones(2)}, "evil": Evil()}, here / "evil.ckpt")
 for path in sorted(here.iterdir()):
     print(path.name, path.stat().st_size)
+
+# What accelerate keeps of AdamW.
+parameters = [torch.nn.Parameter(torch.randn(2, 3)), torch.nn.Parameter(torch.randn(3, 2))]
+optimizer = torch.optim.AdamW([{"params": parameters[:1], "lr": 1e-3}, {"params": parameters[1:], "lr": 1e-4}])
+for number in range(2):
+    optimizer.zero_grad()
+    (parameters[0].sum() * (number + 1) + (parameters[1] ** 2).sum()).backward()
+    optimizer.step()
+torch.save(optimizer.state_dict(), here / "optimizer.bin")
+moments = {f"{n}.{key}": value.contiguous() for n, state in optimizer.state_dict()["state"].items() for key, value in state.items()}
+save_file(moments, here / "optimizer_expected.safetensors")

@@ -52,6 +52,9 @@ pub struct LoaderOptions {
     pub token_length: TokenLength,
     /// `weighted_captions`: brackets in captions are weights.
     pub weighted_captions: bool,
+    /// `reproducible`: the samples of a smaller last batch fill the ranks one after the other
+    /// instead of evenly.
+    pub fill_ranks: bool,
 }
 
 /// Threads of a loader: `max_data_loader_n_workers`, at most one less than this rank's share of the
@@ -94,6 +97,8 @@ pub struct Batch {
     pub size: Size,
     /// Samples of all ranks: what the sum of losses is divided by.
     pub global_count: usize,
+    /// Samples of a full batch of one rank.
+    pub full_share: usize,
     /// This rank's samples; may be empty where `global_count` is less than the number of ranks.
     pub samples: Vec<SampleMeta>,
     /// RGB in [-1,1], `[B, height, width, 3]`; without a latent cache.
@@ -109,6 +114,27 @@ pub struct Batch {
     /// Alpha of each latent pixel in [0,1], `[B, height / 8, width / 8]`; 1 for samples of subsets
     /// without `alpha_mask`. Absent if no sample of this rank has a mask.
     pub alpha_masks: Option<Vec<f32>>,
+}
+
+impl Batch {
+    /// A batch of sample `index` alone, which counts in the global batch as before.
+    pub fn sample(&self, index: usize) -> Batch {
+        let count = self.samples.len().max(1);
+        fn part<T: Clone>(all: &[T], index: usize, count: usize) -> Vec<T> {
+            let len = all.len() / count;
+            all[index * len..(index + 1) * len].to_vec()
+        }
+        let values = |all: &Option<Vec<f32>>| all.as_ref().map(|all| part(all, index, count));
+        Batch {
+            samples: part(&self.samples, index, count),
+            images: values(&self.images),
+            moments: values(&self.moments),
+            input_ids: part(&self.input_ids, index, count),
+            token_weights: values(&self.token_weights),
+            alpha_masks: values(&self.alpha_masks),
+            ..*self
+        }
+    }
 }
 
 /// Hands out batches prepared by background threads.
@@ -212,9 +238,18 @@ impl BatchMaker {
     fn make(&self, epoch: u64, index: usize) -> Result<Batch, DatasetError> {
         let order = self.order_of(epoch);
         let global = &order[index];
-        let keys = global.rank_samples(self.options.rank, self.options.world_size);
+        let keys = match self.options.fill_ranks {
+            true => global.filled_rank_samples(self.options.rank, self.full_share(global)),
+            false => global.rank_samples(self.options.rank, self.options.world_size),
+        };
         let step = self.parts.sampler.step_of_batch(epoch, index);
         self.fill(global, keys, (epoch, index, step))
+    }
+
+    /// Samples of a full batch of one rank.
+    fn full_share(&self, global: &GlobalBatch) -> usize {
+        let dataset = &self.parts.group.datasets[global.dataset as usize];
+        dataset.plan.options.batch_size.max(1)
     }
 
     /// The batch of the samples `keys` out of `global`.
@@ -230,6 +265,7 @@ impl BatchMaker {
             step,
             size: global.size,
             global_count: global.samples.len(),
+            full_share: self.full_share(global),
             samples: Vec::with_capacity(keys.len()),
             images: self.parts.latents.is_none().then(Vec::new),
             moments: self.parts.latents.is_some().then(Vec::new),

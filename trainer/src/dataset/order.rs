@@ -49,6 +49,12 @@ impl GlobalBatch {
         start..start + share + usize::from(rank < rest)
     }
 
+    /// The part of `rank` where ranks are filled one after the other with `share` samples each.
+    pub fn filled_rank_samples(&self, rank: usize, share: usize) -> &[SampleKey] {
+        let bound = |rank: usize| (rank * share).min(self.samples.len());
+        &self.samples[bound(rank)..bound(rank + 1)]
+    }
+
     /// The samples of [`Self::rank_range`].
     pub fn rank_samples(&self, rank: usize, world_size: usize) -> &[SampleKey] {
         &self.samples[self.rank_range(rank, world_size)]

@@ -23,6 +23,11 @@ macro_rules! training_options {
         /// before the run stops. Default 10; 0 stops at the first. A step that is left out counts
         /// as a step of the run and changes no weight; no file is written until a good one.
         max_skipped_steps: usize = 10, Supported;
+        /// Train the same bytes on 1, 2, 4, 8... processes of the same global batch. (Without it
+        /// they agree to rounding, and the same number of processes to the byte.) Samples go
+        /// through the model one by one and their gradients are added in a fixed tree, which costs
+        /// time where a process has more than one sample; see `benches/README.md`.
+        reproducible: bool = false, Supported;
         /// Precision of the frozen model's arithmetic: `no` (float32), `bf16` (half the memory), or
         /// `fp16`, which the CPU computes in float32. LoRA weights are always float32. Default `no`.
         mixed_precision: MixedPrecision = MixedPrecision::No, Supported;

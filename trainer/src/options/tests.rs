@@ -13,6 +13,7 @@ const OWN: &[&str] = &[
     "dry_run",
     "ema_decay",
     "max_skipped_steps",
+    "reproducible",
     "strict_data",
     "threads",
 ];

@@ -45,6 +45,7 @@ fn options(rank: usize, world_size: usize, max_train_steps: u64) -> LoaderOption
         workers: 3,
         token_length: TokenLength::One,
         weighted_captions: false,
+        fill_ranks: false,
     }
 }
 
@@ -73,7 +74,8 @@ fn joined(folder: &Path, batch_size: usize, world_size: usize) -> Vec<Batch> {
             first.input_ids.extend(other.input_ids);
         }
         assert_eq!(first.samples.len(), first.global_count);
-        out.push(first);
+        assert_eq!(first.full_share, batch_size);
+        out.push(Batch { full_share: 0, ..first });
     }
     out
 }
@@ -157,6 +159,16 @@ fn weights_masks_and_loss_weights() {
     let batch = all(&parts, options).remove(0);
     let own = batch.samples.iter().position(|s| s.loss_weight == 1.0).unwrap();
     assert_eq!(batch.samples[1 - own].loss_weight, 0.25);
+    let alone = batch.sample(own);
+    assert_eq!((alone.samples.len(), alone.global_count), (1, batch.global_count));
+    assert_eq!(alone.samples[0], batch.samples[own]);
+    assert_eq!(alone.alpha_masks.unwrap(), [0.0; 64]);
+    assert_eq!(alone.token_weights.unwrap()[..4], [1.0, 1.0, 1.5, 1.0]);
+    assert_eq!(alone.input_ids[..], batch.input_ids[own * 154..][..154]);
+    assert_eq!(
+        alone.images.unwrap()[..],
+        batch.images.as_ref().unwrap()[own * 3 * 4096..][..3 * 4096]
+    );
     let masks = batch.alpha_masks.unwrap();
     assert_eq!(masks.len(), 2 * 64);
     assert!(masks[own * 64..][..64].iter().all(|value| *value == 0.0));

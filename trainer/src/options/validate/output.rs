@@ -57,6 +57,39 @@ impl Check<'_> {
                 notes.push(format!("`{last}` has no effect without `{needed}`"));
             }
         }
+        self.states(notes);
+    }
+
+    /// States and going on from them.
+    fn states(&mut self, notes: &mut Vec<String>) {
+        let o = self.options;
+        let kept = [
+            ("save_last_n_epochs_state", o.save_last_n_epochs_state),
+            ("save_last_n_steps_state", o.save_last_n_steps_state),
+        ];
+        for (name, count) in kept {
+            self.forbid(count == Some(0), name, "must be 1 or more, not: `0`", "");
+            if count.is_some() && !o.save_state {
+                notes.push(format!("`{name}` has no effect without `save_state`"));
+            }
+        }
+        self.forbid(
+            o.initial_epoch == Some(0),
+            "initial_epoch",
+            "counts from 1, not: `0`",
+            "the first epoch is 1",
+        );
+        if o.initial_epoch.is_some() && o.initial_step.is_some() {
+            notes.push("`initial_epoch` has no effect beside `initial_step`".to_owned());
+        }
+        if o.skip_until_initial_step && o.initial_epoch.is_none() && o.initial_step.is_none() {
+            // With `resume`, sd-scripts needs it to find the position in the data; a state of ours
+            // knows it.
+            if o.resume.is_none() {
+                let needed = "`initial_step` or `initial_epoch`";
+                notes.push(format!("`skip_until_initial_step` has no effect without {needed}"));
+            }
+        }
     }
 
     /// Validation. The dataset configuration may ask for it on its own, so its absence here says

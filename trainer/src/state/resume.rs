@@ -1,0 +1,279 @@
+//! From the option `resume` to weights and parts on every rank.
+//!
+//! Rank 0 alone reads; the others get the bytes from it, so that only rank 0 needs to see the
+//! folder, and what is wrong with a state ends all ranks with the same words.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, anyhow, bail};
+use collectives::Comm;
+use formats::OwnedTensor;
+use serde::{Deserialize, Serialize};
+
+use super::accelerate;
+use super::facts::{DataFacts, Facts, RunFacts};
+use super::find::{self, Found};
+use super::fit::{self, Expected};
+use super::folder::{Files, StateFolder};
+use super::keeper::{OPTIMIZER, WEIGHTS};
+use super::parts;
+use super::start::{Origin, Start};
+use crate::checkpoint::Saving;
+use crate::console;
+use crate::network::PreparedNetwork;
+use crate::optimizer::OptimizerState;
+use crate::options::Options;
+use crate::plan::Plan;
+
+/// What rank 0 has found, as all ranks know it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+enum Known {
+    /// Nothing to go on from.
+    Nothing,
+    /// One of ours.
+    Own { path: PathBuf, facts: Box<Facts> },
+    /// One of sd-scripts.
+    Foreign { path: PathBuf, step: usize },
+    /// It cannot be used.
+    Unusable(String),
+}
+
+/// The state that a run goes on from.
+#[derive(Clone, Debug)]
+pub struct Resume {
+    known: Known,
+}
+
+/// What a state gives: values for the network, and the parts by name.
+pub struct Loaded {
+    parts: BTreeMap<String, OptimizerState>,
+    weights: BTreeMap<String, OwnedTensor>,
+    path: PathBuf,
+    foreign: bool,
+}
+
+/// `resume = "auto"`.
+pub fn is_auto(options: &Options) -> bool {
+    options.resume.as_deref() == Some(Path::new("auto"))
+}
+
+impl Resume {
+    /// Finds the state that the options ask for; `None` where the run begins anew. A collective.
+    pub fn find(options: &Options, comm: &Comm) -> Result<Option<Self>> {
+        if comm.rank() == 0
+            && !options.dry_run
+            && let Ok(saving) = Saving::from_options(options, 1)
+            && let Err(error) = saving.clear_leftovers()
+        {
+            console::warn(&format!("cannot clear what a killed run has left: {error:#}"));
+        }
+        // Front ends write an empty text where nothing is asked for.
+        let asked = options.resume.as_ref().filter(|path| !path.as_os_str().is_empty());
+        let Some(asked) = asked else { return Ok(None) };
+        let own = match comm.rank() {
+            0 => {
+                let known = look(options, asked);
+                serde_json::to_vec(&known.unwrap_or_else(|e| Known::Unusable(format!("{e:#}"))))?
+            }
+            _ => Vec::new(),
+        };
+        let known = serde_json::from_slice(&comm.broadcast(0, own)?)?;
+        match &known {
+            Known::Unusable(error) => bail!("{error}"),
+            Known::Nothing => Ok(None),
+            Known::Own { .. } | Known::Foreign { .. } => Ok(Some(Self { known })),
+        }
+    }
+
+    /// The seed of the run that wrote the state.
+    pub fn seed(&self) -> Option<u64> {
+        match &self.known {
+            Known::Own { facts, .. } => Some(facts.seed),
+            _ => None,
+        }
+    }
+
+    /// Checks that the state belongs to the run; says where it goes on and what differs.
+    fn check(&self, run: &RunFacts, seed: u64) -> Result<Vec<String>> {
+        match &self.known {
+            Known::Own { path, facts } => {
+                let notes = fit::check(facts, &Expected { run, seed })
+                    .map_err(|error| error.context(format!("resume {}", path.display())))?;
+                let from = format!("goes on from step {}: {}", facts.step, path.display());
+                Ok(std::iter::once(from).chain(notes).collect())
+            }
+            Known::Foreign { path, step } => {
+                Ok(vec![format!("goes on from step {step} of sd-scripts: {}", path.display())])
+            }
+            Known::Nothing | Known::Unusable(_) => Ok(Vec::new()),
+        }
+    }
+
+    fn origin(&self) -> Origin<'_> {
+        match &self.known {
+            Known::Own { facts, .. } => Origin::State(facts),
+            Known::Foreign { step, .. } => Origin::Foreign(*step),
+            Known::Nothing | Known::Unusable(_) => Origin::Nothing,
+        }
+    }
+
+    /// Reads the state on rank 0 and gives it to all. A collective.
+    pub fn load(&self, comm: &Comm) -> Result<Loaded> {
+        let (Known::Own { path, .. } | Known::Foreign { path, .. }) = &self.known else {
+            bail!("there is no state to load");
+        };
+        let foreign = matches!(self.known, Known::Foreign { .. });
+        let own = match comm.rank() {
+            0 => {
+                let read = if foreign { accelerate::read(path) } else { read_own(path) };
+                let files = read.unwrap_or_else(|error| {
+                    Files::from([(FAILURE.to_owned(), format!("{error:#}").into_bytes())])
+                });
+                parts::pack(&files)
+            }
+            _ => Vec::new(),
+        };
+        let mut files = parts::unpack(&comm.broadcast(0, own)?)?;
+        if let Some(error) = files.remove(FAILURE) {
+            bail!("{}", String::from_utf8_lossy(&error));
+        }
+        let mut states = BTreeMap::new();
+        for (name, bytes) in files {
+            let whole = path.join(&name);
+            let part = name.strip_suffix(".safetensors").unwrap_or(&name).to_owned();
+            states.insert(part, parts::from_bytes(&whole, bytes)?);
+        }
+        let weights = states.remove(WEIGHTS).map(|state| state.tensors);
+        let weights =
+            weights.ok_or_else(|| anyhow!("the state has no weights: {}", path.display()))?;
+        Ok(Loaded { parts: states, weights, path: path.clone(), foreign })
+    }
+}
+
+/// Name of the message of a failed reading; no file of a state is called so.
+const FAILURE: &str = "\0failure";
+
+fn read_own(path: &Path) -> Result<Files> {
+    StateFolder::open(path)?.read()
+}
+
+/// Where `resume` leads, on rank 0.
+fn look(options: &Options, asked: &Path) -> Result<Known> {
+    let saving = Saving::from_options(options, 1)?;
+    let found = match is_auto(options) {
+        false => Some(find::named(asked)?),
+        true => find::newest(&saving)?,
+    };
+    match found {
+        Some(Found::Own(folder)) => {
+            let StateFolder { path, facts, .. } = *folder;
+            Ok(Known::Own { path, facts: Box::new(facts) })
+        }
+        Some(Found::Foreign(path)) => {
+            let step = accelerate::step(&path)?;
+            Ok(Known::Foreign { path, step })
+        }
+        None => {
+            console::note(&format!(
+                "`resume = \"auto\"`: no state of this run yet, begins anew: {}",
+                saving.output_dir.display()
+            ));
+            Ok(Known::Nothing)
+        }
+    }
+}
+
+/// Where a run begins. Checks the state, and tells what the user should know.
+pub fn begin(
+    resume: Option<&Resume>,
+    options: &Options,
+    run: &RunFacts,
+    plan: &Plan,
+) -> Result<Start> {
+    let mut notes = Vec::new();
+    if let Some(resume) = resume {
+        notes = resume.check(run, plan.seed)?;
+    }
+    let (start, remarks) = choose(resume, options, &run.data, plan.steps)?;
+    for note in notes.iter().chain(&remarks) {
+        console::note(note);
+    }
+    Ok(start)
+}
+
+/// [`begin`] once more without words, when images turned out to be damaged: steps may count
+/// differently.
+pub fn begin_again(
+    resume: Option<&Resume>,
+    options: &Options,
+    data: &DataFacts,
+    plan: &Plan,
+) -> Result<Start> {
+    Ok(choose(resume, options, data, plan.steps)?.0)
+}
+
+fn choose(
+    resume: Option<&Resume>,
+    options: &Options,
+    data: &DataFacts,
+    run_steps: usize,
+) -> Result<(Start, Vec<String>)> {
+    let origin = resume.map_or(Origin::Nothing, Resume::origin);
+    let chosen = Start::choose(options, origin, data, run_steps);
+    match resume.map(|resume| &resume.known) {
+        Some(Known::Own { path, .. } | Known::Foreign { path, .. }) => {
+            chosen.map_err(|error| error.context(format!("resume {}", path.display())))
+        }
+        _ => chosen,
+    }
+}
+
+impl Loaded {
+    /// Puts the saved weights in place of those before the first step.
+    pub fn replace_values(&mut self, prepared: &mut PreparedNetwork, plan: &Plan) -> Result<()> {
+        let weights = std::mem::take(&mut self.weights);
+        if self.foreign {
+            let moments = self.parts.remove(accelerate::MOMENTS).unwrap_or_default().tensors;
+            let takes_adamw = plan.optimizer.reference_name() == accelerate::ADAMW;
+            let both = (weights, moments);
+            let optimizer = accelerate::replace_values(&self.path, both, prepared, takes_adamw)?;
+            self.parts.extend(optimizer.map(|state| (OPTIMIZER.to_owned(), state)));
+            return Ok(());
+        }
+        let network = &prepared.network;
+        for (id, value) in prepared.values.iter_mut().enumerate() {
+            let id = engine::ParamId(id);
+            let key = network.key(id);
+            let tensor = weights
+                .get(&key)
+                .filter(|tensor| tensor.shape == network.file_shape(id))
+                .ok_or_else(|| {
+                    anyhow!("the state has no `{key}` that fits: {}", self.path.display())
+                })?;
+            *value = network.engine_order(id, tensor.to_f32());
+        }
+        Ok(())
+    }
+
+    /// The saved state of a part, once. One that the state lacks starts afresh, which is told
+    /// (unless the state is sd-scripts', of which all is told already); the optimizer's must be
+    /// there.
+    pub fn take(&mut self, part: &str) -> Result<Option<OptimizerState>> {
+        let state = self.parts.remove(part);
+        if state.is_none() && !self.foreign {
+            if part == OPTIMIZER {
+                bail!("the state has no `{part}`: {}", self.path.display());
+            }
+            console::note(&format!("the state has no `{part}`, which starts afresh"));
+        }
+        Ok(state)
+    }
+
+    /// Names the parts that nobody took.
+    pub fn finish(self) {
+        for part in self.parts.keys() {
+            console::note(&format!("this run has no use for the state's `{part}`"));
+        }
+    }
+}
