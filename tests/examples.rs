@@ -51,7 +51,7 @@ fn every_example_is_listed_and_named() {
 #[test]
 fn style_for_sd2_v() {
     let (folder, file) = run("style-sd2v", "style.safetensors");
-    assert_eq!(names(&folder), ["style-step00000012.safetensors", "style.safetensors"]);
+    assert_eq!(names(&folder), ["style-step00000016.safetensors", "style.safetensors"]);
     assert_eq!(file.metadata["ss_base_model_version"], "sd_v2_v");
     assert!(file.tensors.keys().all(|key| key.starts_with("lora_unet_")));
 }
@@ -67,6 +67,6 @@ fn c3lier() {
 #[test]
 fn regularization() {
     let (folder, file) = run("regularization", "sks-shape.safetensors");
-    assert_eq!(names(&folder), ["sks-shape-step00000012.safetensors", "sks-shape.safetensors"]);
+    assert_eq!(names(&folder), ["sks-shape-step00000016.safetensors", "sks-shape.safetensors"]);
     assert!(file.metadata["ss_reg_dataset_dirs"].contains("1_shape"));
 }

@@ -90,7 +90,9 @@ pub fn dataset_defaults(options: &Options) -> Result<DatasetDefaults> {
         validation_seed: options.validation_seed.or(options.seed).unwrap_or(0),
     };
     let masked_loss = options.masked_loss;
-    Ok(DatasetDefaults { dataset, subset, masked_loss, ..DatasetDefaults::default() })
+    let allow_unknown = options.allow_unknown;
+    let silent = DatasetDefaults::default();
+    Ok(DatasetDefaults { dataset, subset, masked_loss, allow_unknown, ..silent })
 }
 
 /// What to say where `masked_loss` finds nothing to mask with; sd-scripts trains on in silence.

@@ -1,6 +1,7 @@
 //! `docs/options.md`: the option table as a document, written from the table and compared with it.
 
-use super::{Group, Kind, OPTIONS, OptionSpec, Support};
+use super::{Group, Kind, OPTIONS, OptionSpec, Support, find_option};
+use crate::dataset::config::dataset_options;
 use std::fmt::Write;
 
 /// What stands before the options.
@@ -23,6 +24,17 @@ option. Each may stand in the config file as `name = value`, or on the command l
 Options of the dataset description (`[general]`, `[[datasets]]`, `[[datasets.subsets]]`) are at the end.
 ";
 
+/// What stands before the options of the dataset description.
+const DATASET_INTRODUCTION: &str = "
+## Dataset description
+
+In the file named by `--dataset_config` (TOML or JSON), or in the config file itself. A value in a
+subset wins over one in its dataset, that over `[general]`, that over the options above.
+
+| option | value | where | status | meaning |
+|---|---|---|---|---|
+";
+
 /// The whole document.
 pub fn markdown() -> String {
     let mut text = INTRODUCTION.to_owned();
@@ -39,7 +51,32 @@ pub fn markdown() -> String {
         }
         text += &row(spec);
     }
+    text += DATASET_INTRODUCTION;
+    for option in dataset_options() {
+        let meaning = match find_option(option.name) {
+            Some(_) => format!("as `--{}`", option.name),
+            None => dataset_meaning(option.name).to_owned(),
+        };
+        let cells = [code(option.name), option.value, option.places.into(), option.status, meaning];
+        text += &format!("| {} |\n", cells.map(|cell| cell.replace('|', "\\|")).join(" | "));
+    }
     text
+}
+
+/// What an option of the dataset description means that has no option of the run beside it.
+fn dataset_meaning(name: &str) -> &'static str {
+    match name {
+        "batch_size" => "as `--train_batch_size`",
+        "num_repeats" => "how often each image is used in an epoch; as `--dataset_repeats`",
+        "image_dir" => "folder of the images; needed unless `metadata_file` names them",
+        "class_tokens" => "caption of images that have no caption file",
+        "is_reg" => "the images are regularization images, see `--prior_loss_weight`",
+        "metadata_file" => "JSON file with captions and tags (fine-tuning style); as `--in_json`",
+        "network_multiplier" => "strength of the LoRA while it is trained on this dataset",
+        "custom_attributes" => "table for trainers of other models",
+        "skip_image_resolution" => "leave out images up to a size",
+        _ => "",
+    }
 }
 
 fn row(spec: &OptionSpec) -> String {
@@ -93,6 +130,14 @@ mod tests {
             "docs/options.md is not what the option table gives; write it with \
              `UPDATE_DOCS=1 cargo test -p trainer --lib options::docs`"
         );
+    }
+
+    #[test]
+    fn options_of_the_dataset_description_have_a_meaning() {
+        for option in dataset_options() {
+            let name = option.name;
+            assert!(find_option(name).is_some() || !dataset_meaning(name).is_empty(), "{name}");
+        }
     }
 
     #[test]

@@ -16,6 +16,8 @@ pub use plan::{
     SubsetPlan, SubsetSource,
 };
 
+pub use schema::{DatasetOption, dataset_options};
+
 use super::error::DatasetError;
 use super::image_file::MAX_PIXELS;
 use schema::{Level, Method};
@@ -85,10 +87,10 @@ pub fn plan_datasets(
     match input {
         DatasetInput::File(path) => {
             let table = read_table(path)?;
-            plan_table(&Origin { path: path.clone() }, &table, defaults)
+            plan_table(&Origin { path: path.clone() }, table, defaults)
         }
         DatasetInput::Inline { table, origin } => {
-            plan_table(&Origin { path: origin.clone() }, table, defaults)
+            plan_table(&Origin { path: origin.clone() }, table.clone(), defaults)
         }
         DatasetInput::Folders { train_data_dir, reg_data_dir } => {
             folders::plan_folders(train_data_dir, reg_data_dir.as_deref(), defaults)
@@ -161,9 +163,14 @@ fn from_json(json: serde_json::Value) -> Option<Value> {
 
 fn plan_table(
     origin: &Origin,
-    root: &Table,
+    mut root: Table,
     defaults: &DatasetDefaults,
 ) -> Result<DatasetConfig, DatasetError> {
+    let mut warnings = Vec::new();
+    if defaults.allow_unknown {
+        drop_unknown(origin, &mut root, &mut warnings);
+    }
+    let root = &root;
     for key in root.keys() {
         if key != "general" && key != "datasets" {
             let meant = schema::nearest(key, ["general", "datasets"].into_iter());
@@ -186,12 +193,16 @@ fn plan_table(
         Some(value) => as_table(origin, "the top level", "general", value)?,
     };
     schema::check_table(origin, "[general]", general, Level::General, Method::Both)?;
-    let mut config =
-        DatasetConfig { datasets: Vec::new(), from_user_config: true, warnings: Vec::new() };
+    warnings.extend(schema::idle_options("[general]", general));
+    let mut config = DatasetConfig { datasets: Vec::new(), from_user_config: true, warnings };
     for (index, dataset) in tables_of(origin, "the top level", root, "datasets")?.iter().enumerate()
     {
         let name = format!("[[datasets]] {}", index + 1);
         let parts = read_dataset(origin, &name, (general, dataset), defaults)?;
+        config.warnings.extend(schema::idle_options(&name, dataset));
+        for table in tables_of(origin, &name, dataset, "subsets")? {
+            config.warnings.extend(schema::idle_options(&format!("a subset of {name}"), table));
+        }
         let plan = finish(origin, &name, parts, defaults, &mut config.warnings)?;
         config.datasets.push(plan);
     }
@@ -203,6 +214,30 @@ fn plan_table(
         ));
     }
     Ok(config)
+}
+
+/// Takes unknown names out of all tables, each with a warning.
+fn drop_unknown(origin: &Origin, root: &mut Table, warnings: &mut Vec<String>) {
+    fn tables<'a>(parent: &'a mut Table, key: &str) -> impl Iterator<Item = &'a mut Table> {
+        let items = parent.get_mut(key).and_then(Value::as_array_mut);
+        items.into_iter().flatten().filter_map(Value::as_table_mut)
+    }
+    let mut names: Vec<String> =
+        root.keys().filter(|key| *key != "general" && *key != "datasets").cloned().collect();
+    root.retain(|key, _| key == "general" || key == "datasets");
+    if let Some(general) = root.get_mut("general").and_then(Value::as_table_mut) {
+        names.extend(schema::take_unknown(general));
+    }
+    for dataset in tables(root, "datasets") {
+        names.extend(schema::take_unknown(dataset));
+        for subset in tables(dataset, "subsets") {
+            names.extend(schema::take_unknown(subset));
+        }
+    }
+    if !names.is_empty() {
+        let path = origin.path.display();
+        warnings.push(format!("unknown options of `{path}` are ignored: `{}`", names.join("`, `")));
+    }
 }
 
 /// A dataset before its rules are checked.

@@ -185,6 +185,8 @@ pub struct DatasetDefaults {
     pub masked_loss: bool,
     /// Sides of the pictures must be a multiple of this: 64 for SD1 and SD2, 32 for SDXL.
     pub size_multiple: u32,
+    /// Unknown names are left out with a warning instead of refused.
+    pub allow_unknown: bool,
 }
 
 impl Default for DatasetDefaults {
@@ -194,6 +196,7 @@ impl Default for DatasetDefaults {
             subset: SubsetOptions::default(),
             masked_loss: false,
             size_multiple: 64,
+            allow_unknown: false,
         }
     }
 }

@@ -31,8 +31,10 @@ enum Scope {
     Anywhere,
     /// `[[datasets.subsets]]` alone.
     Subset,
-    /// Known to sd-scripts, not built here.
-    NotSupported,
+    /// Known to sd-scripts, accepted anywhere; the text says why it changes nothing.
+    NoEffect(&'static str),
+    /// Known to sd-scripts, not built here; the text says what to do instead.
+    Refused(&'static str),
 }
 
 /// What an option holds.
@@ -54,6 +56,10 @@ struct Row(&'static str, Kind, Scope, Method);
 
 const NON_NEGATIVE: Kind = Kind::Number(0.0, f64::MAX);
 const RATE: Kind = Kind::Number(0.0, 1.0);
+
+const CACHE_INFO: &str = "only the header of each image is read at the start, which is fast";
+const ATTRIBUTES: &str = "the trainers for Stable Diffusion 1 and 2 do not read them";
+const SKIP: &str = "move the images that are not to be used out of the folder";
 
 /// Every option of the dataset configuration.
 const ROWS: &[Row] = &[
@@ -87,12 +93,13 @@ const ROWS: &[Row] = &[
     Row("alpha_mask", Kind::Bool, Scope::Anywhere, Method::Both),
     Row("caption_extension", Kind::Text, Scope::Anywhere, Method::DreamBooth),
     Row("class_tokens", Kind::Text, Scope::Anywhere, Method::DreamBooth),
-    Row("cache_info", Kind::Bool, Scope::Anywhere, Method::DreamBooth),
+    Row("cache_info", Kind::Bool, Scope::NoEffect(CACHE_INFO), Method::DreamBooth),
     Row("image_dir", Kind::Text, Scope::Subset, Method::Both),
     Row("is_reg", Kind::Bool, Scope::Subset, Method::DreamBooth),
     Row("metadata_file", Kind::Text, Scope::Subset, Method::FineTuning),
-    Row("network_multiplier", Kind::Anything, Scope::NotSupported, Method::Both),
-    Row("custom_attributes", Kind::Anything, Scope::NotSupported, Method::Both),
+    Row("network_multiplier", Kind::Number(1.0, 1.0), Scope::Dataset, Method::Both),
+    Row("custom_attributes", Kind::Anything, Scope::NoEffect(ATTRIBUTES), Method::Both),
+    Row("skip_image_resolution", Kind::Anything, Scope::Refused(SKIP), Method::Both),
     Row("validation_seed", Kind::Int(0), Scope::Anywhere, Method::Both),
     Row("validation_split", RATE, Scope::Anywhere, Method::Both),
     Row("conditioning_data_dir", Kind::Text, Scope::Subset, Method::DreamBooth),
@@ -104,16 +111,19 @@ impl Scope {
             Scope::Dataset => level != Level::Subset,
             Scope::Anywhere => true,
             Scope::Subset => level == Level::Subset,
-            Scope::NotSupported => false,
+            Scope::NoEffect(_) => true,
+            Scope::Refused(_) => false,
         }
     }
 
     fn places(self) -> &'static str {
         match self {
             Scope::Dataset => "`[general]` or `[[datasets]]`",
-            Scope::Anywhere => "`[general]`, `[[datasets]]` or `[[datasets.subsets]]`",
+            Scope::Anywhere | Scope::NoEffect(_) => {
+                "`[general]`, `[[datasets]]` or `[[datasets.subsets]]`"
+            }
             Scope::Subset => "`[[datasets.subsets]]`",
-            Scope::NotSupported => "no table",
+            Scope::Refused(_) => "no table",
         }
     }
 }
@@ -139,11 +149,8 @@ pub(super) fn check_table(
         let Some(Row(_, kind, scope, owner)) = ROWS.iter().find(|row| row.0 == key) else {
             return Err(unknown_key(origin, table_name, key, level));
         };
-        if *scope == Scope::NotSupported {
-            return Err(config(
-                format!("`{key}` is not supported yet"),
-                "remove it from the dataset configuration".into(),
-            ));
+        if let Scope::Refused(advice) = scope {
+            return Err(config(format!("`{key}` is not supported yet"), (*advice).into()));
         }
         if !scope.admits(level) {
             return Err(config(
@@ -172,6 +179,54 @@ pub(super) fn check_table(
         }
     }
     Ok(())
+}
+
+/// Remarks about the options of one table that change nothing.
+pub(super) fn idle_options(table_name: &str, table: &Table) -> Vec<String> {
+    let idle = |row: &'static Row| match row.2 {
+        Scope::NoEffect(reason) if table.contains_key(row.0) => {
+            Some(format!("`{}` of {table_name} has no effect here: {reason}", row.0))
+        }
+        _ => None,
+    };
+    ROWS.iter().filter_map(idle).collect()
+}
+
+/// Takes out the options of one table that do not exist; gives their names.
+pub(super) fn take_unknown(table: &mut Table) -> Vec<String> {
+    let names: Vec<String> = table.keys().cloned().collect();
+    let known = |name: &String| name == "subsets" || ROWS.iter().any(|row| row.0 == name);
+    let unknown: Vec<String> = names.into_iter().filter(|name| !known(name)).collect();
+    for name in &unknown {
+        table.remove(name);
+    }
+    unknown
+}
+
+/// An option of the dataset description, for the document.
+pub struct DatasetOption {
+    /// Name.
+    pub name: &'static str,
+    /// What its value is, in words.
+    pub value: String,
+    /// Where it may stand: `[general]`, `[[datasets]]`, `[[datasets.subsets]]`.
+    pub places: &'static str,
+    /// Used, without effect, or refused, with the reason.
+    pub status: String,
+}
+
+/// Every option of the dataset description, in the order of the document.
+pub fn dataset_options() -> impl Iterator<Item = DatasetOption> {
+    ROWS.iter().map(|Row(name, kind, scope, _)| DatasetOption {
+        name,
+        value: kind.expected(),
+        places: scope.places(),
+        status: match scope {
+            Scope::NoEffect(reason) => format!("no effect: {reason}"),
+            Scope::Refused(advice) => format!("refused: not built; {advice}"),
+            _ => "used".to_owned(),
+        },
+    })
 }
 
 /// The error for a key that does not exist, with what was probably meant.
@@ -229,6 +284,7 @@ impl Kind {
             Kind::Bool => "true or false".into(),
             Kind::Int(least) => format!("an integer of at least {least}"),
             Kind::Number(low, high) if high == f64::MAX => format!("a number of at least {low}"),
+            Kind::Number(low, high) if low == high => format!("{low}: other values are not built"),
             Kind::Number(low, high) => format!("a number from {low} to {high}"),
             Kind::Text => "a string".into(),
             Kind::Interpolation => format!("one of `{}`", Interpolation::NAMES.join("`, `")),

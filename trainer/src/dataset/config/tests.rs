@@ -133,8 +133,29 @@ fn options_in_the_wrong_place_are_refused() {
     assert!(text.contains("`class_tokens` does not go with `metadata_file`"), "{text}");
     let text = message(&FULL.replace("keep_tokens = 3", "metadata_file = \"m.json\""));
     assert!(text.contains("mixed"), "{text}");
-    let text = message(&FULL.replace("keep_tokens = 3", "custom_attributes = {}"));
-    assert!(text.contains("not supported yet"), "{text}");
+    let text = message(&FULL.replace("keep_tokens = 3", "skip_image_resolution = 512"));
+    assert!(text.contains("not supported yet") && text.contains("hint: move the images"), "{text}");
+    let text = message(&FULL.replace("keep_tokens = 2", "network_multiplier = 0.5"));
+    assert!(text.contains("1: other values are not built"), "{text}");
+}
+
+#[test]
+fn options_without_effect_are_said() {
+    let text = FULL.replace("keep_tokens = 3", "custom_attributes = { a = 1 }\ncache_info = true");
+    let warnings = plan(&text).unwrap().warnings.join("\n");
+    let said = "`custom_attributes` of a subset of [[datasets]] 1 has no effect here";
+    assert!(warnings.contains(said) && warnings.contains("`cache_info`"), "{warnings}");
+    assert!(plan(&FULL.replace("keep_tokens = 2", "network_multiplier = 1.0")).is_ok());
+}
+
+#[test]
+fn unknown_names_can_be_allowed() {
+    let text = FULL.replace("class_tokens", "class_token").replace("batch_size", "batchsize");
+    let input = DatasetInput::Inline { table: text.parse().unwrap(), origin: "run.toml".into() };
+    let defaults = DatasetDefaults { allow_unknown: true, ..DatasetDefaults::default() };
+    let warnings = plan_datasets(&input, &defaults).unwrap().warnings.join("\n");
+    let said = "unknown options of `run.toml` are ignored: `batchsize`, `class_token`";
+    assert!(warnings.contains(said), "{warnings}");
 }
 
 #[test]
