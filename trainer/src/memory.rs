@@ -25,7 +25,7 @@ const TEXT_LAYER: usize = 16;
 pub struct Estimate {
     /// Frozen weights in compute type.
     pub weights: usize,
-    /// LoRA weights, gradients and both moments.
+    /// LoRA weights, gradients and optimizer state.
     pub trainable: usize,
     /// What one micro-step keeps for its backward pass.
     pub activations: usize,
@@ -49,7 +49,7 @@ pub struct LargestBatch {
     pub tokens: usize,
 }
 
-/// Estimates a training step.
+/// Estimates a training step. `sizes`: frozen numbers, and bytes of what is trained.
 pub fn estimate(
     models: (&UnetConfig, &ClipConfig),
     sizes: (usize, usize),
@@ -58,7 +58,7 @@ pub fn estimate(
     (checkpointing, train_text_encoder): (bool, bool),
 ) -> Estimate {
     let (unet, text) = models;
-    let (frozen_elements, trainable_elements) = sizes;
+    let (frozen_elements, trainable) = sizes;
     let mut kept = unet_blocks(unet, batch);
     if train_text_encoder {
         let layer = batch.samples * batch.tokens * text.width * TEXT_LAYER;
@@ -72,7 +72,7 @@ pub fn estimate(
     };
     Estimate {
         weights: frozen_elements * dtype.size(),
-        trainable: trainable_elements * 4 * size_of::<f32>(),
+        trainable,
         activations: values * dtype.size(),
     }
 }
@@ -136,7 +136,7 @@ mod tests {
 
     fn at_512(checkpointing: bool, dtype: DType) -> Estimate {
         let batch = LargestBatch { samples: 1, latent_pixels: 64 * 64, tokens: 77 };
-        let sizes = (860_000_000, 800_000);
+        let sizes = (860_000_000, 800_000 * 16);
         let models = (&UnetConfig::sd1(), &ClipConfig::sd1());
         estimate(models, sizes, batch, dtype, (checkpointing, false))
     }

@@ -11,6 +11,7 @@ mod tests;
 
 pub use python::{python_float, python_json, python_literal};
 
+use crate::optimizer::Pace;
 use crate::options::Options;
 use anyhow::{Context, Result};
 use formats::Family;
@@ -69,7 +70,7 @@ pub struct RunFacts {
     pub num_batches_per_epoch: usize,
     /// Class of the optimizer, `torch.optim.adamw.AdamW`.
     pub optimizer_name: String,
-    /// Settings of the optimizer that were written ([`crate::options::AdamwArgs::python_text`]).
+    /// Settings of the optimizer that were written ([`crate::optimizer::Choice::python_text`]).
     pub optimizer_args: String,
     /// Batch of all ranks with accumulation.
     pub total_batch_size: usize,
@@ -128,6 +129,7 @@ impl FileMetadata {
         let mut entries = BTreeMap::new();
         add_run(&mut entries, options, run);
         add_options(&mut entries, options);
+        add_own_rate(&mut entries, options)?;
         add_dataset(&mut entries, options, run, dataset);
         add_network_args(&mut entries, options)?;
         add_model(&mut entries, "sd_model", Some(&run.base_model));
@@ -221,6 +223,20 @@ fn add_run(entries: &mut BTreeMap<String, String>, options: &Options, run: &RunF
         // No git checkout of sd-scripts is involved; the reference prints this in that case.
         "sd_scripts_commit_hash" => "(unknown)",
     );
+}
+
+/// An optimizer that chooses its learning rate: the reference forgets those of the config and names
+/// its own schedule.
+fn add_own_rate(entries: &mut BTreeMap<String, String>, options: &Options) -> Result<()> {
+    if options.choose_optimizer()?.recipe.pace() == Pace::Relative {
+        let rate: Option<f64> = None;
+        put!(entries,
+            "learning_rate" => rate,
+            "unet_lr" => rate,
+            "lr_scheduler" => format!("adafactor:{}", python_float(options.learning_rate)),
+        );
+    }
+    Ok(())
 }
 
 /// What stands in the options.

@@ -17,8 +17,8 @@ use crate::rng::{Purpose, stream};
 /// The base models that can be trained, SD 1 and 2, share one numbering of blocks.
 const LAYOUT: BlockLayout = BlockLayout::Sd;
 
-/// A trainable number, its gradient and its two moments, f32.
-const STATE_BYTES: usize = 16;
+/// A trainable number and its gradient, f32; the optimizer's state comes on top.
+const WEIGHT_BYTES: f64 = 8.;
 
 /// The modules of a run, with their values before the first step.
 pub struct PreparedNetwork {
@@ -26,6 +26,8 @@ pub struct PreparedNetwork {
     pub network: LoraNetwork,
     /// One vector per parameter.
     pub values: Vec<Vec<f32>>,
+    /// Bytes of weights, gradients and optimizer state.
+    pub training_bytes: usize,
     /// What the user should know: modules that `network_weights` lacks or has in excess.
     pub notes: Vec<String>,
 }
@@ -82,9 +84,10 @@ impl PreparedNetwork {
             ));
         }
         network.set_rates(rates, args.loraplus);
-        let state = network.element_count().saturating_mul(STATE_BYTES);
-        let hint = "lower `network_dim` (and `conv_dim`)";
-        refuse_beyond_memory("the LoRA's weights, gradients and moments", state, hint)?;
+        let training_bytes = training_bytes(options, network.element_count())?;
+        let hint = "lower `network_dim` (and `conv_dim`), or use `optimizer_type = \"AdamW8bit\"`";
+        let what = "the LoRA's weights, gradients and optimizer state";
+        refuse_beyond_memory(what, training_bytes, hint)?;
         let mut values = network.initial_values(&mut |key, count| {
             let mut rng = stream(seed, Purpose::LoraInit, name_key(key), 0);
             (0..count).map(|_| rng.uniform_f32()).collect()
@@ -110,13 +113,19 @@ impl PreparedNetwork {
                 ));
             }
         }
-        Ok(Self { network, values, notes })
+        Ok(Self { network, values, training_bytes, notes })
     }
 
     /// The parameters, laid out for the tape.
     pub fn parameters(&self, base: &Base) -> Result<ParamStore> {
         Ok(self.network.parameters(base.device, self.values.clone())?)
     }
+}
+
+/// Bytes of so many trainable numbers with their gradients and the optimizer's state.
+fn training_bytes(options: &Options, elements: usize) -> Result<usize> {
+    let state = options.choose_optimizer()?.recipe.state_bytes();
+    Ok((elements as f64 * (WEIGHT_BYTES + state)).ceil() as usize)
 }
 
 /// Whether a layer would get a module if no block were left out.

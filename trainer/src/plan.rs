@@ -12,7 +12,7 @@ use crate::checkpoint::Saving;
 use crate::dataset::{DatasetGroup, Sampler};
 use crate::memory::{Estimate, LargestBatch, estimate, show_bytes};
 use crate::network::{PreparedNetwork, trains};
-use crate::optimizer::{AdamWSettings, OptimizerSettings};
+use crate::optimizer::Choice;
 use crate::options::Options;
 use crate::rng::{Purpose, stream};
 
@@ -31,7 +31,7 @@ pub struct Plan {
     /// Global batches of an epoch.
     pub batches_per_epoch: usize,
     /// Optimizer and its settings.
-    pub optimizer: OptimizerSettings,
+    pub optimizer: Choice,
     /// Files.
     pub saving: Saving,
     /// Seconds since 1970 that the files bear.
@@ -92,7 +92,6 @@ impl Plan {
             bail!("there is nothing to train: `max_train_steps` or `max_train_epochs` is 0");
         }
         let epochs = steps.div_ceil(steps_per_epoch);
-        let adamw = options.read_adamw_args()?;
         Ok(Self {
             seed,
             world_size,
@@ -100,11 +99,7 @@ impl Plan {
             epochs,
             steps_per_epoch,
             batches_per_epoch: sampler.batches_per_epoch(),
-            optimizer: OptimizerSettings::AdamW(AdamWSettings {
-                betas: adamw.betas,
-                eps: adamw.eps,
-                weight_decay: adamw.weight_decay,
-            }),
+            optimizer: options.choose_optimizer()?,
             saving: Saving::from_options(options, epochs)?,
             stamp: choose_stamp(options, group, base)?,
         })
@@ -218,7 +213,7 @@ pub fn estimate_memory(
     let batch = LargestBatch { samples: largest.0, latent_pixels: largest.1, tokens };
     estimate(
         (&base.unet, &base.text_encoder),
-        (frozen, prepared.network.element_count()),
+        (frozen, prepared.training_bytes),
         batch,
         base.dtype,
         (options.gradient_checkpointing, trains(options, Part::TextEncoder)),

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use collectives::{Comm, Env};
+use engine::ParamStore;
+use models::lora::LoraNetwork;
 
 use crate::base::Base;
 use crate::checkpoint::check_writable;
@@ -25,7 +27,7 @@ use crate::monitor::Monitor;
 use crate::network::PreparedNetwork;
 use crate::noising::Noising;
 use crate::objective::Objective;
-use crate::optimizer::TensorForm;
+use crate::optimizer::{Build, Optimize, TensorForm};
 use crate::options::{Options, Parsed};
 use crate::plan::{Plan, choose_seed, describe, estimate_memory};
 use crate::progress::format_summary;
@@ -218,7 +220,7 @@ impl Run {
         let ema = options.ema_decay.map(|decay| Ema::new(decay, &params)).transpose()?;
         let keeper = (comm.rank() == 0).then(|| Keeper::new(&plan, facts, start));
         let mut trainer = Trainer {
-            optimizer: plan.optimizer.build(&params, &TensorForm::of(&network))?,
+            optimizer: build_optimizer(&options, &plan, &params, &network)?,
             schedule: Schedule::new(&options, plan.steps)?,
             options: &options,
             plan: &plan,
@@ -246,6 +248,17 @@ impl Run {
         }
         Ok(ending)
     }
+}
+
+fn build_optimizer(
+    options: &Options,
+    plan: &Plan,
+    params: &ParamStore,
+    network: &LoraNetwork,
+) -> Result<Box<dyn Optimize>> {
+    let forms = TensorForm::of(network);
+    let learning_rate = options.learning_rate;
+    plan.optimizer.recipe.build(&Build { params, forms: &forms, learning_rate })
 }
 
 /// A group of images and, where they are cached, their latents.

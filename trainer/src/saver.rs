@@ -167,8 +167,8 @@ fn run_facts(
         num_reg_images: dataset.reg_images,
         num_validation_images: dataset.validation_images,
         num_batches_per_epoch: dataset.batches_per_epoch,
-        optimizer_name: plan.optimizer.reference_name().to_owned(),
-        optimizer_args: options.read_adamw_args()?.python_text,
+        optimizer_name: plan.optimizer.class.clone(),
+        optimizer_args: plan.optimizer.python_text.clone(),
         total_batch_size: dataset.batch_size
             * plan.world_size
             * options.gradient_accumulation_steps,

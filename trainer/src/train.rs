@@ -279,7 +279,9 @@ impl Trainer<'_> {
         let estimate = self.optimizer.effective_scale();
         let step = self.start.schedule_of(step);
         let rate = |group: &ParamGroup| {
-            let lr = self.schedule.rate(learning_rate(self.options, group), step);
+            let own = group.params.first().and_then(|id| self.optimizer.own_rate(*id));
+            let given = self.schedule.rate(learning_rate(self.options, group), step);
+            let lr = own.unwrap_or(given);
             Rate { label: group.label.clone(), lr, scaled: estimate.map(|d| d * lr) }
         };
         self.network.groups().iter().map(rate).collect()

@@ -19,7 +19,7 @@ use models::{ClipConfig, ClipTextModel, Unet, UnetConfig};
 use trainer::gradients::Gradients;
 use trainer::memory::peak_resident;
 use trainer::objective::Objective;
-use trainer::optimizer::{AdamWSettings, OptimizerSettings, StepInput, TensorForm, TensorStep};
+use trainer::optimizer::{AdamWSettings, Build, Recipe, StepInput, TensorForm, TensorStep};
 use trainer::options::Options;
 use trainer::step::{Models, Prompts, Setting, forward_backward};
 
@@ -134,8 +134,9 @@ fn main() -> Result<()> {
     });
     let mut params = network.parameters(Device::Cpu, values)?;
     network.install(&mut models.text_encoder, &mut models.unet, 1.)?;
-    let settings = OptimizerSettings::AdamW(AdamWSettings::default());
-    let mut optimizer = settings.build(&params, &TensorForm::of(&network))?;
+    let forms = TensorForm::of(&network);
+    let build = Build { params: &params, forms: &forms, learning_rate: 1e-4 };
+    let mut optimizer = AdamWSettings::default().build(&build)?;
     let tensors: Vec<TensorStep> = (0..params.count())
         .map(|id| TensorStep { id: ParamId(id), range: params.range(ParamId(id)), lr: 1e-4 })
         .collect();

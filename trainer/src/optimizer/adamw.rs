@@ -5,28 +5,54 @@ use anyhow::Result;
 use engine::backend::AdamWStep;
 use engine::{DType, Device, ParamStore, Tensor};
 
+use super::adam::AdamSettings;
+use super::settings::settings;
 use super::state::{Reader, Writer};
-use super::{Optimize, OptimizerState, StepInput, TensorForm};
+use super::{Build, Optimize, OptimizerState, Recipe, StepInput, TensorForm};
 
-/// Settings of AdamW; the defaults are PyTorch's.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdamWSettings {
-    /// Decay rates of the first and second moment.
-    pub betas: (f64, f64),
-    /// Added to the root of the second moment.
-    pub eps: f64,
-    /// Decoupled weight decay.
-    pub weight_decay: f64,
+settings! {
+    /// Settings of AdamW; the defaults are PyTorch's.
+    AdamWSettings {
+        /// Decay rates of the first and second moment.
+        betas: (f64, f64) = (0.9, 0.999), Share;
+        /// Added to the root of the second moment.
+        eps: f64 = 1e-8, NotNegative;
+        /// Decoupled weight decay.
+        weight_decay: f64 = 0.01, NotNegative;
+        /// Divide by the largest second moment so far.
+        amsgrad: bool = false, Any;
+        /// Climb instead of descend.
+        maximize: bool = false, Any;
+    }
+    // The last three are bitsandbytes' `PagedAdamW`.
+    idle: [
+        "foreach", "capturable", "differentiable", "fused", "optim_bits", "args", "min_8bit_size",
+    ]
 }
 
-impl Default for AdamWSettings {
-    fn default() -> Self {
-        Self { betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.01 }
+impl Recipe for AdamWSettings {
+    fn build(&self, build: &Build) -> Result<Box<dyn Optimize>> {
+        if !self.amsgrad && !self.maximize {
+            return Ok(Box::new(AdamW::new(*self, build.params, build.forms)?));
+        }
+        let adam = AdamSettings {
+            betas: self.betas,
+            eps: self.eps,
+            weight_decay: self.weight_decay,
+            amsgrad: self.amsgrad,
+            maximize: self.maximize,
+            decoupled_weight_decay: true,
+        };
+        adam.build(build)
+    }
+
+    fn state_bytes(&self) -> f64 {
+        if self.amsgrad { 12. } else { 8. }
     }
 }
 
 /// AdamW with its moments, two numbers per parameter.
-pub struct AdamW {
+struct AdamW {
     settings: AdamWSettings,
     forms: Vec<TensorForm>,
     device: Device,
@@ -39,7 +65,7 @@ pub struct AdamW {
 
 impl AdamW {
     /// Moments of zero.
-    pub fn new(settings: AdamWSettings, params: &ParamStore, forms: &[TensorForm]) -> Result<Self> {
+    fn new(settings: AdamWSettings, params: &ParamStore, forms: &[TensorForm]) -> Result<Self> {
         let zeros = || Tensor::zeros(params.device(), &[params.len()], DType::F32);
         Ok(Self {
             settings,

@@ -1,10 +1,36 @@
-//! Optimizers over the flat parameter tensor: one file each, one arm each here.
+//! Optimizers over the flat parameter tensor: one file each, and one line each in [`registry`].
 //!
 //! A tensor that no gradient reached in a step is not in the step's list and stays as it is, without
 //! weight decay too, as PyTorch leaves parameters whose gradient is `None`.
 
+mod adafactor;
+mod adam;
 mod adamw;
+mod adamw_8bit;
+mod ademamix;
+mod blockwise;
+mod came;
+mod dadapt_adagrad;
+mod dadapt_adam;
+mod dadapt_adam_preprint;
+mod dadapt_adan;
+mod dadapt_lion;
+mod dadapt_sgd;
+mod distance;
+mod factored;
+mod lion;
+mod lion_8bit;
+mod prodigy;
+mod radam;
+pub mod registry;
+mod schedule_free;
+mod settings;
+mod sgd;
+mod sgd_8bit;
 pub(crate) mod state;
+mod tensors;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 
@@ -12,7 +38,9 @@ use anyhow::Result;
 use engine::{ParamId, ParamStore};
 use models::lora::LoraNetwork;
 
-pub use adamw::{AdamW, AdamWSettings};
+pub use adamw::AdamWSettings;
+pub use registry::{Choice, choose};
+pub use settings::Settings;
 pub use state::OptimizerState;
 
 /// A tensor that moves in this step.
@@ -57,6 +85,14 @@ impl TensorForm {
         self.len() == 0
     }
 
+    /// Channels and pixels of a kernel in files, both 1 where the engine has the same order.
+    fn kernel(&self) -> (usize, usize) {
+        match self.file_shape[..] {
+            [_, input, height, width] if height * width > 1 => (input, height * width),
+            _ => (1, 1),
+        }
+    }
+
     /// The forms of a network's tensors, in the order of [`ParamId`].
     pub fn of(network: &LoraNetwork) -> Vec<Self> {
         let form = |id| Self { name: network.key(id), file_shape: network.file_shape(id).to_vec() };
@@ -80,31 +116,61 @@ pub trait Optimize: Send {
         None
     }
 
+    /// The learning rate of a tensor's last step, where the optimizer chose it by itself.
+    fn own_rate(&self, _id: ParamId) -> Option<f64> {
+        None
+    }
+
     /// The flat weights to save and to validate with, where they differ from those trained on.
     fn evaluation_weights(&self, _params: &ParamStore) -> Result<Option<Vec<f32>>> {
         Ok(None)
     }
 }
 
-/// Which optimizer, with its settings.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum OptimizerSettings {
-    /// AdamW with decoupled weight decay.
-    AdamW(AdamWSettings),
+/// What an optimizer is built for.
+#[derive(Clone, Copy)]
+pub struct Build<'a> {
+    /// The parameters.
+    pub params: &'a ParamStore,
+    /// Their forms, in the order of [`ParamId`].
+    pub forms: &'a [TensorForm],
+    /// `learning_rate` of the config.
+    pub learning_rate: f64,
 }
 
-impl OptimizerSettings {
-    /// The optimizer with a fresh state for `params`.
-    pub fn build(&self, params: &ParamStore, forms: &[TensorForm]) -> Result<Box<dyn Optimize>> {
-        Ok(match self {
-            Self::AdamW(settings) => Box::new(AdamW::new(*settings, params, forms)?),
-        })
+/// Where the learning rate comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// From the config and its schedule.
+    Given,
+    /// The optimizer estimates it; the config's is a factor on the estimate, 1.0 by rule.
+    Estimated,
+    /// From the number of steps (Adafactor's relative step); the config's does not count.
+    Relative,
+    /// From the config, without a schedule.
+    ScheduleFree,
+}
+
+/// The settings of one optimizer, from which it is built.
+pub trait Recipe: Settings + Send + Sync {
+    /// The optimizer with a fresh state.
+    fn build(&self, build: &Build) -> Result<Box<dyn Optimize>>;
+
+    /// Bytes of state per trainable number, about.
+    fn state_bytes(&self) -> f64;
+
+    /// Where the learning rate comes from.
+    fn pace(&self) -> Pace {
+        Pace::Given
     }
 
-    /// The name that sd-scripts writes into the file's metadata.
-    pub fn reference_name(&self) -> &'static str {
-        match self {
-            Self::AdamW(_) => "torch.optim.adamw.AdamW",
-        }
+    /// What is wrong with the settings together.
+    fn fault(&self) -> Option<String> {
+        None
+    }
+
+    /// Changes settings that others imply, as the reference does; gives key and new value.
+    fn complete(&mut self) -> Vec<(&'static str, &'static str)> {
+        Vec::new()
     }
 }

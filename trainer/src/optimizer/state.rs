@@ -40,6 +40,13 @@ impl Writer {
         Ok(())
     }
 
+    /// Adds bytes.
+    pub(super) fn bytes(&mut self, what: &str, name: &str, bytes: &[u8]) {
+        let tensor =
+            OwnedTensor { dtype: Dtype::U8, shape: vec![bytes.len()], data: bytes.to_vec() };
+        self.state.tensors.insert(key(what, name), tensor);
+    }
+
     /// What was collected.
     pub(crate) fn finish(self) -> OptimizerState {
         self.state
@@ -83,6 +90,11 @@ impl Reader {
     /// As many f32 values as `len`.
     pub(crate) fn values(&mut self, what: &str, name: &str, len: usize) -> Result<Vec<f32>> {
         Ok(self.tensor(&key(what, name), Dtype::F32, len)?.to_f32())
+    }
+
+    /// As many bytes as `len`.
+    pub(super) fn bytes(&mut self, what: &str, name: &str, len: usize) -> Result<Vec<u8>> {
+        Ok(self.tensor(&key(what, name), Dtype::U8, len)?.data)
     }
 
     fn tensor(&mut self, key: &str, dtype: Dtype, len: usize) -> Result<OwnedTensor> {

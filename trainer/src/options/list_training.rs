@@ -51,14 +51,23 @@ macro_rules! training_options {
 
 macro_rules! optimizer_options {
     ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Optimizer {
-        /// Optimizer. `AdamW` (the default) only, for now.
+        /// Optimizer, in any case. Default `AdamW`. `AdamW8bit` keeps its state in a quarter of the
+        /// memory, `AdaFactor` and `CAME` in less; `Lion` wants a learning rate 3 to 10 times lower;
+        /// `Prodigy` and the `DAdaptation` family find the rate by themselves, with
+        /// `--learning_rate 1.0`; `AdamWScheduleFree` needs no schedule. Also `Adam`, `Adam8bit`,
+        /// `SGD`, `SGDNesterov`, `SGDNesterov8bit`, `Lion8bit`, `PagedAdamW`, `PagedAdamW8bit`,
+        /// `PagedAdamW32bit`, `PagedLion8bit`, `DAdaptAdam`, `DAdaptAdaGrad`, `DAdaptAdan`,
+        /// `DAdaptAdanIP`, `DAdaptLion`, `DAdaptSGD`, `RAdamScheduleFree`, `SGDScheduleFree`,
+        /// `RAdam`, `AdEMAMix`, `AdEMAMix8bit`, `PagedAdEMAMix8bit`, and the Python paths of these
+        /// classes, such as `prodigyopt.Prodigy`.
         optimizer_type: String = String::new(), Supported;
         /// Old way to write `--optimizer_type AdamW8bit`.
         use_8bit_adam: bool = false, Supported;
         /// Old way to write `--optimizer_type Lion`.
         use_lion_optimizer: bool = false, Supported;
-        /// Settings of the optimizer as `key=value`: `weight_decay=0.01` `betas=0.9,0.999`
-        /// `eps=1e-8` (these are AdamW's defaults).
+        /// Settings of the optimizer as `key=value`, under the names of its Python class:
+        /// `weight_decay=0.01` `betas=0.9,0.999` `eps=1e-8` (these are AdamW's defaults). A key that
+        /// it does not have is refused with those that it has.
         optimizer_args: Option<Vec<String>> = None, Supported;
         /// Learning rate of everything that has no rate of its own. Default 2e-06, which is low
         /// for a LoRA: 1e-4 to 1e-3 is usual.
@@ -103,7 +112,7 @@ macro_rules! optimizer_options {
         /// for `warmup_stable_decay`, `T_max=1000` `eta_min=1e-6` for CosineAnnealingLR.
         lr_scheduler_args: Option<Vec<String>> = None, Supported;
         /// Step each weight as soon as its gradient is there.
-        fused_backward_pass: bool = false, NotYet("");
+        fused_backward_pass: bool = false, NoEffect("it saves gradients of a whole model that is trained; a LoRA's are small");
     } } };
 }
 

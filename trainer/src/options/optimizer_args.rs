@@ -1,81 +1,16 @@
-//! Settings of the optimizer: `optimizer_args`, typed.
+//! The chosen optimizer with `optimizer_args`.
+
+use anyhow::Result;
 
 use super::Options;
-use super::arguments::{read_number, refuse_key, split_pairs};
-use crate::metadata::{python_float, python_literal};
-use anyhow::{Result, bail};
-
-/// Settings of AdamW from `--optimizer_args`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct AdamwArgs {
-    /// Decoupled weight decay. Default 0.01.
-    pub weight_decay: f64,
-    /// Decay of the running means. Default (0.9, 0.999).
-    pub betas: (f64, f64),
-    /// Added to the denominator. Default 1e-8.
-    pub eps: f64,
-    /// The settings that were written, as Python would print them: `weight_decay=0.1,eps=1e-06`.
-    pub python_text: String,
-}
-
-/// Keys of PyTorch's AdamW that are not built here.
-const LATER_ADAMW_KEYS: &[&str] =
-    &["amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"];
+use super::arguments::split_pairs;
+use crate::optimizer::{Choice, choose};
 
 impl Options {
-    /// The settings in `optimizer_args`, for AdamW. Errors name the pair.
-    pub fn read_adamw_args(&self) -> Result<AdamwArgs> {
-        let mut args = AdamwArgs {
-            weight_decay: 0.01,
-            betas: (0.9, 0.999),
-            eps: 1e-8,
-            python_text: String::new(),
-        };
-        let mut written = Vec::new();
-        for (key, value) in split_pairs("optimizer_args", self.optimizer_args.as_deref())? {
-            match key.as_str() {
-                "weight_decay" => args.weight_decay = read_number("optimizer_args", &key, &value)?,
-                "eps" => args.eps = read_number("optimizer_args", &key, &value)?,
-                "betas" => args.betas = read_betas(&value)?,
-                _ => {
-                    return refuse_key(
-                        "optimizer_args",
-                        &key,
-                        LATER_ADAMW_KEYS,
-                        &["weight_decay", "betas", "eps"],
-                    );
-                }
-            }
-            let shown = match key.as_str() {
-                "betas" => {
-                    format!("({}, {})", python_float(args.betas.0), python_float(args.betas.1))
-                }
-                _ => python_literal(&value),
-            };
-            written.push(format!("{key}={shown}"));
-        }
-        if args.weight_decay < 0.0 || args.eps < 0.0 {
-            bail!("`optimizer_args` must not be negative: `{}`", written.join(" "));
-        }
-        args.python_text = written.join(",");
-        Ok(args)
-    }
-}
-
-/// Reads `0.9,0.999`, with or without parentheses.
-fn read_betas(value: &str) -> Result<(f64, f64)> {
-    let inner = value.trim_matches(|c: char| "()[]".contains(c) || c.is_whitespace());
-    let numbers: Vec<f64> = inner.split(',').filter_map(|part| part.trim().parse().ok()).collect();
-    match numbers[..] {
-        [first, second]
-            if inner.split(',').count() == 2
-                && [first, second].iter().all(|beta| (0.0..1.0).contains(beta)) =>
-        {
-            Ok((first, second))
-        }
-        _ => bail!(
-            "`betas` in `optimizer_args` must be two numbers from 0 up to but not 1, like `betas=0.9,0.999`, not: `{value}`"
-        ),
+    /// The optimizer and its settings. Errors name the pair.
+    pub fn choose_optimizer(&self) -> Result<Choice> {
+        let pairs = split_pairs("optimizer_args", self.optimizer_args.as_deref())?;
+        choose(&self.optimizer_type, &pairs)
     }
 }
 
@@ -83,21 +18,77 @@ fn read_betas(value: &str) -> Result<(f64, f64)> {
 mod tests {
     use super::*;
 
-    fn adamw(items: &[&str]) -> Result<AdamwArgs> {
+    fn choice(name: &str, items: &[&str]) -> Result<Choice> {
         let list = items.iter().map(|item| (*item).to_owned()).collect();
-        Options { optimizer_args: Some(list), ..Options::default() }.read_adamw_args()
+        let options = Options {
+            optimizer_type: name.to_owned(),
+            optimizer_args: Some(list),
+            ..Options::default()
+        };
+        options.choose_optimizer()
+    }
+
+    fn fault(name: &str, items: &[&str]) -> String {
+        match choice(name, items) {
+            Ok(_) => panic!("{name} {items:?} must be refused"),
+            Err(error) => error.to_string(),
+        }
     }
 
     #[test]
-    fn adamw_keys() {
-        let args = adamw(&["weight_decay=1e-1", "betas=(0.9, 0.99)", "eps=1e-06"]).unwrap();
-        assert_eq!((args.weight_decay, args.betas, args.eps), (0.1, (0.9, 0.99), 1e-6));
-        assert_eq!(args.python_text, "weight_decay=0.1,betas=(0.9, 0.99),eps=1e-06");
-        assert_eq!(adamw(&[]).unwrap().python_text, "");
-        assert!(adamw(&["betas=0.9"]).is_err());
-        assert!(adamw(&["betas=0.9,1.0"]).is_err());
-        assert!(adamw(&["weight_decay=-1"]).is_err());
-        assert!(adamw(&["eps=nan"]).is_err());
-        assert!(adamw(&["amsgrad=True"]).unwrap_err().to_string().contains("not supported yet"));
+    fn settings_are_written_as_the_reference_writes_them() {
+        let text = |name: &str, items: &[&str]| {
+            let choice = choice(name, items).unwrap();
+            format!("{}({})", choice.class, choice.python_text)
+        };
+        let items = ["weight_decay=1e-1", "betas=(0.9, 0.99)", "eps=1e-06"];
+        assert_eq!(
+            text("", &items),
+            "torch.optim.adamw.AdamW(weight_decay=0.1,betas=(0.9, 0.99),eps=1e-06)"
+        );
+        assert_eq!(text("adamw", &[]), "torch.optim.adamw.AdamW()");
+        assert_eq!(text("SGDNesterov", &[]), "torch.optim.sgd.SGD(momentum=0.9)");
+        assert_eq!(
+            text("adafactor", &["relative_step=False", "scale_parameter=False"]),
+            "transformers.optimization.Adafactor(relative_step=False,scale_parameter=False)"
+        );
+        assert_eq!(
+            text("AdaFactor", &["relative_step=False", "warmup_init=True"]),
+            "transformers.optimization.Adafactor(warmup_init=True,relative_step=True)"
+        );
+        assert_eq!(
+            text("prodigyopt.Prodigy", &["d_coef=2", "decouple=True"]),
+            "prodigyopt.prodigy.Prodigy(d_coef=2,decouple=True)"
+        );
+        assert!(text("pytorch_optimizer.CAME", &[]).starts_with("pytorch_optimizer.optimizer."));
+        assert!(text("came_pytorch.CAME", &[]).starts_with("came_pytorch.CAME.CAME("));
+    }
+
+    #[test]
+    fn wrong_settings_are_refused_with_what_there_is() {
+        assert!(fault("", &["betas=0.9"]).contains("must be two numbers"));
+        assert!(fault("", &["betas=0.9,1.0"]).contains("from 0 up to but not 1"));
+        assert!(fault("", &["weight_decay=-1"]).contains("a number not below 0"));
+        assert!(fault("", &["eps=nan"]).contains("not a value that Python would read: `nan`"));
+        assert!(fault("Lion", &["eps=1e-8"]).contains("Lion has betas, weight_decay"));
+        assert!(fault("Lion", &["weight_deca=0.1"]).contains("did you mean `weight_decay`?"));
+        assert!(fault("Prodigy", &["slice_p=0"]).contains("a whole number above 0"));
+        assert!(fault("SGD", &["nesterov=True"]).contains("`momentum` above 0"));
+        assert!(fault("AdamWScheduleFree", &["betas=0.0,0.9"]).contains("divides by it"));
+    }
+
+    #[test]
+    fn unknown_optimizers_are_refused_with_all_names() {
+        let message = fault("Prodgy", &[]);
+        assert!(message.contains("did you mean `Prodigy`?"), "{message}");
+        assert!(message.contains("AdamW, AdamW8bit"), "{message}");
+        assert!(fault("torch.optim.LBFGS", &[]).contains("of this name here: `torch.optim.LBFGS`"));
+    }
+
+    #[test]
+    fn keys_that_only_choose_how_to_compute_are_noted() {
+        let choice = choice("AdamW", &["fused=True"]).unwrap();
+        assert!(choice.notes[0].contains("`fused` in `optimizer_args` has no effect here"));
+        assert_eq!(choice.python_text, "fused=True");
     }
 }

@@ -4,6 +4,7 @@
 use super::arguments::{refuse_key, split_pairs};
 use super::{LrScheduler, Options};
 use crate::lr::{Course, Curve, TorchCourse};
+use crate::optimizer::Pace;
 use anyhow::{Result, bail};
 
 /// Name of the option in messages.
@@ -27,20 +28,17 @@ pub const TORCH_SCHEDULES: &[&str] = &[
 impl Options {
     /// Whether the optimizer averages instead of following a schedule (schedule-free).
     pub fn is_schedule_free(&self) -> bool {
-        self.optimizer_type.to_ascii_lowercase().ends_with("schedulefree")
+        self.has_pace(Pace::ScheduleFree)
     }
 
     /// Whether the optimizer is an Adafactor that finds its own rate: `relative_step`, its default
     /// here as in sd-scripts, which `warmup_init` implies.
     pub fn is_adafactor_relative(&self) -> bool {
-        let is_adafactor = self.optimizer_type.eq_ignore_ascii_case("adafactor");
-        let set = |key: &str, default: bool| {
-            let pairs = split_pairs("optimizer_args", self.optimizer_args.as_deref());
-            let pairs = pairs.unwrap_or_default();
-            let found = pairs.iter().find(|(name, _)| name == key);
-            found.map_or(default, |(_, value)| value.eq_ignore_ascii_case("true") || value == "1")
-        };
-        is_adafactor && (set("relative_step", true) || set("warmup_init", false))
+        self.has_pace(Pace::Relative)
+    }
+
+    fn has_pace(&self, pace: Pace) -> bool {
+        self.choose_optimizer().is_ok_and(|choice| choice.recipe.pace() == pace)
     }
 
     /// The schedule as the user knows it: its name, or its class.

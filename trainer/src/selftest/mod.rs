@@ -22,7 +22,7 @@ use crate::base::Base;
 use crate::gradients::Gradients;
 use crate::noise::Draw;
 use crate::objective::{Noised, Objective};
-use crate::optimizer::{AdamWSettings, OptimizerSettings, StepInput, TensorForm, TensorStep};
+use crate::optimizer::{AdamWSettings, Build, Recipe, StepInput, TensorForm, TensorStep};
 use crate::step::{CHUNK, Models, Prompts, Setting, encode_prompts, forward_backward};
 
 pub use compare::Report;
@@ -306,10 +306,15 @@ impl Bench {
         report: &mut Report,
     ) -> Result<()> {
         let adamw = &self.reference.cases.adamw;
-        let settings =
-            AdamWSettings { betas: adamw.betas, eps: adamw.eps, weight_decay: adamw.weight_decay };
-        let settings = OptimizerSettings::AdamW(settings);
-        let mut optimizer = settings.build(&params, &TensorForm::of(network))?;
+        let settings = AdamWSettings {
+            betas: adamw.betas,
+            eps: adamw.eps,
+            weight_decay: adamw.weight_decay,
+            ..AdamWSettings::default()
+        };
+        let forms = TensorForm::of(network);
+        let build = Build { params: &params, forms: &forms, learning_rate: 0. };
+        let mut optimizer = settings.build(&build)?;
         let objective = self.objective(None)?;
         let mut tensors: Vec<TensorStep> = Vec::new();
         for group in network.groups() {

@@ -235,7 +235,7 @@ impl Loaded {
         let weights = std::mem::take(&mut self.weights);
         if self.foreign {
             let moments = self.parts.remove(accelerate::MOMENTS).unwrap_or_default().tensors;
-            let takes_adamw = plan.optimizer.reference_name() == accelerate::ADAMW;
+            let takes_adamw = plan.optimizer.class == accelerate::ADAMW;
             let both = (weights, moments);
             let optimizer = accelerate::replace_values(&self.path, both, prepared, takes_adamw)?;
             self.parts.extend(optimizer.map(|state| (OPTIMIZER.to_owned(), state)));

@@ -8,6 +8,7 @@ mod network;
 mod neutral;
 mod objective;
 mod optimizer;
+mod optimizer_type;
 mod output;
 mod scheduler;
 mod values;
@@ -57,6 +58,11 @@ fn complete(options: &mut Options, notes: &mut Vec<String>) -> Result<()> {
             if old == "use_8bit_adam" { options.use_8bit_adam } else { options.use_lion_optimizer };
         if !set {
             continue;
+        }
+        if options.use_8bit_adam && options.use_lion_optimizer {
+            bail!(
+                "`use_8bit_adam` and `use_lion_optimizer` both choose an optimizer\nhint: give only `optimizer_type`"
+            );
         }
         if !options.optimizer_type.is_empty() {
             bail!(

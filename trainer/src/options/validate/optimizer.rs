@@ -6,12 +6,7 @@ impl Check<'_> {
     /// Optimizer and learning rate.
     pub(super) fn optimizer(&mut self, notes: &mut Vec<String>) {
         let o = self.options;
-        if !o.optimizer_type.is_empty() && !o.optimizer_type.eq_ignore_ascii_case("adamw") {
-            let fault = format!("is not supported yet: `{}`", o.optimizer_type);
-            self.problem("optimizer_type", &fault, "use `AdamW`");
-        } else if let Err(fault) = o.read_adamw_args() {
-            self.problems.push(fault.to_string());
-        }
+        self.optimizer_type(notes);
         if o.text_encoder_lr.as_ref().is_some_and(|rates| rates.len() > 1) {
             notes.push("`text_encoder_lr` has more than one value: this model has one text encoder, only the first counts".to_owned());
         }
