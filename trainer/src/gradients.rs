@@ -261,6 +261,23 @@ mod tests {
     }
 
     #[test]
+    fn the_first_bad_tensor_is_named() {
+        let mut gradients = Gradients::new(&store());
+        gradients.add(ParamId(2), &gradient(&[f32::MAX, 1.])).unwrap();
+        assert_eq!((gradients.first_non_finite(), gradients.first_non_finite_sum()), (None, None));
+        gradients.add(ParamId(2), &gradient(&[f32::MAX, 1.])).unwrap();
+        // Each part is finite, their sum is not.
+        assert_eq!(gradients.first_non_finite(), None);
+        assert_eq!(gradients.first_non_finite_sum(), Some(ParamId(2)));
+        gradients.add(ParamId(0), &gradient(&[0., f32::NAN, 0.])).unwrap();
+        gradients.add(ParamId(2), &gradient(&[f32::NAN, 0.])).unwrap();
+        assert_eq!(gradients.first_non_finite(), Some(ParamId(0)));
+        assert!(!gradients.clip(1.).is_finite());
+        gradients.clear();
+        assert_eq!((gradients.first_non_finite(), gradients.first_non_finite_sum()), (None, None));
+    }
+
+    #[test]
     fn one_rank_keeps_its_own_control_words() {
         let comm = Comm::single();
         let mut gradients = Gradients::new(&store());

@@ -192,7 +192,10 @@ impl WandbRun {
             summary = summary.message(1, &item(2, key, value));
             history = history.message(1, &item(2, key, value));
         }
-        history = history.message(2, &Message::new().varint(1, self.history));
+        // Zero is not written, as every protobuf library has it.
+        let number = Message::new();
+        let number = if self.history > 0 { number.varint(1, self.history) } else { number };
+        history = history.message(2, &number);
         self.history += 1;
         self.record(3, &summary)?;
         self.record(2, &history)

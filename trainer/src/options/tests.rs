@@ -346,6 +346,7 @@ fn contradictions_are_refused() {
         (&["--caption_dropout_rate=1.5"], "a probability from 0 to 1"),
         (&["--log_with=tensorboard"], "needs a folder for the logs"),
         (&["--log_with=wandb"], "needs a folder for the logs"),
+        (&["--ema_decay=0.9", "--optimizer_type=AdamWScheduleFree"], "schedule-free optimizer"),
         (&["--ema_decay=1"], "must be from 0 up to, not including, 1"),
         (&["--validation_split=1.5"], "is a share from 0 to 1"),
     ];

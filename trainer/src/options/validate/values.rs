@@ -43,6 +43,12 @@ impl Check<'_> {
             let fault = format!("must be from 0 up to, not including, 1: `{decay}`");
             self.problem("ema_decay", &fault, "0.99 to 0.9999 is usual");
         }
+        self.forbid(
+            o.ema_decay.is_some() && o.is_schedule_free(),
+            "ema_decay",
+            "does not go with a schedule-free optimizer",
+            "remove it: such an optimizer saves an average of its own",
+        );
         let amounts = [
             ("learning_rate", Some(o.learning_rate)),
             ("unet_lr", o.unet_lr),
