@@ -29,12 +29,14 @@ fn poisoned(batch: &str) -> Scene {
 fn a_bad_image_costs_its_steps_and_nothing_else() {
     let mut files = Vec::new();
     for (processes, batch) in [("1", "4"), ("2", "2")] {
-        let scene = poisoned(batch);
+        let mut scene = poisoned(batch);
+        scene.set("console_log_level", "'WARNING'");
         let output = scene.train(&["--num_processes", processes], &[]);
         let said = text(&output);
         assert!(output.status.success(), "{said}");
         let line =
             said.lines().find(|l| l.contains("is left out")).unwrap_or_else(|| panic!("{said}"));
+        assert!(!said.contains("saved"), "warnings alone: {said}");
         assert!(line.contains("the loss") && line.contains("3.png"), "{line}");
         assert!(!line.contains("2.png"), "only the image to blame: {line}");
         assert_eq!(line.contains("of rank"), processes == "2", "{line}");

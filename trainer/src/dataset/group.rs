@@ -116,11 +116,12 @@ impl DatasetGroup {
                 images.extend(found.images);
             }
             let ((plan, images), (held_plan, held)) = hold_out(&plan, images);
+            // All of it may be for validation.
+            let all_held = !held.is_empty() && plan.subsets.iter().all(SubsetPlan::is_reg);
             if !held.is_empty() {
                 held_out.push(Dataset::assemble(held_plan, held, strict_data, &mut warnings)?);
             }
-            // All of it may be for validation.
-            if !plan.subsets.iter().all(SubsetPlan::is_reg) || !asked {
+            if !all_held {
                 datasets.push(Dataset::assemble(plan, images, strict_data, &mut warnings)?);
             }
         }
