@@ -145,3 +145,44 @@ fn a_wandb_run_lies_beside_the_other_logs() {
     assert!(holds(b"loss/current") && holds(b"loss/validation/epoch_average"), "{hint}");
     assert!(log_folder(&scene).join("network_train").is_dir(), "TensorBoard's events");
 }
+
+#[test]
+fn a_resumed_run_logs_as_if_nothing_had_happened() {
+    let mut scene = scene("2");
+    scene
+        .set("max_train_steps", "8")
+        .set("validate_every_n_steps", "2")
+        .set("ema_decay", "0.9")
+        .set("save_state", "true")
+        .set("save_every_n_steps", "1");
+    let file = |scene: &Scene, name: &str| {
+        std::fs::read(scene.output_dir().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
+    };
+    // Times and memory differ from run to run.
+    let told = |scene: &Scene| -> Vec<Value> {
+        let mut lines = steps(scene);
+        for line in lines.iter_mut().filter_map(Value::as_object_mut) {
+            for key in ["seconds", "images_per_second", "peak_memory"] {
+                line.remove(key);
+            }
+        }
+        lines
+    };
+    let table = |scene: &Scene| {
+        std::fs::read_to_string(log_folder(scene).join("image_losses.csv")).expect("a table")
+    };
+    scene.trained(&[]);
+    let (lines, images) = (told(&scene), table(&scene));
+    let average = file(&scene, "small-ema.safetensors");
+    // An epoch has six steps: once within one, once just after its end.
+    for step in [3, 6] {
+        let state = scene.output_dir().join(format!("small-step{step:08}-state"));
+        let output = scene.train(&[], &["--resume", &state.display().to_string()]);
+        assert!(output.status.success(), "{}", text(&output));
+        let runs = std::fs::read_dir(scene.folder.path().join("logs")).expect("logs").count();
+        assert_eq!(runs, 1, "the log goes on where it was");
+        assert_eq!(told(&scene), lines, "from step {step}");
+        assert_eq!(table(&scene), images, "from step {step}");
+        assert!(file(&scene, "small-ema.safetensors") == average, "from step {step}");
+    }
+}
