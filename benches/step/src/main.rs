@@ -147,7 +147,8 @@ fn main() -> Result<()> {
     let ids: Vec<u32> =
         (0..77).map(|i| if i == 0 { 49406 } else { 49407 - (i % 5) * 900 }).collect();
     let prompts = Prompts { ids: ids.repeat(args.batch_size), weights: None, chunks: 1 };
-    let setting = Setting { clip_skip: None, checkpointing: args.gradient_checkpointing, draws: None };
+    let setting =
+        Setting { clip_skip: None, checkpointing: args.gradient_checkpointing, draws: None };
     let weights = vec![1. / args.batch_size as f32; args.batch_size];
 
     let mut seconds = Vec::new();
@@ -162,7 +163,8 @@ fn main() -> Result<()> {
         let noised = objective.prepare(&latents, shape, &draws, &weights)?;
         let mut gradients = Gradients::new(&params);
         let mut ready = |id: ParamId, g: engine::Tensor| gradients.add(id, &g);
-        let forward = forward_backward((&models, &params), setting.clone(), &prompts, &noised, &mut ready)?;
+        let forward =
+            forward_backward((&models, &params), setting.clone(), &prompts, &noised, &mut ready)?;
         last_loss = forward.losses.iter().sum();
         drop(forward);
         gradients.clip(1.);

@@ -122,7 +122,7 @@ impl Start {
         };
         let data_step = behind(step, data_offset);
         let per_epoch = before.steps_per_epoch.max(1);
-        if data_step % per_epoch != 0 || data_offset != 0 || schedule_offset != 0 {
+        if !data_step.is_multiple_of(per_epoch) || data_offset != 0 || schedule_offset != 0 {
             bail!(
                 "{what}\nhint: the state lies within an epoch (step {step}, {per_epoch} an epoch), \
                  so it goes on only with the same images and the same train_batch_size x processes \

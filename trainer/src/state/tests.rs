@@ -131,7 +131,8 @@ fn another_network_optimizer_model_or_seed_is_an_error_and_the_rest_a_note() {
         change(&mut run);
         check(&state, &Expected { run: &run, seed: 42 }).unwrap_err().to_string()
     };
-    let cases: [(&dyn Fn(&mut RunFacts), &str); 7] = [
+    type Change<'a> = &'a dyn Fn(&mut RunFacts);
+    let cases: [(Change, &str); 7] = [
         (&|r| r.tensors[0].1[0] = 8, "`a.lora_down.weight` was [4, 8], here it is: [8, 8]"),
         (&|r| r.tensors[1].0 = "b".into(), "has `b`, the state has: `a.lora_up.weight`"),
         (&|r| drop(r.tensors.pop()), "which also has the tensor: `a.lora_up.weight`"),
