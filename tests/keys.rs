@@ -32,15 +32,20 @@ impl Weights for Shapes {
     }
 }
 
-/// A new LoRA over Stable Diffusion 1.5 in full size, each tensor drawn in rising order.
-fn write_full_size(path: &Path, conv: bool) {
+/// A LoRA over Stable Diffusion 1.5 in full size.
+pub fn full_size(conv: bool) -> LoraNetwork {
     let clip = ClipTextModel::tensor_shapes(&ClipConfig::sd1()).expect("shapes");
     let unet = Unet::tensor_shapes(&UnetConfig::sd1()).expect("shapes");
     let mut targets = text_encoder_targets(&Shapes(clip.into_iter().collect()));
     targets.extend(unet_targets(&Shapes(unet.into_iter().collect())));
     let linear = Rank::new(4, 1.);
     let rule = UniformRanks { linear, conv: conv.then_some(linear) };
-    let network = LoraNetwork::new(targets, &rule, Algorithm::LowRank).expect("a network");
+    LoraNetwork::new(targets, &rule, Algorithm::LowRank).expect("a network")
+}
+
+/// A new one, each tensor drawn in rising order.
+fn write_full_size(path: &Path, conv: bool) {
+    let network = full_size(conv);
     let values = network
         .initial_values(&mut |_, count| (0..count).map(|n| n as f32 / count as f32).collect());
     let params = network.parameters(Device::Cpu, values).expect("parameters");

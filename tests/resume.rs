@@ -1,12 +1,18 @@
 //! A run that is stopped anywhere and resumed ends with the bytes of one that was not.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
+use engine::ParamId;
+use formats::{Dtype, OwnedTensor};
+use trainer::state::accelerate::adamw_state;
+
 use crate::equality::distance;
 use crate::harness::{Scene, data, lorarun, quoted, text};
 use crate::interruption::kill;
+use crate::keys::full_size;
 
 /// A run of ten steps in three epochs of four, each step saved with its state.
 fn scene() -> Scene {
@@ -304,4 +310,86 @@ fn a_reproducible_run_goes_on_on_another_number_of_ranks_to_the_same_numbers() {
     scene.set("train_batch_size", "1");
     let resumed = scene.trained(&["--num_processes", "4"]);
     assert!(resumed.tensors == expected.tensors, "the numbers differ");
+}
+
+/// Trains four steps with states, then goes on from the second's state; the final files must be the
+/// same bytes.
+fn goes_on_exactly(settings: &[(&str, &str)]) {
+    let mut scene = scene();
+    scene.set("max_train_steps", "4").set("resume", "''");
+    for (key, value) in settings {
+        scene.set(key, *value);
+    }
+    let said = run(&scene, &[], &[]);
+    let expected = final_file(&scene);
+    let average = scene.output_dir().join("small-ema.safetensors");
+    let expected_average = std::fs::read(&average).ok();
+    let state = scene.output_dir().join("small-step00000002-state").display().to_string();
+    std::fs::remove_file(scene.output_dir().join("small.safetensors")).expect("removed");
+    let said = said + &run(&scene, &[], &["--resume", &state]);
+    assert!(final_file(&scene) == expected, "{settings:?}: {said}");
+    assert!(std::fs::read(&average).ok() == expected_average, "{settings:?}: {said}");
+    assert!(!said.contains("differs from the state's"), "{settings:?}: {said}");
+}
+
+#[test]
+fn whatever_draws_or_averages_goes_on_exactly() {
+    goes_on_exactly(&[
+        ("ema_decay", "0.9"),
+        ("network_dropout", "0.2"),
+        ("network_args", "['rank_dropout=0.2', 'module_dropout=0.2', 'loraplus_lr_ratio=4']"),
+        ("scale_weight_norms", "0.05"),
+        ("noise_offset", "0.1"),
+        ("noise_offset_random_strength", "true"),
+        ("ip_noise_gamma", "0.1"),
+        ("min_snr_gamma", "5"),
+        ("caption_dropout_rate", "0.3"),
+        ("gradient_accumulation_steps", "3"),
+        ("train_batch_size", "2"),
+        ("validation_split", "0.25"),
+    ]);
+    goes_on_exactly(&[
+        ("network_module", "'networks.dylora'"),
+        ("network_args", "['unit=2']"),
+        ("lr_scheduler", "'cosine_with_restarts'"),
+        ("lr_scheduler_num_cycles", "2"),
+        ("flip_aug", "true"),
+        ("random_crop", "true"),
+        ("cache_latents", "false"),
+        ("mixed_precision", "'bf16'"),
+    ]);
+}
+
+#[test]
+fn the_moments_of_pytorch_find_their_parameters() {
+    let network = full_size(true);
+    let mut moments = BTreeMap::new();
+    for number in 0..network.param_count() {
+        let shape = network.file_shape(ParamId(number));
+        let len: usize = shape.iter().product();
+        let tensor = |shape: &[usize], values: &[f32]| {
+            OwnedTensor::from_f32(shape, values, Dtype::F32).expect("a tensor")
+        };
+        let rising: Vec<f32> = (0..len).map(|n| (number * 7 + n) as f32).collect();
+        let halves: Vec<f32> = rising.iter().map(|x| x / 2.).collect();
+        moments.insert(format!("{number}.exp_avg"), tensor(&shape, &rising));
+        moments.insert(format!("{number}.exp_avg_sq"), tensor(&shape, &halves));
+        moments.insert(format!("{number}.step"), tensor(&[], &[12.]));
+    }
+    let state = adamw_state(&network, &moments).expect("a state that fits");
+    let last = ParamId(network.param_count() - 1);
+    for id in [ParamId(0), ParamId(1), last] {
+        let key = network.key(id);
+        assert_eq!(state.numbers[&format!("step/{key}")], 12.);
+        let first = state.tensors[&format!("exp_avg/{key}")].to_f32();
+        let in_file = network.file_order(id, &first);
+        assert_eq!(in_file, moments[&format!("{}.exp_avg", id.0)].to_f32(), "{key}");
+    }
+    // A parameter more, or one of another shape, and nothing is taken.
+    let mut other = moments.clone();
+    other.insert("10000.step".to_owned(), moments["0.step"].clone());
+    assert!(adamw_state(&network, &other).is_none());
+    moments.insert("0.exp_avg".to_owned(), moments["0.step"].clone());
+    assert!(adamw_state(&network, &moments).is_none());
+    assert!(adamw_state(&network, &BTreeMap::new()).is_none());
 }
