@@ -165,6 +165,182 @@ fn ranks_and_rates_by_block_are_those_of_sd_scripts() {
     assert!(network.key(halves[7].params[0]).ends_with("lora_up.weight"));
 }
 
+/// sd-scripts counts a parameter for every rank: ours, of four ranks each, count as four.
+#[test]
+fn dylora_of_sd1_is_that_of_sd_scripts() {
+    let rule = UniformRanks { linear: Rank::new(16, 8.), conv: None };
+    let algorithm = Algorithm::DyLora { unit: 4 };
+    let network = LoraNetwork::new(sd1_targets(), &rule, algorithm).unwrap();
+    compare_with_sd_scripts(&network, &reference("dylora_r16_u4"));
+    assert!(
+        network.key(ParamId(1)).ends_with("lora_down.weight[4..8]"),
+        "{:?}",
+        network.key(ParamId(1))
+    );
+    assert_eq!(network.file_shape(ParamId(5)), [768, 4]);
+    let odd = LoraNetwork::new(sd1_targets(), &rule, Algorithm::DyLora { unit: 5 });
+    assert!(odd.unwrap_err().to_string().contains("does not divide the rank: 16"));
+}
+
+#[test]
+fn dylora_writes_and_reads_the_files_of_a_lora() {
+    let rule = UniformRanks { linear: Rank::new(4, 1.), conv: Some(Rank::new(4, 1.)) };
+    let kernel = Target {
+        part: Part::Unet,
+        path: "down_blocks.0.resnets.0.conv1".to_owned(),
+        name: "lora_unet_down_blocks_0_resnets_0_conv1".to_owned(),
+        kind: LayerKind::Conv { kernel: (3, 3) },
+        out: 5,
+        input: 3,
+        in_transformer: false,
+    };
+    let targets = || [small_targets(), vec![kernel.clone()]].concat();
+    let plain = LoraNetwork::new(targets(), &rule, Algorithm::LowRank).unwrap();
+    let file = filled(&plain);
+    let algorithm = Algorithm::DyLora { unit: 2 };
+    let mut nested = LoraNetwork::new(targets(), &rule, algorithm).unwrap();
+    assert_eq!(nested.param_count(), 2 * plain.param_count());
+    let mut values = nested.initial_values(&mut |_, n| vec![0.; n]);
+    nested.load_values(&mut values, &file).unwrap();
+    // The second block of the first `down` are its last two rows, of `up` its last two columns.
+    assert_eq!(values[1][..2], [0.032, 0.033]);
+    assert_eq!(values[3][..2], [0.002, 0.006]);
+    assert_eq!(nested.file_order(ParamId(3), &values[3])[..4], [0.002, 0.003, 0.006, 0.007]);
+    let params = nested.parameters(Device::Cpu, values).unwrap();
+    assert!(nested.export(&params, Dtype::F32).unwrap() == file);
+}
+
+#[test]
+fn norms_above_the_limit_come_down_to_it() {
+    let network = network(small_targets(), 4, false);
+    let values: Vec<Vec<f32>> = network
+        .initial_values(&mut |key, n| (0..n).map(|i| ((i + key.len()) % 7) as f32 / 7.).collect())
+        .into_iter()
+        .enumerate()
+        .map(|(id, value)| match id % 2 {
+            0 => value,
+            // `up`, of another size in every module.
+            _ => value.iter().enumerate().map(|(i, _)| ((i % 5) * (id + 1)) as f32 / 50.).collect(),
+        })
+        .collect();
+    let mut params = network.parameters(Device::Cpu, values.clone()).unwrap();
+    // By the definition: all numbers of `alpha/dim · up·down`.
+    let norms = |values: &[Vec<f32>]| -> Vec<f64> {
+        let norm = |module: &LoraModule| {
+            let (down, up) = (&values[module.params().start], &values[module.params().start + 1]);
+            let square = up.chunks(4).map(|row| {
+                let n = down.len() / 4;
+                (0..n)
+                    .map(|j| {
+                        let sum: f64 = (0..4).map(|k| f64::from(row[k] * down[k * n + j])).sum();
+                        sum * sum
+                    })
+                    .sum::<f64>()
+            });
+            square.sum::<f64>().sqrt() / 4.
+        };
+        network.modules().iter().map(norm).collect()
+    };
+    let before = norms(&values);
+    let limit = before.iter().sum::<f64>() / before.len() as f64;
+    let report = network.limit_norms(&mut params, limit).unwrap();
+    let flat = params.flat().to_vec_f32().unwrap();
+    let after: Vec<Vec<f32>> =
+        (0..network.param_count()).map(|id| flat[params.range(ParamId(id))].to_vec()).collect();
+    let close = |a: f64, b: f64| (a - b).abs() < 1e-5 * b;
+    for (before, after) in before.iter().zip(norms(&after)) {
+        assert!(close(after, before.min(limit)), "{before} became {after}, not {limit}");
+    }
+    let clamped: Vec<f64> = before.iter().map(|norm| norm.min(limit)).collect();
+    assert_eq!(report.scaled, before.iter().filter(|norm| **norm > limit).count());
+    assert!(report.scaled > 0 && report.scaled < before.len());
+    assert!(
+        close(report.max, limit)
+            && close(report.mean, clamped.iter().sum::<f64>() / clamped.len() as f64)
+    );
+    // Both halves by the root of the ratio; modules below the limit keep every bit.
+    for (module, norm) in network.modules().iter().zip(&before) {
+        let root = (limit / norm).min(1.).sqrt() as f32;
+        for id in module.params() {
+            let want = values[id].iter().map(|x| x * root);
+            assert!(after[id].iter().zip(want).all(|(a, b)| (a - b).abs() <= 1e-5 * b.abs()));
+            assert!(*norm > limit || after[id] == values[id]);
+        }
+    }
+}
+
+/// Weights in memory.
+struct Held(BTreeMap<String, OwnedTensor>);
+
+impl Weights for Held {
+    fn names(&self) -> Vec<String> {
+        self.0.keys().cloned().collect()
+    }
+
+    fn get(&self, name: &str) -> Result<TensorView<'_>, FormatError> {
+        let tensor = &self.0[name];
+        let data = std::borrow::Cow::Borrowed(&tensor.data[..]);
+        Ok(TensorView { dtype: tensor.dtype, shape: tensor.shape.clone(), data })
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        Some(self.0.get(name)?.shape.clone())
+    }
+}
+
+#[test]
+fn files_are_added_to_the_weights_that_they_name() {
+    let target = |kind, out, input, path: &str| Target {
+        part: Part::Unet,
+        path: path.to_owned(),
+        name: format!("lora_unet_{path}"),
+        kind,
+        out,
+        input,
+        in_transformer: true,
+    };
+    let conv = LayerKind::Conv { kernel: (1, 2) };
+    let targets = [target(LayerKind::Linear, 2, 3, "a"), target(conv, 2, 1, "b")];
+    let tensor =
+        |shape: &[usize], data: &[f32]| OwnedTensor::from_f32(shape, data, Dtype::F32).unwrap();
+    let weights = Held(BTreeMap::from([
+        ("a.weight".to_owned(), tensor(&[2, 3], &[1., 2., 3., 4., 5., 6.])),
+        ("b.weight".to_owned(), tensor(&[2, 1, 1, 2], &[1., 2., 3., 4.])),
+        ("a.bias".to_owned(), tensor(&[2], &[1., 2.])),
+    ]));
+    let file = BTreeMap::from([
+        ("lora_unet_a.lora_down.weight".to_owned(), tensor(&[1, 3], &[1., 0., -1.])),
+        ("lora_unet_a.lora_up.weight".to_owned(), tensor(&[2, 1], &[1., 2.])),
+        ("lora_unet_a.alpha".to_owned(), tensor(&[], &[0.5])),
+        ("lora_unet_b.lora_down.weight".to_owned(), tensor(&[2, 1, 1, 2], &[1., 2., 3., 4.])),
+        ("lora_unet_b.lora_up.weight".to_owned(), tensor(&[2, 2, 1, 1], &[1., 0., 0., 1.])),
+        ("lora_unet_c.alpha".to_owned(), tensor(&[], &[1.])),
+    ]);
+    let mut merge = BaseMerge::default();
+    let report = merge.add(&file, 2., &targets).unwrap();
+    assert_eq!((report.merged, report.unused), (2, vec!["lora_unet_c".to_owned()]));
+    let merged = merge.over(Part::Unet, &weights);
+    assert_eq!(merged.get("a.weight").unwrap().to_f32(), [2., 2., 2., 6., 5., 4.]);
+    assert_eq!(merged.get("b.weight").unwrap().to_f32(), [3., 6., 9., 12.]);
+    assert_eq!(merged.get("b.weight").unwrap().shape, [2, 1, 1, 2]);
+    assert_eq!(merged.get("a.bias").unwrap().to_f32(), [1., 2.]);
+    // A second file comes on top; the other part of the model has weights of the same name.
+    merge.add(&file, -1., &targets).unwrap();
+    assert_eq!(
+        merge.over(Part::Unet, &weights).get("b.weight").unwrap().to_f32(),
+        [2., 4., 6., 8.]
+    );
+    let other = merge.over(Part::TextEncoder, &weights);
+    assert_eq!(other.get("b.weight").unwrap().to_f32(), [1., 2., 3., 4.]);
+
+    let wide = target(LayerKind::Linear, 2, 4, "a");
+    let error = BaseMerge::default().add(&file, 1., &[wide]).unwrap_err();
+    assert!(matches!(error, ModelError::LoraShape { .. }), "{error}");
+    let foreign = target(LayerKind::Linear, 2, 4, "x");
+    let error = BaseMerge::default().add(&file, 1., &[foreign]).unwrap_err();
+    assert!(matches!(error, ModelError::LoraForeign { .. }), "{error}");
+}
+
 #[test]
 fn ranks_of_blocks_hold_for_convolutions_too() {
     let mut dims = ["2"; 25];

@@ -3,7 +3,7 @@
 //! The engine has no generator. The tape carries a source of numbers that depend on nothing but
 //! their key, so that a checkpointed segment run again, and any number of ranks, choose the same.
 
-use crate::{DType, Result, Tape, Tensor};
+use crate::{DType, EngineError, Result, Tape, Tensor};
 
 /// What a number is drawn for. `sample` counts the images of this pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,15 +60,26 @@ impl Dropouts {
         }
     }
 
-    /// Factors of the hidden values, f32 of their shape `[rows,...,r]`; `None` where all are 1.
+    /// Factors of the hidden values, f32 of their shape `[...,r]`; `None` where all are 1.
     ///
-    /// The rows of a sample lie together: captions of several chunks have several.
-    pub(super) fn mask(&self, tape: &Tape, module: u64, hidden: &Tensor) -> Result<Option<Tensor>> {
+    /// `rows` is the outermost axis of the layer's input: images, or captions in chunks, those of a
+    /// sample behind one another. A row has one choice of ranks for all its tokens or pixels.
+    pub(super) fn mask(
+        &self,
+        tape: &Tape,
+        module: u64,
+        rows: usize,
+        hidden: &Tensor,
+    ) -> Result<Option<Tensor>> {
         let Some(draws) = tape.draws() else { return Ok(None) };
         if (self.element <= 0. && self.rank <= 0.) || hidden.is_empty() {
             return Ok(None);
         }
-        let (samples, ranks, rows) = (draws.samples().max(1), hidden.last_dim(), hidden.dim(0));
+        let (samples, ranks) = (draws.samples().max(1), hidden.last_dim());
+        if !rows.is_multiple_of(samples) {
+            let detail = format!("{rows} rows of {samples} samples");
+            return Err(EngineError::shape("dropout", detail));
+        }
         let (per_sample, per_row) = (hidden.len() / samples, hidden.len() / rows);
         let mut mask = vec![1_f32; hidden.len()];
         let mut drawn = vec![0_f32; per_sample];

@@ -53,7 +53,7 @@ impl LowRankAdapter {
         let down_cast = down.tensor().to_dtype(x.dtype())?;
         let up_scaled = backend.scale(up.tensor(), self.scale)?.to_dtype(x.dtype())?;
         let hidden = apply(&down_cast)?;
-        let mask = self.dropouts.mask(tape, self.module, &hidden)?;
+        let mask = self.dropouts.mask(tape, self.module, x.dim(0), &hidden)?;
         let hidden = masked(hidden, mask.as_ref())?;
         let params = [down, up];
         Ok(Active { params, scale: self.scale, x, down_cast, up_scaled, hidden, mask })
