@@ -59,7 +59,9 @@ def huber_threshold(schedule, timesteps, options):
         threshold = (1 - c) / (1 + sigma) ** 2 + c
     else:
         raise ValueError(f"unknown huber_schedule: {kind}")
-    return (threshold * scale)[:, None, None, None]
+    # sd-scripts scales the first two alone.
+    threshold = threshold if kind == "snr" else threshold * scale
+    return threshold[:, None, None, None]
 
 
 def elementwise_loss(prediction, target, schedule, timesteps, options):

@@ -3,7 +3,19 @@
 //! Rules that stop a run are in `validate`. A finding here is advice: the run would go, and perhaps
 //! not do what was meant. Each rule is one line of a table-like list, by chapter.
 
-use super::{IntOrFloat, LossType, LrScheduler, Options, Origin};
+use super::{HuberSchedule, IntOrFloat, LossType, Options, Origin};
+
+/// Settings of a schedule and the schedules that read them.
+const SCHEDULE_SETTINGS: &[(&str, &[&str])] = &[
+    ("lr_decay_steps", &["warmup_stable_decay"]),
+    (
+        "lr_scheduler_num_cycles",
+        &["cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"],
+    ),
+    ("lr_scheduler_power", &["polynomial"]),
+    ("lr_scheduler_timescale", &["inverse_sqrt"]),
+    ("lr_scheduler_min_lr_ratio", &["cosine_with_min_lr", "warmup_stable_decay"]),
+];
 
 /// Advice about `options`, each with the place where the option was written.
 pub fn lint(options: &Options) -> Vec<String> {
@@ -39,6 +51,10 @@ impl Lint<'_> {
             };
             self.found.push(format!("{name} {advice}"));
         }
+    }
+
+    fn is_default(&self, option: &str) -> bool {
+        super::find_option(option).is_none_or(|spec| spec.is_default(self.o))
     }
 
     /// Adds advice about an option that was written although it does nothing.
@@ -114,22 +130,19 @@ impl Lint<'_> {
 
     fn schedule(&mut self) {
         let o = self.o;
-        let kind = o.lr_scheduler;
-        let has_cycles = matches!(
-            kind,
-            LrScheduler::CosineWithRestarts
-                | LrScheduler::CosineWithMinLr
-                | LrScheduler::WarmupStableDecay
-        );
-        self.idle(
-            !has_cycles && o.lr_scheduler_num_cycles > 1,
-            "lr_scheduler_num_cycles",
-            "`lr_scheduler` has no cycles",
-        );
-        self.idle(
-            kind != LrScheduler::Polynomial && o.lr_scheduler_power != 1.,
-            "lr_scheduler_power",
-            "it is for `polynomial`",
+        let name = o.lr_schedule_name();
+        for (option, readers) in SCHEDULE_SETTINGS {
+            let is_read = readers.contains(&name);
+            self.idle(
+                !is_read && !self.is_default(option),
+                option,
+                &format!("`{name}` does not read it"),
+            );
+        }
+        self.advise(
+            name == "warmup_stable_decay" && o.lr_decay_steps == IntOrFloat::Steps(0),
+            "lr_scheduler",
+            "of `warmup_stable_decay` never falls without `lr_decay_steps`, `0.2` is usual",
         );
         let warmup_share = match o.lr_warmup_steps {
             IntOrFloat::Share(share) => share,
@@ -209,7 +222,7 @@ impl Lint<'_> {
         for option in
             ["min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"]
         {
-            let is_default = super::find_option(option).is_none_or(|spec| spec.is_default(o));
+            let is_default = self.is_default(option);
             self.idle(
                 !o.enable_bucket && !is_default && o.resolution.is_some(),
                 option,
@@ -221,6 +234,7 @@ impl Lint<'_> {
             "enable_bucket",
             "is off: images of another shape than `resolution` are cropped",
         );
+        self.idle(!o.masked_loss, "conditioning_data_dir", "`masked_loss` is not set");
         self.idle(!o.cache_latents, "vae_batch_size", "`cache_latents` is not set");
         self.idle(
             o.prior_loss_weight != 1. && o.reg_data_dir.is_none() && o.train_data_dir.is_some(),
@@ -326,6 +340,11 @@ impl Lint<'_> {
             "huber_c",
             "it is for the losses `huber` and `smooth_l1`",
         );
+        self.idle(
+            has_threshold && o.huber_schedule == HuberSchedule::Snr && o.huber_scale != 1.,
+            "huber_scale",
+            "`huber_schedule` is `snr`, which sd-scripts does not scale",
+        );
         let span = o.max_timestep.unwrap_or(1000).saturating_sub(o.min_timestep.unwrap_or(0));
         self.advise(
             span < 200,
@@ -408,7 +427,12 @@ mod tests {
 
     #[test]
     fn unusual_settings_get_advice() {
-        let cases: [(&[&str], &str); 24] = [
+        let cases: [(&[&str], &str); 29] = [
+            (&["--lr_scheduler=linear", "--lr_scheduler_power=2"], "`linear` does not read it"),
+            (&["--lr_scheduler=warmup_stable_decay"], "never falls without `lr_decay_steps`"),
+            (&["--conditioning_data_dir=m"], "`masked_loss` is not set"),
+            (&["--loss_type=huber", "--huber_scale=2"], "which sd-scripts does not scale"),
+            (&["--noise_offset=0.05", "--multires_noise_iterations=6"], "serves the same end"),
             (&["--learning_rate=1"], "far above what `AdamW` takes"),
             (&["--optimizer_type=Lion", "--unet_lr=2e-3"], "far above what `Lion` takes"),
             (&["--optimizer_type=Prodigy"], "only a factor on the rate that `Prodigy` finds"),

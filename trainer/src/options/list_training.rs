@@ -143,7 +143,8 @@ macro_rules! noise_options {
         zero_terminal_snr: bool = false, Supported;
         /// Lowest timestep to train (0 to 999). Default 0.
         min_timestep: Option<usize> = None, Supported;
-        /// End of the timesteps to train, not included (1 to 1000). Default 1000.
+        /// End of the timesteps to train, not included (1 to 1000). Default 1000. The same number as
+        /// `--min_timestep` trains that timestep alone.
         max_timestep: Option<usize> = None, Supported;
         /// Weigh timesteps by min(SNR, gamma) / SNR, which calms training. The paper uses 5; a
         /// lower value acts stronger.

@@ -294,17 +294,21 @@ fn schedules_and_their_settings() {
         fault(&[&words[..], &["--lr_warmup_steps=3"]].concat()).contains("the schedule `StepLR`")
     );
     assert!(!notes(&words).contains("schedule"));
-    assert!(
-        notes(&["--lr_scheduler=linear", "--lr_scheduler_power=2"])
-            .contains("`lr_scheduler_power` has no effect with the schedule `linear`")
-    );
-    assert!(notes(&["--lr_scheduler=warmup_stable_decay"]).contains("never falls"));
     let piecewise = ["--lr_scheduler=piecewise_constant", "--lr_scheduler_args", "step_rules=1"];
     assert!(!notes(&piecewise).contains("lr_warmup_steps"));
     assert!(
         notes(&[&piecewise[..], &["--lr_warmup_steps=3"]].concat())
             .contains("`step_rules` can begin")
     );
+}
+
+#[test]
+fn equal_timesteps_train_one() {
+    let parsed = run_with(&["--min_timestep=500", "--max_timestep=500"]).unwrap();
+    let o = &parsed.options;
+    assert_eq!((o.min_timestep, o.max_timestep), (Some(500), Some(501)));
+    assert!(parsed.notes.join("").contains("only timestep 500 is trained"));
+    assert!(fault(&["--min_timestep=1000", "--max_timestep=1000"]).contains("no valid timesteps"));
 }
 
 #[test]
@@ -317,13 +321,6 @@ fn noise_rules() {
     assert!(fault(&["--ip_noise_gamma=-0.1"]).contains("from 0 to 1: `-0.1`"));
     let exponential = ["--loss_type=huber", "--huber_schedule=exponential", "--huber_c=0"];
     assert!(fault(&exponential).contains("must be above 0"));
-    assert!(notes(&["--noise_offset_random_strength"]).contains("without `noise_offset`"));
-    assert!(notes(&["--ip_noise_gamma_random_strength"]).contains("without `ip_noise_gamma`"));
-    let both = ["--noise_offset=0.05", "--multires_noise_iterations=6"];
-    assert!(notes(&both).contains("low frequencies count twice"));
-    assert!(!notes(&both[..1]).contains("frequencies"));
-    let scale = ["--loss_type=smooth_l1", "--huber_scale=2"];
-    assert!(notes(&scale).contains("no effect with `huber_schedule"));
 }
 
 #[test]

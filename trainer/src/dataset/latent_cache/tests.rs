@@ -49,13 +49,17 @@ fn images(folder: &Path, count: u8) {
 }
 
 fn open(folder: &Path, subset: &str) -> DatasetGroup {
+    open_with(folder, subset, DatasetDefaults::default())
+}
+
+fn open_with(folder: &Path, subset: &str, defaults: DatasetDefaults) -> DatasetGroup {
     let text = format!(
         "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = \"{}\"\n\
          class_tokens = \"x\"\n{subset}",
         folder.display()
     );
     let input = DatasetInput::Inline { table: text.parse().unwrap(), origin: "run.toml".into() };
-    let config = plan_datasets(&input, &DatasetDefaults::default()).unwrap();
+    let config = plan_datasets(&input, &defaults).unwrap();
     DatasetGroup::open(config, false).unwrap()
 }
 
@@ -296,4 +300,37 @@ fn an_end_in_the_middle_loses_nothing_that_was_done() {
     }
     assert!((1..9).contains(&encoded), "{encoded}");
     assert_eq!(cache(&group, 2, &TO_DISK).1, 9 - encoded);
+}
+
+#[test]
+fn another_mask_is_cached_anew_and_mirrored_with_its_image() {
+    let folder = tempfile::tempdir().unwrap();
+    images(folder.path(), 2);
+    let masks = folder.path().join("masks");
+    std::fs::create_dir(&masks).unwrap();
+    let save = |name: &str, width: u32, left: u8| {
+        let mask = image::GrayImage::from_fn(width, 64, |x, _| {
+            image::Luma([if x < 8 { left } else { 255 }])
+        });
+        mask.save(masks.join(name)).unwrap();
+    };
+    save("i00.png", 128, 0);
+    save("i01.png", 64, 0);
+    let subset = format!("flip_aug = true\nconditioning_data_dir = \"{}\"", masks.display());
+    let run = || {
+        let defaults = DatasetDefaults { masked_loss: true, ..DatasetDefaults::default() };
+        let group = open_with(folder.path(), &subset, defaults);
+        let (outcomes, encoded) = cache(&group, 1, &TO_DISK);
+        let (_, store) = only(outcomes);
+        let latents = store.get(0, 1).unwrap();
+        (encoded, latents.alpha_of(false).unwrap(), latents.alpha_of(true).unwrap())
+    };
+    let (encoded, alpha, mirrored) = run();
+    assert_eq!(encoded, 4);
+    assert_eq!((alpha[..2].to_vec(), alpha[7]), (vec![0., 1.], 1.));
+    assert_eq!((mirrored[0], mirrored[6..8].to_vec()), (1., vec![1., 0.]));
+    assert_eq!(run().0, 0);
+    save("i01.png", 64, 51);
+    let (encoded, alpha, _) = run();
+    assert_eq!((encoded, alpha[0]), (2, 0.2));
 }

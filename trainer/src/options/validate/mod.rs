@@ -79,6 +79,14 @@ fn complete(options: &mut Options, notes: &mut Vec<String>) -> Result<()> {
         options.cache_latents = true;
         notes.push("`cache_latents_to_disk` turns `cache_latents` on".to_owned());
     }
+    if let (Some(low), Some(high)) = (options.min_timestep, options.max_timestep)
+        && low == high
+        && high < 1000
+    {
+        // As in the reference, where the end is otherwise not included.
+        options.max_timestep = Some(high + 1);
+        notes.push(format!("only timestep {low} is trained"));
+    }
     neutral::unset_neutral(options, notes);
     Ok(())
 }

@@ -13,7 +13,7 @@ impl Check<'_> {
             "needs `noise_offset`",
             "add `noise_offset = 0.05`",
         );
-        self.noise(notes);
+        self.noise();
         self.forbid(
             o.scale_v_pred_loss_like_noise_pred && !o.v_parameterization,
             "scale_v_pred_loss_like_noise_pred",
@@ -39,14 +39,14 @@ impl Check<'_> {
             notes.push("`clip_skip` is unusual for Stable Diffusion 2".to_owned());
         }
     }
+
     /// What is added to the noise.
-    fn noise(&mut self, notes: &mut Vec<String>) {
+    fn noise(&mut self) {
         let o = self.options;
         if let Some(gamma) = o.ip_noise_gamma.filter(|gamma| !(0. ..=1.).contains(gamma)) {
             let fault = format!("must be from 0 to 1: `{gamma}`");
             self.problem("ip_noise_gamma", &fault, "0.1 is usual");
         }
-        let offset = o.noise_offset.is_some_and(|offset| offset != 0.);
         let multires = o.multires_noise_iterations.is_some_and(|count| count > 0);
         let discount = o.multires_noise_discount;
         if multires && !(discount > 0. && discount <= 1.) {
@@ -54,43 +54,7 @@ impl Check<'_> {
             let hint = "0.3 is usual: each octave is that much weaker than the one before";
             self.problem("multires_noise_discount", &fault, hint);
         }
-        let perturbed = o.ip_noise_gamma.is_some_and(|gamma| gamma != 0.);
-        let lonely = [
-            (
-                "noise_offset_random_strength",
-                o.noise_offset_random_strength,
-                offset,
-                "noise_offset",
-            ),
-            (
-                "ip_noise_gamma_random_strength",
-                o.ip_noise_gamma_random_strength,
-                perturbed,
-                "ip_noise_gamma",
-            ),
-        ];
-        for (name, set, used, wants) in lonely {
-            if set && !used {
-                notes.push(format!("`{name}` has no effect without `{wants}`"));
-            }
-        }
-        if o.conditioning_data_dir.is_some() && !o.masked_loss {
-            notes.push("`conditioning_data_dir` has no effect without `masked_loss`".to_owned());
-        }
-        if offset && multires {
-            notes.push(
-                "`noise_offset` and `multires_noise_iterations` do much the same: together, low \
-                 frequencies count twice"
-                    .to_owned(),
-            );
-        }
         let curved = matches!(o.loss_type, LossType::Huber | LossType::SmoothL1);
-        if curved && o.huber_schedule == HuberSchedule::Snr && o.huber_scale != 1. {
-            notes.push(
-                "`huber_scale` has no effect with `huber_schedule = \"snr\"`, as in sd-scripts"
-                    .to_owned(),
-            );
-        }
         self.forbid(
             curved && o.huber_schedule == HuberSchedule::Exponential && o.huber_c == 0.,
             "huber_c",

@@ -38,21 +38,6 @@ impl Check<'_> {
                 _ => self.problem("lr_warmup_steps", &fault, "remove it; LinearLR is a warm-up"),
             }
         }
-        for (option, schedules) in USES {
-            let used = !by_class && schedules.contains(&o.lr_scheduler);
-            if !used && self.is_set(option) {
-                notes.push(format!("`{option}` has no effect with the schedule `{name}`"));
-            }
-        }
-        if matches!(course, Course::WarmupStableDecay { .. })
-            && o.lr_decay_steps == IntOrFloat::Steps(0)
-        {
-            notes.push(
-                "`warmup_stable_decay` without `lr_decay_steps` never falls: give it a share of the \
-                 run, such as `0.2`"
-                    .to_owned(),
-            );
-        }
     }
 
     /// An optimizer that finds its own rate leaves the schedule without effect.
@@ -74,25 +59,4 @@ impl Check<'_> {
             ));
         }
     }
-
-    fn is_set(&self, option: &str) -> bool {
-        let spec = crate::options::OPTIONS.iter().find(|spec| spec.name == option);
-        spec.is_some_and(|spec| !spec.is_default(self.options))
-    }
 }
-
-/// Settings and the schedules that read them.
-const USES: &[(&str, &[LrScheduler])] = &[
-    ("lr_decay_steps", &[LrScheduler::WarmupStableDecay]),
-    (
-        "lr_scheduler_num_cycles",
-        &[
-            LrScheduler::CosineWithRestarts,
-            LrScheduler::CosineWithMinLr,
-            LrScheduler::WarmupStableDecay,
-        ],
-    ),
-    ("lr_scheduler_power", &[LrScheduler::Polynomial]),
-    ("lr_scheduler_timescale", &[LrScheduler::InverseSqrt]),
-    ("lr_scheduler_min_lr_ratio", &[LrScheduler::CosineWithMinLr, LrScheduler::WarmupStableDecay]),
-];
