@@ -167,7 +167,12 @@ pub fn describe(
         .iter()
         .map(|g| format!("{} {:e}", g.label, crate::network::learning_rate(options, g)))
         .collect();
-    add("learning rate", format!("{}, {}", rates.join(", "), options.lr_schedule_name()));
+    let warmup = match options.lr_warmup_steps.of(plan.steps) {
+        0 => String::new(),
+        steps => format!(", {steps} warm-up steps"),
+    };
+    let schedule = options.lr_schedule_name();
+    add("learning rate", format!("{}, {schedule}{warmup}", rates.join(", ")));
     let precision = if base.dtype == DType::BF16 { "bf16" } else { "float32" };
     add("arithmetic", format!("{precision} on {}", base.device));
     let memory = estimate_memory(options, group, base, prepared);
