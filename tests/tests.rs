@@ -7,6 +7,7 @@
 //! - `hostile_input`: every kind of bad input gives one clear error and no partial file
 //! - `interruption`: killed ranks, Ctrl-C, full disk
 //! - `keys`: tensors and metadata of our files beside those of sd-scripts, and lossless continuing
+//! - `optimizers`: whole runs with those that keep more than moments
 //! - `quickstart`: the README's example
 //! - `resume`: stopped or killed anywhere and resumed, a run ends with the bytes of one that was not
 //! - `selftest`: agreement with the PyTorch reference, and that a changed reference is noticed
@@ -20,6 +21,7 @@ mod hostile_input;
 mod interruption;
 mod keys;
 mod layering;
+mod optimizers;
 mod quickstart;
 mod resume;
 mod selftest;

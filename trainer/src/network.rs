@@ -11,6 +11,7 @@ use models::lora::{
 use crate::base::Base;
 use crate::logs::KeyNorms;
 use crate::memory::refuse_beyond_memory;
+use crate::optimizer::Choice;
 use crate::options::{NetworkArgs, Options};
 use crate::rng::{Purpose, stream};
 
@@ -84,7 +85,11 @@ impl PreparedNetwork {
             ));
         }
         network.set_rates(rates, args.loraplus);
-        let training_bytes = training_bytes(options, network.element_count())?;
+        let optimizer = options.choose_optimizer()?;
+        let rates: Vec<f64> =
+            network.groups().iter().map(|group| learning_rate(options, group)).collect();
+        optimizer.check_rates(&rates)?;
+        let training_bytes = training_bytes(&optimizer, network.element_count());
         let hint = "lower `network_dim` (and `conv_dim`), or use `optimizer_type = \"AdamW8bit\"`";
         let what = "the LoRA's weights, gradients and optimizer state";
         refuse_beyond_memory(what, training_bytes, hint)?;
@@ -123,9 +128,8 @@ impl PreparedNetwork {
 }
 
 /// Bytes of so many trainable numbers with their gradients and the optimizer's state.
-fn training_bytes(options: &Options, elements: usize) -> Result<usize> {
-    let state = options.choose_optimizer()?.recipe.state_bytes();
-    Ok((elements as f64 * (WEIGHT_BYTES + state)).ceil() as usize)
+fn training_bytes(optimizer: &Choice, elements: usize) -> usize {
+    (elements as f64 * (WEIGHT_BYTES + optimizer.recipe.state_bytes())).ceil() as usize
 }
 
 /// Whether a layer would get a module if no block were left out.

@@ -173,6 +173,7 @@ pub fn describe(
     };
     let schedule = options.lr_schedule_name();
     add("learning rate", format!("{}, {schedule}{warmup}", rates.join(", ")));
+    add("optimizer", plan.optimizer.describe());
     let precision = if base.dtype == DType::BF16 { "bf16" } else { "float32" };
     add("arithmetic", format!("{precision} on {}", base.device));
     let memory = estimate_memory(options, group, base, prepared);

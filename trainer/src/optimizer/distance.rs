@@ -10,17 +10,27 @@ use super::{OptimizerState, StepInput, state};
 /// The learning rate of the step, by which `d` is scaled. There is one `d`, so tensors can have this
 /// rate or none at all.
 pub(super) fn common_rate(optimizer: &str, input: &StepInput) -> Result<f64> {
-    let largest = input.tensors.iter().map(|tensor| tensor.lr).fold(0., f32::max);
-    let other = input.tensors.iter().map(|tensor| tensor.lr).find(|lr| ![0., largest].contains(lr));
-    match other {
-        None => Ok(f64::from(largest)),
-        Some(other) => bail!(
-            "{optimizer} finds one learning rate for all tensors, the config gives several: \
-             `{largest}` and `{other}`\n\
-             hint: give the same `unet_lr` and `text_encoder_lr` (1.0), without factors for blocks; \
-             0 leaves a part untrained"
-        ),
+    one_rate(optimizer, input.tensors.iter().map(|tensor| f64::from(tensor.lr)))
+}
+
+/// The one of `rates` that is not 0; 0 where all are.
+///
+/// # Errors
+/// There are several.
+pub(super) fn one_rate(optimizer: &str, rates: impl Iterator<Item = f64>) -> Result<f64> {
+    let mut found = 0.;
+    for rate in rates.filter(|rate| *rate != 0.) {
+        if ![0., rate].contains(&found) {
+            bail!(
+                "{optimizer} finds one learning rate for all tensors, the config gives several: \
+                 `{found}` and `{rate}`\n\
+                 hint: give the same `unet_lr` and `text_encoder_lr` (1.0), without factors for \
+                 blocks or `loraplus_lr_ratio`; 0 leaves a part untrained"
+            );
+        }
+        found = rate;
     }
+    Ok(found)
 }
 
 /// Sums of what the tensors gave, in their order.

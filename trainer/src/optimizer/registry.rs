@@ -3,7 +3,6 @@
 
 use anyhow::{Result, bail};
 
-use super::Recipe;
 use super::adafactor::AdafactorSettings;
 use super::adam::AdamSettings;
 use super::adamw::AdamWSettings;
@@ -16,6 +15,7 @@ use super::dadapt_adam_preprint::DAdaptAdamPreprintSettings;
 use super::dadapt_adan::{DAdaptAdanIpSettings, DAdaptAdanSettings};
 use super::dadapt_lion::DAdaptLionSettings;
 use super::dadapt_sgd::DAdaptSgdSettings;
+use super::distance::one_rate;
 use super::lion::LionSettings;
 use super::lion_8bit::Lion8bitSettings;
 use super::prodigy::ProdigySettings;
@@ -25,6 +25,7 @@ use super::schedule_free::{
 };
 use super::sgd::SgdSettings;
 use super::sgd_8bit::Sgd8bitSettings;
+use super::{Pace, Recipe};
 use crate::options::{Literal, closest};
 
 /// An optimizer that can be chosen.
@@ -109,6 +110,24 @@ pub struct Choice {
     pub recipe: Box<dyn Recipe>,
     /// What the user should know.
     pub notes: Vec<String>,
+}
+
+impl Choice {
+    /// Refuses learning rates of groups, before the schedule, that the optimizer cannot have.
+    pub fn check_rates(&self, rates: &[f64]) -> Result<()> {
+        match self.recipe.pace() {
+            Pace::Estimated => one_rate(self.name, rates.iter().copied()).map(|_| ()),
+            Pace::Given | Pace::Relative | Pace::ScheduleFree => Ok(()),
+        }
+    }
+
+    /// Name and settings, for people: `Prodigy (d_coef=2)`.
+    pub fn describe(&self) -> String {
+        match self.python_text.as_str() {
+            "" => self.name.to_owned(),
+            text => format!("{} ({text})", self.name),
+        }
+    }
 }
 
 /// The names of all optimizers.

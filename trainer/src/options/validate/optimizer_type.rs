@@ -24,6 +24,15 @@ impl Check<'_> {
                      `optimizer_args = [\"relative_step=False\"]` uses them",
                     choice.name
                 ));
+                // As in the reference, a group whose rate is 0 is not trained at all.
+                let none =
+                    o.learning_rate == 0. && o.unet_lr.is_none() && o.text_encoder_lr.is_none();
+                self.forbid(
+                    none,
+                    "learning_rate",
+                    "of 0 trains nothing, also where AdaFactor chooses the rate: `0`",
+                    "leave it out, or give any other number",
+                );
             }
             Pace::ScheduleFree => {}
         }
