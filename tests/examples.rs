@@ -65,6 +65,15 @@ fn c3lier() {
 }
 
 #[test]
+fn dylora() {
+    let (_folder, file) = run("dylora", "dylora.safetensors");
+    assert_eq!(file.metadata["ss_network_module"], "networks.dylora");
+    assert_eq!(file.metadata["ss_network_dim"], "16");
+    let down = "lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight";
+    assert_eq!(file.tensors[down].shape[0], 16);
+}
+
+#[test]
 fn regularization() {
     let (folder, file) = run("regularization", "sks-shape.safetensors");
     assert_eq!(names(&folder), ["sks-shape-step00000016.safetensors", "sks-shape.safetensors"]);

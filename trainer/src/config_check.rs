@@ -39,17 +39,18 @@ pub fn report(parsed: &Parsed) -> i32 {
             console::data(&format!("{kind}: {}", text.replace("\nhint:", "\n  hint:")));
         }
     }
-    let count = |texts: &[String], one: &str| match texts.len() {
-        1 => format!("1 {one}"),
-        n => format!("{n} {one}s"),
-    };
     console::data(&format!(
         "{name}: {}, {}, {}",
-        count(&findings.problems, "problem"),
-        count(&findings.warnings, "warning"),
-        count(&findings.notes, "note")
+        count(findings.problems.len(), "problem"),
+        count(findings.warnings.len(), "warning"),
+        count(findings.notes.len(), "note")
     ));
     if findings.problems.is_empty() { exit_code::DONE } else { exit_code::CONFIGURATION }
+}
+
+/// `1 note`, `2 notes`.
+fn count(number: usize, one: &str) -> String {
+    format!("{number} {one}{}", if number == 1 { "" } else { "s" })
 }
 
 /// Everything there is to say about a config.
@@ -146,7 +147,11 @@ fn check_data(parsed: &Parsed, findings: &mut Findings) {
                     .warnings
                     .push("`prior_loss_weight` has no effect: no subset has `is_reg`".to_owned());
             }
-            findings.notes.push(format!("{images} images in {} datasets", group.datasets.len()));
+            findings.notes.push(format!(
+                "{} in {}",
+                count(images, "image"),
+                count(group.datasets.len(), "dataset")
+            ));
         }
     }
 }

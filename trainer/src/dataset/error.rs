@@ -6,14 +6,14 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum DatasetError {
     /// A file or folder could not be read or written.
-    #[error("could not {action} `{}`: {source}", path.display())]
+    #[error("could not {action} `{}`: {cause}", path.display())]
     File {
         /// What was tried, for example `read`.
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
         /// Why it failed.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// The dataset configuration is not TOML or JSON.
     #[error("could not parse the dataset configuration `{}`: {message}", path.display())]
@@ -166,8 +166,8 @@ fn hint(advice: &str) -> String {
 
 impl DatasetError {
     /// A failed file operation as an error.
-    pub(crate) fn file(action: &'static str, path: &Path, source: std::io::Error) -> Self {
-        Self::File { action, path: path.to_owned(), source }
+    pub(crate) fn file(action: &'static str, path: &Path, cause: std::io::Error) -> Self {
+        Self::File { action, path: path.to_owned(), cause }
     }
 
     /// An image that cannot be used.

@@ -73,7 +73,8 @@ pub(crate) fn scan_subset(subset: &SubsetPlan, index: usize) -> Result<Found, Da
     Ok(found)
 }
 
-fn is_image(path: &Path) -> bool {
+/// Whether the name is that of an image.
+pub(crate) fn is_image(path: &Path) -> bool {
     has_extension(path, &EXTENSIONS)
 }
 

@@ -127,15 +127,15 @@ macro_rules! logging_options {
 macro_rules! sampling_options {
     ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Sampling {
         /// Make sample images every N steps.
-        sample_every_n_steps: Option<usize> = None, Later("sample pictures are not made yet");
+        sample_every_n_steps: Option<usize> = None, Later(NO_SAMPLES);
         /// Make sample images before the first step.
-        sample_at_first: bool = false, Later("sample pictures are not made yet");
+        sample_at_first: bool = false, Later(NO_SAMPLES);
         /// Make sample images every N epochs.
-        sample_every_n_epochs: Option<usize> = None, Later("sample pictures are not made yet");
+        sample_every_n_epochs: Option<usize> = None, Later(NO_SAMPLES);
         /// File with the prompts of sample images.
-        sample_prompts: Option<PathBuf> = None, Later("sample pictures are not made yet");
+        sample_prompts: Option<PathBuf> = None, Later(NO_SAMPLES);
         /// Sampler of sample images. Default `ddim`.
-        sample_sampler: SampleSampler = SampleSampler::Ddim, NoEffect("it is a setting of sample pictures");
+        sample_sampler: SampleSampler = SampleSampler::Ddim, Later(NO_SAMPLES);
     } } };
 }
 

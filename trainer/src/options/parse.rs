@@ -8,7 +8,7 @@ use super::foreign::Foreign;
 use super::front_ends::{self, Meaning};
 use super::suggest::closest;
 use super::{Kind, OPTIONS, OptionSpec, Options, Origin, validate};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use toml::Value;
@@ -66,6 +66,11 @@ pub fn find_option(name: &str) -> Option<&'static OptionSpec> {
 
 /// Reads the words after `train` and the config file they name.
 pub fn parse(args: &[OsString]) -> Result<Parsed> {
+    if args.is_empty() {
+        return Err(usage(anyhow!(
+            "no config file is named\nhint: `lorarun train config.toml`, or `lorarun train --help`"
+        )));
+    }
     let line = CommandLine::read(args).map_err(usage)?;
     let mut parsed = Parsed {
         action: Action::Train,
@@ -95,6 +100,14 @@ pub fn parse(args: &[OsString]) -> Result<Parsed> {
     if let Some(name) = config {
         let path = find_config(&name)?;
         let file = read_config(&path)?;
+        let names_a_model =
+            |(spec, _): &(&OptionSpec, Value)| spec.name == "pretrained_model_name_or_path";
+        if file.entries.is_empty() && !line.values.iter().any(names_a_model) {
+            bail!(
+                "the file describes a dataset alone: `{}`\nhint: name it as `dataset_config` in a config file that names the model and the rest",
+                path.display()
+            );
+        }
         // The file comes first so that the command line, applied once more, wins.
         parsed.options = Options::default();
         parsed.problems = apply_file(&mut parsed, &file, line.allows_unknown);

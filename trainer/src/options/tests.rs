@@ -364,7 +364,7 @@ fn what_is_missing_is_named_at_once() {
         assert!(message.contains(part), "{message}");
     }
     let folder = ["--pretrained_model_name_or_path=m", "--output_dir=o", "--train_data_dir=t"];
-    assert!(try_parse(&folder).unwrap_err().to_string().contains("`--resolution` is missing"));
+    assert!(try_parse(&folder).unwrap_err().to_string().contains("`resolution` is missing"));
 }
 
 #[test]

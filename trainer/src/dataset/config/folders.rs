@@ -3,6 +3,7 @@
 use super::{
     DatasetConfig, DatasetDefaults, DatasetError, SubsetPlan, SubsetSource, plan_without_config,
 };
+use crate::dataset::scan::is_image;
 use std::path::Path;
 
 /// Plans one DreamBooth dataset from the folders under `train_data_dir` and `reg_data_dir`.
@@ -14,11 +15,17 @@ pub(super) fn plan_folders(
     let mut warnings = Vec::new();
     let mut subsets = subsets_under(train_data_dir, false, defaults, &mut warnings)?;
     if subsets.is_empty() {
+        let advice = if holds_images(train_data_dir) {
+            "the images lie in `train_data_dir` itself: move them into a folder inside it that is \
+             named `repeats_class tokens`, for example `10_sks dog`, or name it as `image_dir` in \
+             a dataset file"
+        } else {
+            "`train_data_dir` should hold folders named `repeats_class tokens`, for example \
+             `10_sks dog`, and these the images"
+        };
         return Err(DatasetError::NoImages {
             place: train_data_dir.to_owned(),
-            advice: "`train_data_dir` should hold folders named `repeats_class tokens`, for \
-                     example `10_sks dog`, and these the images"
-                .into(),
+            advice: advice.into(),
         });
     }
     if let Some(reg_data_dir) = reg_data_dir {
@@ -40,6 +47,15 @@ fn subsets_under(
     defaults: &DatasetDefaults,
     warnings: &mut Vec<String>,
 ) -> Result<Vec<SubsetPlan>, DatasetError> {
+    if !parent.is_dir() {
+        let option = if is_reg { "reg_data_dir" } else { "train_data_dir" };
+        return Err(DatasetError::NoImages {
+            place: parent.to_owned(),
+            advice: format!(
+                "`{option}` is not a folder; relative paths count from where the command is run"
+            ),
+        });
+    }
     let read_error = |error| DatasetError::file("read the folder", parent, error);
     let mut folders = Vec::new();
     for entry in std::fs::read_dir(parent).map_err(read_error)? {
@@ -70,6 +86,11 @@ fn subsets_under(
         }
     }
     Ok(subsets)
+}
+
+fn holds_images(folder: &Path) -> bool {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).any(|path| is_image(&path))
 }
 
 /// `10_sks dog` is (10, `sks dog`); a name without `_` has no class tokens.

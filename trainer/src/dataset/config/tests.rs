@@ -218,10 +218,13 @@ fn folders_carry_repeats_and_class_tokens() {
         [(10, Some("sks dog"), false), (3, Some("a_b"), false), (1, Some("dog"), true)]
     );
     assert_eq!(config.warnings.len(), 1);
-    let input = DatasetInput::Folders {
-        train_data_dir: folder.path().join("train/notes"),
-        reg_data_dir: None,
+    let refused = |train_data_dir: std::path::PathBuf| {
+        let input = DatasetInput::Folders { train_data_dir, reg_data_dir: None };
+        plan_datasets(&input, &defaults).unwrap_err().to_string()
     };
-    let text = plan_datasets(&input, &defaults).unwrap_err().to_string();
-    assert!(text.contains("10_sks dog"), "{text}");
+    let notes = folder.path().join("train/notes");
+    assert!(refused(notes.clone()).contains("should hold folders named"));
+    std::fs::write(notes.join("a.png"), "").unwrap();
+    assert!(refused(notes).contains("hint: the images lie in `train_data_dir` itself"));
+    assert!(refused("/nowhere".into()).contains("`train_data_dir` is not a folder"));
 }
