@@ -49,6 +49,15 @@ fn every_example_is_listed_and_named() {
 }
 
 #[test]
+fn character() {
+    let (folder, file) = run("character", "character.safetensors");
+    assert_eq!(names(&folder), ["character-000001.safetensors", "character.safetensors"]);
+    assert!(file.metadata["ss_optimizer"].contains("AdamW8bit"));
+    assert_eq!(file.metadata["ss_clip_skip"], "2");
+    assert!(file.tensors.keys().any(|key| key.starts_with("lora_te_")));
+}
+
+#[test]
 fn style_for_sd2_v() {
     let (folder, file) = run("style-sd2v", "style.safetensors");
     assert_eq!(names(&folder), ["style-step00000016.safetensors", "style.safetensors"]);
