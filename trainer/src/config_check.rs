@@ -10,7 +10,7 @@ use collectives::exit_code;
 use crate::console;
 use crate::data_plan::{dataset_defaults, dataset_input};
 use crate::dataset::{DatasetGroup, plan_datasets};
-use crate::options::{Options, Parsed, lint};
+use crate::options::{Options, Parsed, find_option, lint};
 
 /// What a check found, from worst to mildest.
 #[derive(Debug, Default, PartialEq)]
@@ -65,7 +65,16 @@ pub fn check(parsed: &Parsed) -> Findings {
     }
     check_files(options, &mut findings);
     check_data(parsed, &mut findings);
-    findings.warnings.extend(lint(options));
+    // What the rules have said already needs no advice.
+    let said = |advice: &String| {
+        let option = advice.split('`').find(|part| find_option(part).is_some());
+        let idle = option.map(|option| format!("`{option}` has no effect"));
+        idle.is_some_and(|idle| {
+            advice.contains(&idle) && findings.notes.iter().any(|note| note.contains(&idle))
+        })
+    };
+    let advice: Vec<String> = lint(options).into_iter().filter(|advice| !said(advice)).collect();
+    findings.warnings.extend(advice);
     findings
 }
 
@@ -201,6 +210,16 @@ mod tests {
         // That dataset names a folder of another machine.
         assert_eq!(found.problems.len(), 1, "{:?}", found.problems);
         assert!(found.problems[0].contains("/content/drive"), "{:?}", found.problems);
+    }
+
+    #[test]
+    fn nothing_is_said_twice() {
+        let found = findings(&["--log_prefix=x", "--lr_scheduler_power=2"]);
+        let all: Vec<&String> = found.warnings.iter().chain(&found.notes).collect();
+        for option in ["`log_prefix` has no effect", "`lr_scheduler_power` has no effect"] {
+            let times = all.iter().filter(|text| text.contains(option)).count();
+            assert_eq!(times, 1, "{option}: {all:?}");
+        }
     }
 
     #[test]
