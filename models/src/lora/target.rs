@@ -101,7 +101,11 @@ pub fn text_encoder_targets(weights: &dyn Weights) -> Vec<Target> {
 }
 
 /// `place` says for a path whether it lies in a transformer, `None` if it carries no adapter.
-fn targets(weights: &dyn Weights, part: Part, place: impl Fn(&str) -> Option<bool>) -> Vec<Target> {
+pub(super) fn targets(
+    weights: &dyn Weights,
+    part: Part,
+    place: impl Fn(&str) -> Option<bool>,
+) -> Vec<Target> {
     let mut found = Vec::new();
     for name in weights.names() {
         let Some(path) = name.strip_suffix(".weight") else { continue };

@@ -9,6 +9,8 @@ use serde_json::Value;
 use super::*;
 use crate::{ClipConfig, ClipTextModel, ModelError, Unet, UnetConfig};
 
+mod lycoris;
+
 /// Shapes of a model without its numbers.
 struct Shapes(BTreeMap<String, Vec<usize>>);
 

@@ -154,6 +154,9 @@ impl Unet {
 
     /// Visits every layer that can carry an adapter.
     pub fn visit_slots(&mut self, visit: SlotVisitor) {
+        visit("conv_in", &mut self.conv_in.adapter);
+        visit("time_embedding.linear_1", &mut self.time_1.adapter);
+        visit("time_embedding.linear_2", &mut self.time_2.adapter);
         for (level, block) in self.down.iter_mut().enumerate() {
             block.visit(&format!("down_blocks.{level}"), visit);
         }
@@ -161,5 +164,6 @@ impl Unet {
         for (level, block) in self.up.iter_mut().enumerate() {
             block.visit(&format!("up_blocks.{level}"), visit);
         }
+        visit("conv_out", &mut self.conv_out.adapter);
     }
 }
