@@ -4,8 +4,8 @@ use anyhow::{Context, Result, bail};
 use engine::ParamStore;
 use formats::lora_file;
 use models::lora::{
-    Algorithm, BlockLayout, FileRanks, LoraNetwork, NormReport, ParamGroup, Part, Rank, RankRule,
-    Target, UniformRanks, name_key, text_encoder_targets, unet_targets,
+    BlockLayout, FileRanks, LoraNetwork, NormReport, ParamGroup, Part, Rank, RankRule, RootRanks,
+    Target, UniformRanks, name_key, outer_targets, text_encoder_targets, unet_targets,
 };
 
 use crate::base::Base;
@@ -52,10 +52,14 @@ impl PreparedNetwork {
         if trains(options, Part::TextEncoder) {
             targets.extend(text_encoder_targets(&*base.files.text_encoder));
         }
+        let args = options.read_network_args()?;
+        let preset = options.read_preset_ranks(&args);
         if trains(options, Part::Unet) {
             targets.extend(unet_targets(&*base.files.unet));
+            if preset.is_some() {
+                targets.extend(outer_targets(&*base.files.unet));
+            }
         }
-        let args = options.read_network_args()?;
         // What was odd about the lists was said when the options were checked.
         let rates = args.read_block_rates(LAYOUT, &mut Vec::new())?;
         let alpha = options.network_alpha;
@@ -65,21 +69,26 @@ impl PreparedNetwork {
             (Some(file), true, _) => Box::new(FileRanks::new(&file.tensors)?),
             (None, true, _) => bail!("`dim_from_weights` needs `network_weights`"),
             (_, false, Some(blocks)) => Box::new(blocks),
-            (_, false, None) => Box::new(UniformRanks {
-                linear: Rank::new(options.network_rank(), alpha as f32),
-                conv: args.conv_dim.map(|dim| Rank::new(dim, args.conv_alpha as f32)),
-            }),
+            (_, false, None) => match preset {
+                Some(preset) => Box::new(preset),
+                None => Box::new(UniformRanks {
+                    linear: Rank::new(options.network_rank(), alpha as f32),
+                    conv: args.conv_dim.map(|dim| Rank::new(dim, args.conv_alpha as f32)),
+                }),
+            },
+        };
+        // The alphas of a file have it in them.
+        let rule: Box<dyn RankRule> = match args.lycoris.rs_lora && !options.dim_from_weights {
+            true => Box::new(RootRanks(rule)),
+            false => rule,
         };
         let all = targets.iter().filter(|target| is_asked_for(target, &args)).count();
-        let algorithm = match options.is_dylora() {
-            true => Algorithm::DyLora { unit: args.unit.unwrap_or(1) },
-            false => Algorithm::LowRank,
-        };
+        let algorithm = options.read_algorithm(&args)?;
         let mut network = LoraNetwork::new(targets, &*rule, algorithm)?;
         network.dropouts = options.read_dropouts()?;
         let mut notes = Vec::new();
         let left_out = all.saturating_sub(network.modules().len());
-        if left_out > 0 && !options.dim_from_weights {
+        if left_out > 0 && !options.dim_from_weights && preset.is_none() {
             notes.push(format!(
                 "{left_out} of {all} modules are left out: rank or learning rate of their block is 0"
             ));
@@ -97,6 +106,11 @@ impl PreparedNetwork {
             let mut rng = stream(seed, Purpose::LoraInit, name_key(key), 0);
             (0..count).map(|_| rng.uniform_f32()).collect()
         });
+        network.set_magnitudes(
+            &mut values,
+            &base.merge.over(Part::TextEncoder, &*base.files.text_encoder),
+            &base.merge.over(Part::Unet, &*base.files.unet),
+        )?;
         if let Some(file) = &weights {
             let path = file.path.display();
             let report = network

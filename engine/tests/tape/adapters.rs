@@ -1,8 +1,10 @@
 //! Composed adapters: Hadamard and Kronecker products, Tucker cores, trained magnitudes.
 
+use std::rc::Rc;
+
 use engine::{
-    Adapter, ComposedAdapter, Conv2d, ConvGeometry, DType, Device, Factor, Linear, Magnitude,
-    ParamId, ParamStore, Tape, Tensor, Update, Value,
+    Adapter, ComposedAdapter, Conv2d, ConvGeometry, DType, Device, Drawn, Draws, Dropouts, Factor,
+    Linear, Magnitude, ParamId, ParamStore, Tape, Tensor, Update, Value,
 };
 
 use crate::layers::conv;
@@ -13,7 +15,14 @@ const MULTIPLIER: f32 = 0.5;
 
 fn composed(update: Update, rows: Option<usize>) -> Option<Adapter> {
     let magnitude = rows.map(|id| Magnitude { rows: ParamId(id), multiplier: MULTIPLIER });
-    Some(Adapter::Composed(ComposedAdapter { update, scale: SCALE, magnitude }))
+    let dropouts = Dropouts::default();
+    Some(Adapter::Composed(ComposedAdapter {
+        update,
+        scale: SCALE,
+        magnitude,
+        dropouts,
+        module: 0,
+    }))
 }
 
 fn product(left: usize, right: usize) -> Factor {
@@ -284,4 +293,62 @@ fn an_update_that_does_not_fit_the_weight_is_an_error() {
         Linear { weight: frozen(&[5, 2], 2), bias: None, adapter: composed(update, Some(2)) };
     let x = Value::constant(frozen(&[2, 2], 1));
     assert!(layer.forward(&Tape::inference(Some(&store)), &x).is_err());
+}
+
+/// One number for the module, one for each row.
+struct Given {
+    module: f32,
+    rows: Vec<f32>,
+}
+
+impl Draws for Given {
+    fn samples(&self) -> usize {
+        1
+    }
+
+    fn uniform(&self, drawn: Drawn, _: u64, out: &mut [f32]) {
+        match drawn {
+            Drawn::Module => out.fill(self.module),
+            _ => out.copy_from_slice(&self.rows),
+        }
+    }
+}
+
+#[test]
+fn dropped_rows_and_modules_take_no_part() {
+    let dropouts = Dropouts { rank: 0.5, module: 0.25, ..Dropouts::default() };
+    let update = Update::Plain(product(1, 2));
+    let adapter = ComposedAdapter { update, scale: SCALE, magnitude: None, dropouts, module: 3 };
+    let w = frozen(&[3, 4], 1);
+    let layer = Linear { weight: w.clone(), bias: None, adapter: Some(Adapter::Composed(adapter)) };
+    let params = [param(&[5, 4], 2), param(&[3, 2], 3), param(&[2, 4], 4)];
+    let through = |layer: &Linear, params: &[Param], module: Option<f32>| {
+        let store = ParamStore::new(Device::Cpu, params).unwrap();
+        let draws = module
+            .map(|module| Rc::new(Given { module, rows: vec![0.9, 0.1, 0.6] }) as Rc<dyn Draws>);
+        run_with_draws(&store, (false, draws), |tape, ids| {
+            layer.forward(tape, &tape.param(ids[0])?)
+        })
+        .unwrap()
+    };
+    // The second row of the update is left out: as if `left` had zeros there.
+    let got = through(&layer, &params, Some(0.5));
+    let mut without = params.clone();
+    without[1].1[2..4].fill(0.);
+    let want = through(&layer, &without, None);
+    assert_eq!(got.out, want.out);
+    assert_eq!((&got.grads[0], &got.grads[2]), (&want.grads[0], &want.grads[2]));
+    assert_eq!(got.grads[1][2..4], [0., 0.]);
+    assert_eq!(
+        (&got.grads[1][..2], &got.grads[1][4..]),
+        (&want.grads[1][..2], &want.grads[1][4..])
+    );
+    assert_ne!(want.grads[1][2..4], [0., 0.]);
+    // Without draws, in validation, nothing is left out.
+    assert_ne!(through(&layer, &params, None).out, got.out);
+
+    let skipped = through(&layer, &params, Some(0.2));
+    let plain = Linear { weight: w, bias: None, adapter: None };
+    assert_eq!(skipped.out, through(&plain, &params, None).out);
+    assert!(skipped.grads[1].is_empty() && skipped.grads[2].is_empty());
 }

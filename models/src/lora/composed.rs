@@ -5,13 +5,13 @@
 //! are the same key for key. Each kind describes a module once: its tensors in files and the engine's
 //! form of its update come from one function.
 
-use engine::{Adapter, ComposedAdapter, Factor, ParamId, Update};
+use engine::{Adapter, ComposedAdapter, Dropouts, Factor, ParamId, Update};
 
 use super::lokr::Split;
 use super::network::LoraModule;
 use super::rank::Rank;
 use super::target::{LayerKind, Target};
-use super::{Init, TensorPlan, dora, loha, lokr, low_rank};
+use super::{Init, TensorPlan, dora, loha, lokr, low_rank, name_key};
 
 /// How a module's update is built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,13 +137,23 @@ impl Composition {
     }
 
     /// What a layer is given.
-    pub(super) fn adapter(self, module: &LoraModule, multiplier: f32) -> Adapter {
+    pub(super) fn adapter(
+        self,
+        module: &LoraModule,
+        multiplier: f32,
+        dropouts: Dropouts,
+    ) -> Adapter {
         let LoraModule { target, rank, first, .. } = module;
+        let (window, key) = (Sizes::new(target).window(), name_key(&target.name));
+        if self.form == Form::LowRank && !self.magnitude && !(self.tucker && window > 1) {
+            // Nothing to compose: the layer adds it to its own product.
+            return low_rank::adapter(ParamId(*first), rank.scale() * multiplier, dropouts, key);
+        }
         let (_, update, magnitude) = self.list(target, rank.dim, *first);
         let magnitude = magnitude.map(|rows| engine::Magnitude { rows, multiplier });
         // With magnitudes the multiplier moves the lengths, not the update.
         let scale = if magnitude.is_some() { rank.scale() } else { rank.scale() * multiplier };
-        Adapter::Composed(ComposedAdapter { update, scale, magnitude })
+        Adapter::Composed(ComposedAdapter { update, scale, magnitude, dropouts, module: key })
     }
 
     /// The rank that holds: a Kronecker product of two whole matrices is not scaled.

@@ -88,6 +88,15 @@ fn read_update(
         (Some(_), None) => return Err(ModelError::LoraHalf { found: down_key, missing: up_key }),
         (None, Some(_)) => return Err(ModelError::LoraHalf { found: up_key, missing: down_key }),
     };
+    // Without these tensors the update would be another one.
+    for suffix in ["dora_scale", "lora_mid.weight"] {
+        let key = format!("{}.{suffix}", target.name);
+        if tensors.contains_key(&key) {
+            return Err(ModelError::Network(format!(
+                "only plain LoRA can be merged, this is not: `{key}`"
+            )));
+        }
+    }
     let rank = down.shape.first().copied().unwrap_or(0);
     let columns = target.weight_columns();
     for (key, tensor, len) in [(down_key, down, rank * columns), (up_key, up, target.out * rank)] {

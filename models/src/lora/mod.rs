@@ -74,7 +74,7 @@ impl Algorithm {
         match self {
             Algorithm::LowRank => low_rank::adapter(first, scale, dropouts, key),
             Algorithm::DyLora { .. } => dylora::adapter(first, module.tensors[0].parts, scale, key),
-            Algorithm::Composed(composition) => composition.adapter(module, multiplier),
+            Algorithm::Composed(composition) => composition.adapter(module, multiplier, dropouts),
         }
     }
 

@@ -58,9 +58,9 @@ impl RankRule for UniformRanks {
 ///
 /// Files say so by a larger alpha, `alpha·√dim`, as LyCORIS writes it: programs that compute
 /// `alpha/dim`, all of them, then apply the strength that was trained.
-pub struct RootRanks<'a>(pub &'a dyn RankRule);
+pub struct RootRanks(pub Box<dyn RankRule>);
 
-impl RankRule for RootRanks<'_> {
+impl RankRule for RootRanks {
     fn rank(&self, target: &Target) -> Option<Rank> {
         let rank = self.0.rank(target)?;
         Some(Rank { alpha: rank.alpha * (rank.dim as f32).sqrt(), ..rank })

@@ -60,6 +60,9 @@ macro_rules! network_options {
     ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Network {
         /// Kind of network to train. `networks.lora` (the default here) is LoRA on linear and 1x1
         /// convolution layers, on 3x3 convolutions too with `--network_args conv_dim=N`.
+        /// `networks.dylora` trains a LoRA for all ranks up to its own. `networks.loha` and
+        /// `networks.lokr` train the same layers by products of matrices that say more with as many
+        /// numbers. `lycoris.kohya` chooses by `--network_args algo=loha preset=attn-mlp`.
         network_module: Option<String> = None, Supported;
         /// Rank of the LoRA: more learns more detail, makes a larger file and overfits earlier.
         /// Default 4; 4 to 32 serve most subjects.

@@ -2,6 +2,7 @@
 
 use super::Options;
 use super::arguments::{read_number, refuse_key, split_pairs};
+use super::lycoris::{self, LycorisArgs};
 use anyhow::{Result, bail};
 use engine::Dropouts;
 use models::lora::{
@@ -29,14 +30,13 @@ pub struct NetworkArgs {
     pub block_rates: BlockLrText,
     /// Learning rates of `lora_up`.
     pub loraplus: LoraPlus,
+    /// Settings of LyCORIS' networks.
+    pub lycoris: LycorisArgs,
     /// Every pair as written, for the metadata.
     pub pairs: Vec<(String, String)>,
     /// Keys that the kind of network does not read.
     pub idle: Vec<&'static str>,
 }
-
-/// Keys that sd-scripts or LyCORIS take and that are not built here.
-const LATER_NETWORK_KEYS: &[&str] = &[];
 
 /// Keys of `networks.lora` that `networks.dylora` does not read.
 const NOT_DYLORA_KEYS: &[&str] = &[
@@ -166,7 +166,11 @@ impl NetworkArgs {
                 self.loraplus.text_encoder = Some(ratio(key, value)?);
             }
             _ if IDLE_NETWORK_KEYS.contains(&key) => {}
-            _ => return refuse_key("network_args", key, LATER_NETWORK_KEYS, NETWORK_KEYS),
+            _ if self.lycoris.set(key, value)? => {}
+            _ => {
+                let known = [NETWORK_KEYS, lycoris::KEYS].concat();
+                return refuse_key("network_args", key, &[], &known);
+            }
         }
         Ok(())
     }

@@ -6,6 +6,7 @@
 //! would cost a copy of every adapted layer, making it costs about `rank/tokens` of the layer's own
 //! product. The gradient of the whole weight, f32, lives only while the layer's backward runs.
 
+use super::draws::Dropouts;
 use super::factor::Factor;
 use crate::tape::Gradients;
 use crate::{DType, EngineError, ParamId, Result, Tape, Tensor, Value};
@@ -39,6 +40,10 @@ pub struct ComposedAdapter {
     pub scale: f32,
     /// Trained lengths of the rows of the sum.
     pub magnitude: Option<Magnitude>,
+    /// What is left out in training; single elements never are.
+    pub dropouts: Dropouts,
+    /// Key of the module's draws.
+    pub module: u64,
 }
 
 /// The adapter at work on one input.
@@ -46,6 +51,8 @@ pub(in crate::ops) struct Active {
     update: Update<Value>,
     scale: f32,
     magnitude: Option<Magnitude<Value>>,
+    /// Factors of the update's rows.
+    rows: Option<Vec<f32>>,
     frozen: Tensor,
     x: Tensor,
     params: Vec<Value>,
@@ -76,8 +83,9 @@ impl ComposedAdapter {
             Update::Hadamard(a, b) | Update::Kronecker(a, b) => [a.params(), b.params()].concat(),
         };
         params.extend(magnitude.iter().map(|magnitude| magnitude.rows.clone()));
+        let rows = self.dropouts.rows(tape, self.module, frozen.dim(0));
         let (frozen, x) = (frozen.clone(), x.tensor().clone());
-        Ok(Active { update, scale: self.scale, magnitude, frozen, x, params })
+        Ok(Active { update, scale: self.scale, magnitude, rows, frozen, x, params })
     }
 }
 
@@ -128,7 +136,14 @@ impl Active {
             let detail = format!("update {:?}, weight {:?}", update.shape(), self.frozen.shape());
             return Err(EngineError::shape("composed adapter", detail));
         }
+        let update = self.with_rows_dropped(update)?;
         Ok((update.reshape(self.frozen.shape())?, parts))
+    }
+
+    fn with_rows_dropped(&self, update: Tensor) -> Result<Tensor> {
+        let Some(rows) = &self.rows else { return Ok(update) };
+        let matrix = update.reshape(&[rows.len(), update.len() / rows.len().max(1)])?;
+        matrix.device().backend().scale_rows(&matrix, rows)
     }
 
     /// The second matrix of a Kronecker product as `[c, window, d]`, by the shape of the weight.
@@ -174,6 +189,7 @@ impl Active {
         let backend = gradient.device().backend();
         let rows = gradient.dim(0).max(1);
         let matrix = gradient.reshape(&[rows, gradient.len() / rows])?;
+        let matrix = self.with_rows_dropped(matrix)?;
         match parts {
             Parts::Plain(factor) => factor.pull_back(&matrix, self.scale, grads),
             Parts::Hadamard([left, right], [first, second]) => {

@@ -10,7 +10,7 @@ use crate::{DType, EngineError, Result, Tape, Tensor};
 pub enum Drawn {
     /// Whether a module takes part.
     Module,
-    /// Which ranks of a nested module are trained.
+    /// Which ranks of a nested module are trained, which rows of a composed update take part.
     Block,
     /// Which ranks one sample sees.
     Rank {
@@ -38,7 +38,8 @@ pub trait Draws {
 pub struct Dropouts {
     /// An element of the hidden values; the others grow by 1/(1-p).
     pub element: f32,
-    /// A rank for one sample; the others grow by 1/(1-p).
+    /// A rank for one sample; the others grow by 1/(1-p). Where the update is made whole, one of its
+    /// rows for a whole pass.
     pub rank: f32,
     /// The module for a whole pass.
     pub module: f32,
@@ -58,6 +59,16 @@ impl Dropouts {
             Some(draws) if self.module > 0. => one(draws, Drawn::Module, module) < self.module,
             _ => false,
         }
+    }
+
+    /// Factors of the rows of an update that is made whole: 0 for those that sit this pass out. The
+    /// others do not grow, as in LyCORIS. `None` where all are 1.
+    pub(super) fn rows(&self, tape: &Tape, module: u64, count: usize) -> Option<Vec<f32>> {
+        let draws = tape.draws().filter(|_| self.rank > 0.)?;
+        let mut rows = vec![0.; count];
+        draws.uniform(Drawn::Block, module, &mut rows);
+        rows.iter_mut().for_each(|row| *row = if *row > self.rank { 1. } else { 0. });
+        Some(rows)
     }
 
     /// Factors of the hidden values, f32 of their shape `[...,r]`; `None` where all are 1.

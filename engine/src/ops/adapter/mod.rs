@@ -76,6 +76,9 @@ pub(super) fn activate(
         Some(Adapter::Nested(adapter)) => {
             adapter.activate(tape, x, apply).map(|active| Active::Nested(Box::new(active)))
         }
+        Some(Adapter::Composed(adapter)) if adapter.dropouts.skips(tape, adapter.module) => {
+            Ok(Active::Frozen)
+        }
         Some(Adapter::Composed(adapter)) => {
             adapter.activate(tape, x, frozen).map(|active| Active::Composed(Box::new(active)))
         }

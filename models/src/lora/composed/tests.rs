@@ -87,9 +87,9 @@ fn cases() -> Vec<(&'static str, Algorithm, usize, bool)> {
 fn network(algorithm: Algorithm, dim: usize, root: bool) -> LoraNetwork {
     let rank = Rank::new(dim, ALPHA);
     let ranks = UniformRanks { linear: rank, conv: Some(rank) };
-    let root_ranks = RootRanks(&ranks);
-    let rule: &dyn RankRule = if root { &root_ranks } else { &ranks };
-    LoraNetwork::new(LAYERS.map(target).to_vec(), rule, algorithm).unwrap()
+    let rule: Box<dyn RankRule> =
+        if root { Box::new(RootRanks(Box::new(ranks))) } else { Box::new(ranks) };
+    LoraNetwork::new(LAYERS.map(target).to_vec(), &*rule, algorithm).unwrap()
 }
 
 #[track_caller]

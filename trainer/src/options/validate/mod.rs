@@ -3,6 +3,7 @@
 //! All broken rules are reported at once, each with the place where the option was written.
 
 mod dataset;
+mod lycoris;
 mod model;
 mod network;
 mod neutral;

@@ -8,11 +8,6 @@ impl Check<'_> {
     /// Network and its settings.
     pub(super) fn network(&mut self, notes: &mut Vec<String>) {
         let o = self.options;
-        let known = |name: &&str| !["networks.lora", "networks.dylora"].contains(name);
-        if let Some(module) = o.network_module.as_deref().filter(known) {
-            let fault = format!("is not supported yet: `{module}`");
-            self.problem("network_module", &fault, "use `networks.lora`");
-        }
         self.forbid(
             o.network_train_unet_only && o.network_train_text_encoder_only,
             "network_train_unet_only",
@@ -48,6 +43,7 @@ impl Check<'_> {
         match o.read_network_args() {
             Err(fault) => self.problems.push(fault.to_string()),
             Ok(args) => {
+                self.algorithm(&args, notes);
                 self.dylora(&args, notes);
                 self.block_lists(&args, notes);
                 self.idle_arguments(&args, notes);
