@@ -73,7 +73,8 @@ macro_rules! network_options {
         /// Probability with which each neuron of the LoRA is dropped in a step (0 to 1).
         network_dropout: Option<f64> = None, Supported;
         /// Further settings of the network as `key=value`: `conv_dim=4` `conv_alpha=1` train 3x3
-        /// convolutions too (LoRA-C3Lier).
+        /// convolutions too (LoRA-C3Lier), `dora_wd=True` trains magnitudes (DoRA), `rs_lora=True`
+        /// scales by alpha / √dim, `factor=8` splits a LoKr.
         network_args: Option<Vec<String>> = None, Supported;
         /// Existing LoRA file to continue from. Its rank must fit `--network_dim`, or give
         /// `--dim_from_weights`.

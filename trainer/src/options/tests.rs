@@ -267,7 +267,7 @@ fn options_that_are_not_built_are_refused_unless_default() {
             .contains("both choose an optimizer")
     );
     assert!(fault(&["--deepspeed"]).contains("`--deepspeed` is refused: DeepSpeed divides"));
-    assert!(fault(&["--network_module", "networks.oft"]).contains("not supported yet"));
+    assert!(fault(&["--network_module", "networks.oft"]).contains("is not built"));
     assert!(
         fault(&["--huggingface_repo_id=a/b"])
             .contains("`--huggingface_repo_id` is not supported yet\nhint: nothing is uploaded")
