@@ -393,3 +393,38 @@ fn the_moments_of_pytorch_find_their_parameters() {
     assert!(adamw_state(&network, &moments).is_none());
     assert!(adamw_state(&network, &BTreeMap::new()).is_none());
 }
+
+/// The smallest run that moves weights, in each of these optimizers.
+fn optimizers_go_on_exactly(optimizers: &[&str]) {
+    for optimizer in optimizers {
+        let name = quoted(optimizer);
+        let adaptive = ["DAdapt", "Prodigy"].iter().any(|start| optimizer.starts_with(start));
+        goes_on_exactly(&[
+            ("optimizer_type", &name),
+            ("learning_rate", if adaptive { "1.0" } else { "1e-3" }),
+            ("train_batch_size", "1"),
+            ("network_train_unet_only", "true"),
+            ("lr_scheduler", "'constant'"),
+        ]);
+    }
+}
+
+#[test]
+fn adams_go_on_exactly() {
+    optimizers_go_on_exactly(&["AdamW", "AdamW8bit", "Adam8bit", "RAdam", "AdEMAMix8bit"]);
+}
+
+#[test]
+fn light_optimizers_go_on_exactly() {
+    optimizers_go_on_exactly(&["Lion", "Lion8bit", "SGDNesterov8bit", "AdaFactor", "CAME"]);
+}
+
+#[test]
+fn optimizers_that_find_their_rate_go_on_exactly() {
+    optimizers_go_on_exactly(&["Prodigy", "DAdaptAdam", "DAdaptLion", "DAdaptAdan", "DAdaptSGD"]);
+}
+
+#[test]
+fn schedule_free_optimizers_go_on_exactly() {
+    optimizers_go_on_exactly(&["AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"]);
+}
