@@ -21,6 +21,7 @@ use crate::dataset::{
 use crate::debug_dataset::print_batches;
 use crate::ema::{Ema, average_path};
 use crate::latents::{VaeEncoder, vae_fingerprint};
+use crate::logs;
 use crate::lr::Schedule;
 use crate::memory::{peak_resident, refuse_beyond_memory, show_bytes};
 use crate::monitor::Monitor;
@@ -149,6 +150,7 @@ fn check_before_loading(
     refuse_beyond_memory("the ranks of this run", need * comm.world_size(), hint)?;
     if comm.rank() == 0 && !options.dry_run {
         check_writable(&plan.saving.output_dir)?;
+        logs::check(options)?;
     }
     Ok(())
 }

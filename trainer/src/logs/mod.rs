@@ -143,6 +143,22 @@ fn rounded(value: f64) -> f64 {
     (value * 1e6).round() / 1e6
 }
 
+/// Finds out before anything heavy happens whether the log that is asked for can be written.
+pub fn check(options: &Options) -> Result<()> {
+    RunNames::from_options(options)?;
+    let Some(folder) = &options.logging_dir else { return Ok(()) };
+    let fail = |error: std::io::Error| {
+        anyhow::anyhow!(
+            "cannot write to `logging_dir`: {error}: {}\nhint: choose a folder that you may write to",
+            folder.display()
+        )
+    };
+    std::fs::create_dir_all(folder).map_err(fail)?;
+    let probe = folder.join(format!(".lorarun-probe-{}", std::process::id()));
+    std::fs::write(&probe, b"probe").map_err(fail)?;
+    std::fs::remove_file(&probe).map_err(fail)
+}
+
 /// The log of one run.
 #[derive(Debug)]
 pub struct RunLog {
@@ -168,11 +184,9 @@ struct Open {
 
 impl RunLog {
     /// The log that the options ask for; `None` without `logging_dir`. `started_at` is in seconds
-    /// since 1970 and names the folder (in UTC). Nothing but `logging_dir` is made yet.
+    /// since 1970 and names the folder (in UTC). Nothing is made yet.
     pub fn new(options: &Options, started_at: f64) -> Result<Option<Self>> {
         let Some(logging_dir) = options.logging_dir.clone() else { return Ok(None) };
-        std::fs::create_dir_all(&logging_dir)
-            .with_context(|| format!("cannot make `logging_dir`: {}", logging_dir.display()))?;
         let [year, month, day, hour, minute, second] = civil_time(started_at as i64);
         let prefix = options.log_prefix.as_deref().unwrap_or_default();
         // TensorBoard shows text as Markdown; an indented block stays as it is.

@@ -112,6 +112,8 @@ fn a_run_whose_folder_is_gone_gets_a_new_one() {
     let blocked = folder.path().join("file");
     std::fs::write(&blocked, "").unwrap();
     let options = Options { logging_dir: Some(blocked), ..Options::default() };
-    let message = RunLog::new(&options, 0.0).unwrap_err().to_string();
-    assert!(message.starts_with("cannot make `logging_dir`"), "{message}");
+    let message = check(&options).unwrap_err().to_string();
+    assert!(message.starts_with("cannot write to `logging_dir`"), "{message}");
+    let good = Options { logging_dir: Some(folder.path().join("logs")), ..Options::default() };
+    check(&good).unwrap();
 }
