@@ -343,6 +343,17 @@ fn an_estimated_rate_is_one_for_all() {
 }
 
 #[test]
+fn several_rates_are_met_before_the_run() {
+    let rates = |name: &str, rates: &[f64]| choose(name, &[]).unwrap().check_rates(rates);
+    for name in ["Prodigy", "DAdaptation", "DAdaptAdaGrad", "DAdaptAdanIP"] {
+        assert!(rates(name, &[1., 0., 1.]).is_ok());
+        let message = rates(name, &[0., 1., 0.5]).unwrap_err().to_string();
+        assert!(message.contains("`1` and `0.5`") && message.contains("hint: "), "{message}");
+    }
+    assert!(rates("AdamW", &[1e-3, 1e-4]).is_ok());
+}
+
+#[test]
 fn the_relative_step_gives_its_rate() {
     let mut run = Run::new(&choose("AdaFactor", &[]).unwrap(), (0., 0.), false);
     run.step(0);
