@@ -227,7 +227,10 @@ fn what_cannot_be_resumed_is_one_clear_error() {
     refused(&with(&["--network_alpha", "2"]), &["alpha of `lora_", "was 1, here it is: 2"]);
     refused(&with(&["--seed", "43"]), &["another seed, 42, this run has: 43"]);
     refused(&with(&["--max_train_steps", "1"]), &["more steps than the run, 1: 2"]);
-    refused(&with(&["--train_batch_size", "2"]), &["a step takes 2 images, the state's took: 4"]);
+    refused(
+        &with(&["--train_batch_size", "2"]),
+        &["a step takes 1 x 2 images", "the state's took: 1 x 4"],
+    );
     refused(&["--initial_step", "2"], &["not below the run's steps, 2: 2"]);
     // What one changes on purpose is told and done.
     let said = run(&scene, &[], &with(&["--max_train_steps", "3", "--learning_rate", "0.0005"]));

@@ -42,8 +42,8 @@ macro_rules! saving_options {
         /// serves for the first start and for every restart). Give the options of the first run:
         /// another network, optimizer, base model or seed is an error, other changes are told.
         /// `--max_train_steps` counts from the very beginning. The number of processes may change
-        /// as long as batch size x processes x accumulation stays; otherwise only a state of an
-        /// epoch's end goes on. A state folder of sd-scripts gives its LoRA and its step.
+        /// as long as batch size x processes stays; otherwise only a state of an epoch's end goes
+        /// on. A state folder of sd-scripts gives its LoRA, its step and the moments of AdamW.
         resume: Option<PathBuf> = None, Supported;
         /// Pass over the data that the steps before `--initial_step` would have used (takes no
         /// time). Without it the data begin from the start. A resumed state has its own position.

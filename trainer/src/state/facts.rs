@@ -76,8 +76,9 @@ impl DataFacts {
         key(self) == key(other) && self.steps_per_epoch == other.steps_per_epoch
     }
 
-    /// Images of a step, for people (first dataset).
-    pub fn images_a_step(&self) -> usize {
-        self.global_batches.first().copied().unwrap_or(0) * self.accumulation
+    /// Images of a step, for people: accumulation x batch of all ranks (first dataset).
+    pub fn images_a_step(&self) -> String {
+        let batch = self.global_batches.first().copied().unwrap_or(0);
+        format!("{} x {batch}", self.accumulation)
     }
 }

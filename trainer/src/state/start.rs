@@ -115,7 +115,7 @@ impl Start {
             "the images are others than the state's".to_owned()
         } else {
             format!(
-                "a step takes {} images, the state's took: {}",
+                "a step takes {} images (accumulation x batch of all processes), the state's took: {}",
                 data.images_a_step(),
                 before.images_a_step()
             )
@@ -125,8 +125,8 @@ impl Start {
         if !data_step.is_multiple_of(per_epoch) || data_offset != 0 || schedule_offset != 0 {
             bail!(
                 "{what}\nhint: the state lies within an epoch (step {step}, {per_epoch} an epoch), \
-                 so it goes on only with the same images and the same train_batch_size x processes \
-                 x gradient_accumulation_steps; states saved at the end of an epoch also go on \
+                 so it goes on only with the same images, the same train_batch_size x processes and \
+                 the same gradient_accumulation_steps; states saved at the end of an epoch also go on \
                  otherwise, and `initial_step` with `skip_until_initial_step` says where to go on \
                  regardless"
             );
@@ -192,7 +192,11 @@ mod tests {
 
         let twice = DataFacts { global_batches: vec![8], steps_per_epoch: 3, ..data };
         let error = choose(&plain, Origin::State(&state), &twice).unwrap_err().to_string();
-        assert!(error.starts_with("a step takes 8 images, the state's took: 4\nhint: "), "{error}");
+        assert!(
+            error.starts_with("a step takes 1 x 8 images (")
+                && error.contains("took: 1 x 4\nhint: "),
+            "{error}"
+        );
         state.step = 15;
         let start = choose(&plain, Origin::State(&state), &twice).unwrap();
         assert_eq!((start.step, start.data_of(start.step)), (9, 9));
