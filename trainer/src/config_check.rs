@@ -82,7 +82,11 @@ pub fn check(parsed: &Parsed) -> Findings {
 fn check_files(options: &Options, findings: &mut Findings) {
     let mut missing = |option: &str, path: &Path| {
         if !path.exists() {
-            let text = format!("`{option}` names a file that does not exist: `{}`", path.display());
+            let mut text =
+                format!("`{option}` names a file that does not exist: `{}`", path.display());
+            if path.is_relative() {
+                text += "\nhint: relative paths count from where the command is run";
+            }
             findings.problems.push(text);
         }
     };

@@ -342,7 +342,7 @@ fn contradictions_are_refused() {
         (&["--min_timestep=500", "--max_timestep=400"], "leaves no valid timesteps"),
         (&["--caption_dropout_rate=1.5"], "a probability from 0 to 1"),
         (&["--log_with=tensorboard"], "needs a folder for the logs"),
-        (&["--log_with=wandb"], "needs a folder for the logs"),
+        (&["--log_with=all"], "needs a folder for the logs"),
         (&["--ema_decay=0.9", "--optimizer_type=AdamWScheduleFree"], "schedule-free optimizer"),
         (&["--ema_decay=1"], "must be from 0 up to, not including, 1"),
         (&["--validation_split=1.5"], "is a share from 0 to 1"),
@@ -379,6 +379,7 @@ fn old_spellings_and_implied_options() {
     assert!(o.caption_extention.is_none() && o.is_written("caption_extension"));
     assert!(o.cache_latents);
     assert_eq!(o.max_token_length, None);
+    assert_eq!(options(&["--log_with=wandb"]).logging_dir, Some("o/logs".into()));
 }
 
 #[test]

@@ -124,6 +124,14 @@ fn plan_without_config(
 }
 
 fn read_table(path: &Path) -> Result<Table, DatasetError> {
+    if !path.exists() {
+        return Err(DatasetError::Parse {
+            path: path.to_owned(),
+            message:
+                "there is no such file\nhint: relative paths count from where the command is run"
+                    .into(),
+        });
+    }
     let text =
         std::fs::read_to_string(path).map_err(|error| DatasetError::file("read", path, error))?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(&text);

@@ -192,7 +192,7 @@ fn parse_errors_name_the_line() {
     assert!(text.contains("line 2") && text.contains("set.toml"), "{text}");
     std::fs::remove_file(&path).unwrap();
     let error = plan_datasets(&DatasetInput::File(path), &DatasetDefaults::default());
-    assert!(error.unwrap_err().to_string().contains("could not read"));
+    assert!(error.unwrap_err().to_string().contains("there is no such file\nhint: relative paths"));
 }
 
 #[test]

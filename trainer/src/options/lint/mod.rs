@@ -120,7 +120,11 @@ impl Lint<'_> {
             &format!("with accumulation averages {batch} images a step: at the rate of `{rate}` that learns slowly"),
         );
         self.advise(
-            batch <= 1 && rate > 1e-3 && rate <= 5e-3 && !adapts(&kind),
+            o.train_data_dir.is_some()
+                && batch <= 1
+                && rate > 1e-3
+                && rate <= 5e-3
+                && !adapts(&kind),
             "learning_rate",
             "is high for steps of one image",
         );

@@ -2,7 +2,7 @@
 //!
 //! sd-scripts takes most of these as "off", divides by the others.
 
-use crate::options::{Device, MixedPrecision, Options};
+use crate::options::{Device, LogWith, MixedPrecision, Options};
 
 /// Unsets options whose value asks for nothing, and replaces what this machine computes otherwise.
 pub(super) fn unset_neutral(options: &mut Options, notes: &mut Vec<String>) {
@@ -42,6 +42,19 @@ pub(super) fn unset_neutral(options: &mut Options, notes: &mut Vec<String>) {
     options.vae_batch_size = options.vae_batch_size.max(1);
     token_length(options, notes);
     precision(options, notes);
+    logs(options, notes);
+}
+
+/// sd-scripts needs no folder for `wandb`, which makes one where the command is run.
+fn logs(options: &mut Options, notes: &mut Vec<String>) {
+    if options.log_with == Some(LogWith::Wandb)
+        && options.logging_dir.is_none()
+        && let Some(folder) = &options.output_dir
+    {
+        let logs = folder.join("logs");
+        notes.push(format!("`logging_dir` is not given: logs go to `{}`", logs.display()));
+        options.logging_dir = Some(logs);
+    }
 }
 
 /// 75 is the default, also written as the 77 of the text encoder. The reference cuts any number
