@@ -228,6 +228,32 @@ fn v2_that_contradicts_the_model() {
 }
 
 #[test]
+fn a_config_check_lists_faults_and_loads_nothing() {
+    let mut scene = Scene::new();
+    let check = |scene: &Scene, more: &[&str]| {
+        let output = scene.train(&[], &[&["--config-check"], more].concat());
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(!scene.output_dir().exists(), "{said}");
+        (output.status.code(), said)
+    };
+    let (code, said) = check(&scene, &[]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("0 problems") && said.contains("note: 8 images in 1 dataset"), "{said}");
+
+    scene.set("learning_rat", "1e-4").set("vae", "'/nowhere/vae.safetensors'");
+    let (code, said) = check(&scene, &["--noise_offset=1"]);
+    assert_eq!(code, Some(CONFIGURATION), "{said}");
+    for part in ["unknown option: `learning_rat`", "`/nowhere/vae.safetensors`", "2 problems"] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    assert!(said.contains("warning: `noise_offset` washes images out"), "{said}");
+    assert_eq!(check(&scene, &["--nonsense"]).0, Some(USAGE));
+
+    scene.set("vae", "''").set("allow_unknown", "true");
+    assert_eq!(check(&scene, &[]).0, Some(0));
+}
+
+#[test]
 fn no_processes() {
     let scene = Scene::new();
     let output = scene.train(&["--num_processes", "0"], &[]);
