@@ -8,7 +8,8 @@ use engine::Device;
 use formats::lora_file::{self, LoraFile, SaveAs};
 use formats::{Dtype, FormatError, TensorView, Weights};
 use models::lora::{
-    Algorithm, LoraNetwork, Rank, UniformRanks, text_encoder_targets, unet_targets,
+    Algorithm, BlockLayout, BlockLrText, BlockRankText, BlockRanks, BlockRates, LoraNetwork, Rank,
+    RankRule, UniformRank, UniformRanks, text_encoder_targets, unet_targets,
 };
 use models::{ClipConfig, ClipTextModel, Unet, UnetConfig};
 use serde_json::Value;
@@ -34,18 +35,25 @@ impl Weights for Shapes {
 
 /// A LoRA over Stable Diffusion 1.5 in full size.
 pub fn full_size(conv: bool) -> LoraNetwork {
+    full_size_by(&*uniform(4, 1., conv), Algorithm::LowRank)
+}
+
+fn uniform(dim: usize, alpha: f32, conv: bool) -> Box<dyn RankRule> {
+    let linear = Rank::new(dim, alpha);
+    Box::new(UniformRanks { linear, conv: conv.then_some(linear) })
+}
+
+fn full_size_by(rule: &dyn RankRule, algorithm: Algorithm) -> LoraNetwork {
     let clip = ClipTextModel::tensor_shapes(&ClipConfig::sd1()).expect("shapes");
     let unet = Unet::tensor_shapes(&UnetConfig::sd1()).expect("shapes");
     let mut targets = text_encoder_targets(&Shapes(clip.into_iter().collect()));
     targets.extend(unet_targets(&Shapes(unet.into_iter().collect())));
-    let linear = Rank::new(4, 1.);
-    let rule = UniformRanks { linear, conv: conv.then_some(linear) };
-    LoraNetwork::new(targets, &rule, Algorithm::LowRank).expect("a network")
+    LoraNetwork::new(targets, rule, algorithm).expect("a network")
 }
 
 /// A new one, each tensor drawn in rising order.
-fn write_full_size(path: &Path, conv: bool) {
-    let network = full_size(conv);
+fn write_full_size(path: &Path, rule: &dyn RankRule, algorithm: Algorithm) {
+    let network = full_size_by(rule, algorithm);
     let values = network
         .initial_values(&mut |_, count| (0..count).map(|n| n as f32 / count as f32).collect());
     let params = network.parameters(Device::Cpu, values).expect("parameters");
@@ -57,8 +65,14 @@ fn write_full_size(path: &Path, conv: bool) {
 fn full_size_files_have_the_tensors_of_sd_scripts() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("full.safetensors");
-    for (name, conv) in [("lierla_r4", false), ("c3lier_r4_conv4", true)] {
-        write_full_size(&path, conv);
+    let (plain, nested) = (Algorithm::LowRank, Algorithm::DyLora { unit: 4 });
+    for (name, rule, algorithm) in [
+        ("lierla_r4", uniform(4, 1., false), plain),
+        ("c3lier_r4_conv4", uniform(4, 1., true), plain),
+        ("block_lr_dims", by_block(), plain),
+        ("dylora_r16_u4", uniform(16, 8., false), nested),
+    ] {
+        write_full_size(&path, &*rule, algorithm);
         let file = lora_file::read(&path).expect("a LoRA file");
         let dump = std::fs::read(data(&format!("keys/{name}.json"))).expect("the dump");
         let dump: Value = serde_json::from_slice(&dump).expect("JSON");
@@ -81,6 +95,28 @@ fn full_size_files_have_the_tensors_of_sd_scripts() {
             assert!(tensor.to_f32().is_sorted_by(|a, b| a < b), "{name}: {key}");
         }
     }
+}
+
+/// The ranks and learning rates of `block_lr_dims`, as its dump has them.
+fn by_block() -> Box<dyn RankRule> {
+    let dump = std::fs::read(data("keys/block_lr_dims.json")).expect("the dump");
+    let dump: Value = serde_json::from_slice(&dump).expect("JSON");
+    let text = |key: &str| dump["settings"]["network_args"][key].as_str().map(str::to_owned);
+    let rates = BlockLrText {
+        down: text("down_lr_weight"),
+        mid: text("mid_lr_weight"),
+        up: text("up_lr_weight"),
+        zero_threshold: 0.,
+    };
+    let rates = BlockRates::read(BlockLayout::Sd, &rates, &mut Vec::new()).expect("rates");
+    let lists = BlockRankText {
+        dims: text("block_dims"),
+        alphas: text("block_alphas"),
+        ..BlockRankText::default()
+    };
+    let uniform = UniformRank { dim: 8, alpha: 4., conv_dim: None, conv_alpha: 1. };
+    let ranks = BlockRanks::read(BlockLayout::Sd, &lists, uniform, rates.as_ref());
+    Box::new(ranks.expect("ranks"))
 }
 
 fn first(file: &LoraFile, key: &str) -> f32 {

@@ -7,6 +7,7 @@
 //! - `hostile_input`: every kind of bad input gives one clear error and no partial file
 //! - `interruption`: killed ranks, Ctrl-C, full disk
 //! - `keys`: tensors and metadata of our files beside those of sd-scripts, and lossless continuing
+//! - `network_options`: dropouts and DyLoRA's ranks on any number of ranks; blocks, norms, merged files
 //! - `networks`: LoHa, LoKr and DoRA train, agree on any number of ranks, go on from their files
 //! - `optimizers`: whole runs with those that keep more than moments
 //! - `quickstart`: the README's example
@@ -22,6 +23,7 @@ mod hostile_input;
 mod interruption;
 mod keys;
 mod layering;
+mod network_options;
 mod networks;
 mod optimizers;
 mod quickstart;

@@ -74,4 +74,32 @@ mod tests {
         let rank = Drawn::Rank { sample: 2 };
         assert_ne!(one(&whole, element(2), 3), one(&whole, rank, 3));
     }
+
+    /// The choices of many modules, samples and batches fall as evenly as chance has it.
+    #[test]
+    fn choices_are_even_over_modules_samples_and_batches() {
+        let (modules, batches, blocks) = (40_u64, 250_u64, 4);
+        let mut counts = [0_u32; 4];
+        let (mut skipped, mut dropped, mut elements) = (0_u32, 0_u32, 0_u32);
+        for batch in 0..batches {
+            let draws = BatchDraws { seed: 3, batch, samples: vec![2 * batch, 2 * batch + 1] };
+            for module in (0..modules).map(|n| models::lora::name_key(&format!("lora_unet_{n}"))) {
+                let mut one = [0.];
+                draws.uniform(Drawn::Block, module, &mut one);
+                counts[(one[0] * blocks as f32) as usize] += 1;
+                draws.uniform(Drawn::Module, module, &mut one);
+                skipped += u32::from(one[0] < 0.3);
+                let mut ranks = [0.; 8];
+                draws.uniform(Drawn::Rank { sample: 1 }, module, &mut ranks);
+                dropped += ranks.iter().filter(|draw| **draw <= 0.3).count() as u32;
+                draws.uniform(Drawn::Element { sample: 0 }, module, &mut ranks);
+                elements += ranks.iter().filter(|draw| **draw < 0.3).count() as u32;
+            }
+        }
+        // Five deviations of 10,000 draws at 0.25 and 0.3, and of 80,000 at 0.3.
+        assert!(counts.iter().all(|count| count.abs_diff(2_500) < 217), "{counts:?}");
+        assert!(skipped.abs_diff(3_000) < 230, "{skipped}");
+        assert!(dropped.abs_diff(24_000) < 649, "{dropped}");
+        assert!(elements.abs_diff(24_000) < 649, "{elements}");
+    }
 }

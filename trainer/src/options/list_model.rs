@@ -60,9 +60,10 @@ macro_rules! network_options {
     ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Network {
         /// Kind of network to train. `networks.lora` (the default here) is LoRA on linear and 1x1
         /// convolution layers, on 3x3 convolutions too with `--network_args conv_dim=N`.
-        /// `networks.dylora` trains a LoRA for all ranks up to its own. `networks.loha` and
-        /// `networks.lokr` train the same layers by products of matrices that say more with as many
-        /// numbers. `lycoris.kohya` chooses by `--network_args algo=loha preset=attn-mlp`.
+        /// `networks.dylora` trains all ranks up to `--network_dim` in one run, `unit=N` ranks at a
+        /// time: smaller LoRAs can be cut out of its file. `networks.loha` and `networks.lokr` train
+        /// the same layers by products of matrices that say more with as many numbers.
+        /// `lycoris.kohya` chooses by `--network_args algo=loha preset=attn-mlp`.
         network_module: Option<String> = None, Supported;
         /// Rank of the LoRA: more learns more detail, makes a larger file and overfits earlier.
         /// Default 4; 4 to 32 serve most subjects.
@@ -70,11 +71,17 @@ macro_rules! network_options {
         /// The LoRA's output is scaled by alpha / dim. Default 1, which keeps early updates small:
         /// changing it changes the effective learning rate. 0 means the same as dim.
         network_alpha: f64 = 1.0, Supported;
-        /// Probability with which each neuron of the LoRA is dropped in a step (0 to 1).
+        /// Probability with which each element between the LoRA's two halves is dropped in a step:
+        /// from 0 up to but not 1, against overfitting; 0.1 to 0.3 are usual.
         network_dropout: Option<f64> = None, Supported;
         /// Further settings of the network as `key=value`: `conv_dim=4` `conv_alpha=1` train 3x3
         /// convolutions too (LoRA-C3Lier), `dora_wd=True` trains magnitudes (DoRA), `rs_lora=True`
-        /// scales by alpha / √dim, `factor=8` splits a LoKr.
+        /// scales by alpha / √dim, `factor=8` splits a LoKr. `rank_dropout` and `module_dropout` leave
+        /// out ranks and layers at random; `loraplus_lr_ratio=16` lets the upper half learn faster
+        /// (LoRA+); `block_dims`, `block_alphas`, `conv_block_dims`, `conv_block_alphas` (25 numbers)
+        /// and `down_lr_weight`, `mid_lr_weight`, `up_lr_weight` (12, 1 and 12 numbers, or for the
+        /// long ones `sine`, `cosine`, `linear`, `reverse_linear`, `zeros`, each with `+offset`) set
+        /// ranks and learning rates by block: a block with 0 is left out.
         network_args: Option<Vec<String>> = None, Supported;
         /// Existing LoRA file to continue from. Its rank must fit `--network_dim`, or give
         /// `--dim_from_weights`.
@@ -85,9 +92,11 @@ macro_rules! network_options {
         network_train_unet_only: bool = false, Supported;
         /// Train only the LoRA modules of the text encoder; the U-Net stays as it is.
         network_train_text_encoder_only: bool = false, Supported;
-        /// After each step scale down modules whose weight norm exceeds this value (1 is a start).
+        /// After each step scale down modules whose weight norm exceeds this value, against
+        /// overtrained layers (1 is a start). The logs count them. 0 turns it off.
         scale_weight_norms: Option<f64> = None, Supported;
-        /// LoRA files to merge into the base model before training.
+        /// LoRA files to merge into the base model before training: the new LoRA learns what they
+        /// lack, and is used together with them.
         base_weights: Option<Vec<String>> = None, Supported;
         /// Strength of each file of `--base_weights`. Default 1.0 each.
         base_weights_multiplier: Option<Vec<f64>> = None, Supported;
