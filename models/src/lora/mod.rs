@@ -21,6 +21,8 @@ mod lycoris;
 mod merge;
 mod network;
 mod norms;
+#[cfg(test)]
+mod parts_tests;
 mod rank;
 mod target;
 #[cfg(test)]
