@@ -13,7 +13,8 @@ use clap::{Parser, ValueEnum};
 use engine::{DType, Device, ParamId};
 use formats::{Dtype, FormatError, TensorView, Weights};
 use models::lora::{
-    Algorithm, LoraNetwork, Rank, UniformRanks, text_encoder_targets, unet_targets,
+    Algorithm, Composition, Form, LoraNetwork, Rank, Split, UniformRanks, text_encoder_targets,
+    unet_targets,
 };
 use models::{ClipConfig, ClipTextModel, Unet, UnetConfig};
 use trainer::gradients::Gradients;
@@ -27,6 +28,28 @@ use trainer::step::{Models, Prompts, Setting, forward_backward};
 enum Precision {
     Fp32,
     Bf16,
+}
+
+/// Network of the trained layers.
+#[derive(Clone, Copy, ValueEnum)]
+enum Network {
+    Lora,
+    Loha,
+    Lokr,
+    Dora,
+}
+
+impl Network {
+    fn algorithm(self) -> Algorithm {
+        let composed =
+            |form, magnitude| Algorithm::Composed(Composition { form, tucker: false, magnitude });
+        match self {
+            Network::Lora => Algorithm::LowRank,
+            Network::Loha => composed(Form::Hadamard, false),
+            Network::Lokr => composed(Form::Kronecker(Split::default()), false),
+            Network::Dora => composed(Form::LowRank, true),
+        }
+    }
 }
 
 /// Times a training step; prints one JSON object.
@@ -51,6 +74,9 @@ struct Args {
     /// LoRA rank.
     #[arg(long, default_value_t = 4)]
     rank: usize,
+    /// Kind of network.
+    #[arg(long, value_enum, default_value = "lora")]
+    network: Network,
     /// CPU threads.
     #[arg(long, default_value_t = 2)]
     threads: usize,
@@ -123,15 +149,16 @@ fn main() -> Result<()> {
     }
     targets.extend(unet_targets(&unet_weights));
     let rule = UniformRanks { linear: Rank::new(args.rank, 1.), conv: None };
-    let network = LoraNetwork::new(targets, &rule, Algorithm::LowRank)?;
+    let network = LoraNetwork::new(targets, &rule, args.network.algorithm())?;
     let mut state = 1_u64;
-    let values = network.initial_values(&mut |_, count| {
+    let mut values = network.initial_values(&mut |_, count| {
         let mut next = || {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             (state >> 40) as f32 / (1_u64 << 24) as f32
         };
         (0..count).map(|_| next()).collect()
     });
+    network.set_magnitudes(&mut values, &text_weights, &unet_weights)?;
     let mut params = network.parameters(Device::Cpu, values)?;
     network.install(&mut models.text_encoder, &mut models.unet, 1.)?;
     let forms = TensorForm::of(&network);
