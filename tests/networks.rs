@@ -45,6 +45,19 @@ fn networks_of_lycoris_train_the_same_on_any_number_of_ranks() {
 }
 
 #[test]
+fn networks_of_lycoris_are_the_same_to_the_bit_where_that_is_asked_for() {
+    for (module, args) in [
+        ("networks.loha", "['conv_dim=2', 'use_tucker=True']"),
+        ("networks.lokr", "['factor=4', 'conv_dim=2', 'dora_wd=True']"),
+    ] {
+        let one = scene(module, args, 4).set("reproducible", "true").trained(&[]);
+        let mut two = scene(module, args, 2);
+        let two = two.set("reproducible", "true").trained(&["--num_processes", "2"]);
+        assert!(two.tensors == one.tensors, "{module}: {:?}", distance(&two, &one));
+    }
+}
+
+#[test]
 fn a_loha_goes_on_from_its_file_and_a_lora_does_not() {
     let first = scene("networks.loha", "['rs_lora=True']", 4);
     let trained = first.trained(&[]);

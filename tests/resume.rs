@@ -92,17 +92,17 @@ fn newest_step(folder: &Path) -> u64 {
 fn ten_random_kills_leave_no_trace_in_the_final_file() {
     let mut scene = scene();
     scene.set("gradient_accumulation_steps", "2").set("train_batch_size", "2");
-    let expected = undisturbed(&mut scene, &[]);
     let seed = std::time::UNIX_EPOCH.elapsed().expect("a clock").as_nanos() as u64;
     println!("seed of the kills: {seed}");
     let mut moments = Moments(seed);
-    for chain in 0..2 {
+    for launcher in [&[][..], &["--num_processes", "2"]] {
+        let expected = undisturbed(&mut scene, launcher);
         // Five kills, each into the continuation of the one before: while the run starts, within a
         // step, or while the files and states of a step are written and old ones removed.
         for _ in 0..5 {
             let wanted = newest_step(&scene.output_dir()) + moments.below(4);
             let pause = Duration::from_micros(moments.below(60_000));
-            let mut child = start(&scene, &[]);
+            let mut child = start(&scene, launcher);
             let began = Instant::now();
             let ended = loop {
                 let ended = child.try_wait().expect("a status").is_some();
@@ -117,8 +117,8 @@ fn ten_random_kills_leave_no_trace_in_the_final_file() {
             let output = child.wait_with_output().expect("ended");
             assert!(!ended || output.status.success(), "seed {seed}: {}", text(&output));
         }
-        let said = run(&scene, &[], &[]);
-        assert!(final_file(&scene) == expected, "seed {seed}, chain {chain}: {said}");
+        let said = run(&scene, launcher, &[]);
+        assert!(final_file(&scene) == expected, "seed {seed}, {launcher:?}: {said}");
         assert!(hidden(&scene.output_dir()).is_empty(), "seed {seed}: left behind, {said}");
         std::fs::remove_dir_all(scene.output_dir()).expect("the folder is removed");
     }
@@ -365,6 +365,11 @@ fn whatever_draws_or_averages_goes_on_exactly() {
         ("random_crop", "true"),
         ("cache_latents", "false"),
         ("mixed_precision", "'bf16'"),
+    ]);
+    goes_on_exactly(&[
+        ("network_module", "'networks.loha'"),
+        ("network_args", "['conv_dim=2', 'use_tucker=True', 'dora_wd=True', 'module_dropout=0.2']"),
+        ("network_dim", "2"),
     ]);
 }
 

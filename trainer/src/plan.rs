@@ -140,8 +140,9 @@ pub fn describe(
     add(
         "batch",
         format!(
-            "{batch} a rank, {} ranks, {} accumulated: {} images a step",
+            "{batch} a rank, {} rank{}, {} accumulated: {} images a step",
             plan.world_size,
+            if plan.world_size == 1 { "" } else { "s" },
             options.gradient_accumulation_steps,
             batch * plan.world_size * options.gradient_accumulation_steps
         ),

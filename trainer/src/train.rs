@@ -215,11 +215,8 @@ impl Trainer<'_> {
         if occasions.iter().all(|(_, due)| !due) {
             return Ok(());
         }
-        let saved = match self.optimizer.evaluation_weights(&self.params)? {
-            Some(weights) => Some(self.params.with_values(&weights)?),
-            None => None,
-        };
-        let params = saved.as_ref().unwrap_or(&self.params);
+        let averaged = self.averaged_params()?;
+        let params = averaged.as_ref().unwrap_or(&self.params);
         let Some(loss) = validation.run(self.comm, (&self.models, params), &self.noising)? else {
             return Ok(());
         };
@@ -305,6 +302,12 @@ impl Trainer<'_> {
         steps
     }
 
+    /// The weights to save and to validate with, where the optimizer keeps others than it trains.
+    fn averaged_params(&self) -> Result<Option<ParamStore>> {
+        let weights = self.optimizer.evaluation_weights(&self.params)?;
+        Ok(weights.map(|weights| self.params.with_values(&weights)).transpose()?)
+    }
+
     fn save_what_is_due(&self, step: usize, epoch: usize, epoch_ends: bool) -> Result<()> {
         let saving = &self.plan.saving;
         if self.watch.is_alarmed() {
@@ -372,13 +375,9 @@ impl Trainer<'_> {
     fn save_file(&self, point: SavePoint, step: usize, epoch: usize) -> Result<()> {
         require_finite(&self.network, &self.params, step)?;
         let Some(saver) = &self.saver else { return Ok(()) };
-        match self.optimizer.evaluation_weights(&self.params)? {
-            Some(weights) => {
-                let params = self.params.with_values(&weights)?;
-                saver.save(&self.network, &params, point, (step, epoch))
-            }
-            None => saver.save(&self.network, &self.params, point, (step, epoch)),
-        }?;
+        let averaged = self.averaged_params()?;
+        let params = averaged.as_ref().unwrap_or(&self.params);
+        saver.save(&self.network, params, point, (step, epoch))?;
         if let Some(ema) = &self.ema {
             let average = self.params.with_values(ema.average())?;
             saver.save_average(&self.network, &average, point, (step, epoch))?;
