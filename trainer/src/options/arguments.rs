@@ -28,13 +28,9 @@ pub(super) fn read_number<T: std::str::FromStr>(option: &str, key: &str, value: 
     }
 }
 
-/// Refuses a key, telling "not built yet" from "never heard of".
-pub(super) fn refuse_key<T>(option: &str, key: &str, later: &[&str], known: &[&str]) -> Result<T> {
-    if later.contains(&key) {
-        bail!("`{key}` in `{option}` is not supported yet");
-    }
-    let all: Vec<&str> = known.iter().chain(later).copied().collect();
-    match closest(key, &all) {
+/// Refuses a key that nobody knows.
+pub(super) fn refuse_key<T>(option: &str, key: &str, known: &[&str]) -> Result<T> {
+    match closest(key, known) {
         Some(name) => bail!("unknown key in `{option}`: `{key}`\nhint: did you mean `{name}`?"),
         None => {
             bail!("unknown key in `{option}`: `{key}`\nhint: known keys are {}", known.join(", "))

@@ -95,7 +95,6 @@ fn row(spec: &OptionSpec) -> String {
         Support::Supported => "used".to_owned(),
         Support::NoEffect(reason) => format!("no effect: {reason}"),
         Support::Later(reason) => format!("later: {reason}"),
-        Support::NotYet("") => "refused: not built yet".to_owned(),
         Support::NotYet(advice) => format!("refused: not built yet; {advice}"),
         Support::Refused(reason) => format!("refused: {reason}"),
     };

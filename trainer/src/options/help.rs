@@ -65,7 +65,6 @@ fn describe_option(spec: &OptionSpec) -> String {
         Support::NoEffect(reason) => format!("{text} [accepted without effect: {reason}]"),
         Support::Later(reason) => format!("{text} [accepted with a warning: {reason}]"),
         Support::Refused(reason) => format!("{text} [refused: {reason}]"),
-        Support::NotYet("") => format!("{text} [not supported yet]"),
         Support::NotYet(advice) => format!("{text} [not supported yet: {advice}]"),
     }
 }

@@ -169,7 +169,7 @@ impl NetworkArgs {
             _ if self.lycoris.set(key, value)? => {}
             _ => {
                 let known = [NETWORK_KEYS, lycoris::KEYS].concat();
-                return refuse_key("network_args", key, &[], &known);
+                return refuse_key("network_args", key, &known);
             }
         }
         Ok(())

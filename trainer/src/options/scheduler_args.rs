@@ -309,7 +309,7 @@ impl Args {
             }
             Some((key, _)) => {
                 self.known.retain(|known| *known != "last_epoch");
-                refuse_key(ARGS, key, &[], &self.known)
+                refuse_key(ARGS, key, &self.known)
             }
         }
     }
