@@ -4,7 +4,7 @@
 //! operands are read as `[rows, last axis]`. `bias`, `gamma`, `beta`, statistics and losses are f32;
 //! everything else has the compute type. Sums are kept in f32 whatever the storage.
 
-use crate::{DType, Result, Tensor};
+use crate::{DType, Device, Ids, Result, Tensor};
 
 /// `out[m,n] = alpha · op(a)·op(b) + left·op(right) + bias + residual`.
 pub struct Gemm<'a> {
@@ -161,17 +161,35 @@ pub enum ElementLoss {
     SmoothL1,
 }
 
-/// How a prediction is judged. One entry per sample (outermost axis) in each list.
+/// How a prediction is judged. Lists are f32 `[B]`, one entry per sample (outermost axis), on the
+/// device of the prediction.
 #[derive(Clone, Debug)]
 pub struct LossSpec {
     /// Loss of one element.
     pub element: ElementLoss,
     /// `c` of the Huber losses; ignored by the others.
-    pub delta: Vec<f32>,
+    pub delta: Tensor,
     /// Factor of the sample's mean in the total, with `1/batch` already in it.
-    pub weight: Vec<f32>,
+    pub weight: Tensor,
+    /// The same factor in the gradient: `weight` times the loss scale of fp16.
+    pub gradient_weight: Tensor,
     /// Factor of each element's loss, f32 of the prediction's shape (`alpha_mask`).
     pub mask: Option<Tensor>,
+}
+
+impl LossSpec {
+    /// Lists on `device`, without a mask and without a loss scale.
+    pub fn new(
+        device: Device,
+        element: ElementLoss,
+        delta: &[f32],
+        weight: &[f32],
+    ) -> Result<Self> {
+        let list = |data: &[f32]| Tensor::from_f32(device, &[data.len()], data, DType::F32);
+        let weight = list(weight)?;
+        let gradient_weight = weight.clone();
+        Ok(Self { element, delta: list(delta)?, weight, gradient_weight, mask: None })
+    }
 }
 
 /// AdamW with decoupled weight decay (Loshchilov & Hutter), PyTorch's order of operations.
@@ -289,12 +307,13 @@ pub trait Backend: Sync {
     fn upsample2x(&self, x: &Tensor) -> Result<Tensor>;
     /// Gradient of [`Backend::upsample2x`]: sums of 2x2 pixels.
     fn upsample2x_backward(&self, dy: &Tensor) -> Result<Tensor>;
-    /// Rows of `table` `[N,C]` chosen by `ids`: `[ids.len(),C]`; an id outside is an error.
-    fn embedding(&self, table: &Tensor, ids: &[u32]) -> Result<Tensor>;
+    /// Rows of `table` `[N,C]` chosen by `ids`: `[ids.len(),C]`. An id outside is an error on the
+    /// CPU; a card reads the last row.
+    fn embedding(&self, table: &Tensor, ids: &Ids) -> Result<Tensor>;
     /// Puts the rows of `b` behind those of `a`, both read as `[rows, last axis]`.
     fn concat_rows(&self, a: &Tensor, b: &Tensor) -> Result<Tensor>;
-    /// Multiplies row `i` of `x`, read as `[rows, last axis]`, by `factors[i]`.
-    fn scale_rows(&self, x: &Tensor, factors: &[f32]) -> Result<Tensor>;
+    /// Multiplies row `i` of `x`, read as `[rows, last axis]`, by `factors[i]`, f32.
+    fn scale_rows(&self, x: &Tensor, factors: &Tensor) -> Result<Tensor>;
     /// Product of two f32 tensors of one shape, element by element.
     fn multiply(&self, a: &Tensor, b: &Tensor) -> Result<Tensor>;
     /// Kronecker product of f32 `[a,b]` and `[c,window,d]`: `[a·c,window,b·d]`, for linear layers
@@ -325,14 +344,15 @@ pub trait Backend: Sync {
         multiplier: f32,
     ) -> Result<(Tensor, Tensor)>;
     /// Weighted mean loss of each sample (f32 `[B]`, the weight in it) and the gradient of `pred`
-    /// of their sum, in the type of `pred`. `target` is f32; both are `[B,...]`.
+    /// of their sum (with `gradient_weight` for the weight), in the type of `pred`. `target` is f32; both are `[B,...]`.
     fn loss(&self, pred: &Tensor, target: &Tensor, spec: &LossSpec) -> Result<(Tensor, Tensor)>;
-    /// One optimizer step over `p.range` of flat f32 tensors; `param` and both moments change in place.
+    /// One optimizer step over `p.range` of flat f32 tensors; `param` and both moments change in
+    /// place.
     fn adamw(
         &self,
         p: &AdamWStep,
         param: &mut Tensor,
-        grad: &[f32],
+        grad: &Tensor,
         moments: (&mut Tensor, &mut Tensor),
     ) -> Result<()>;
 }

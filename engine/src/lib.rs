@@ -7,8 +7,10 @@
 
 pub mod backend;
 pub mod cpu;
+pub mod cuda;
 mod device;
 mod error;
+mod ids;
 mod ops;
 mod params;
 mod pool;
@@ -18,6 +20,7 @@ mod tensor;
 pub use backend::{Activation, ConvGeometry, ElementLoss, LossSpec};
 pub use device::Device;
 pub use error::{EngineError, Result};
+pub use ids::Ids;
 pub use ops::{
     Adapter, AttentionShape, ComposedAdapter, Conv2d, Drawn, Draws, Dropouts, Embedding, Factor,
     GroupNorm, LayerNorm, Linear, LowRankAdapter, Magnitude, NestedAdapter, Update,

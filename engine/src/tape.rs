@@ -239,7 +239,8 @@ impl<'m> Tape<'m> {
         Ok(Value { tensor: out.tensor, origin })
     }
 
-    /// Sends the gradient 1 from the scalar `loss` to every parameter it depends on.
+    /// Sends the gradient of the sum of `loss`, made by [`Tape::loss`], to every parameter it depends
+    /// on.
     ///
     /// `ready` gets each parameter's gradient (f32, the parameter's shape) as soon as it is final,
     /// in an order that is the same on every rank.
@@ -251,11 +252,10 @@ impl<'m> Tape<'m> {
         if !loss.is_tracked() {
             return Err(EngineError::Tape("the loss does not depend on any parameter".into()));
         }
-        let one = Tensor::from_f32(loss.tensor.device(), loss.shape(), &[1.], loss.tensor.dtype())?;
         let remaining = std::mem::take(&mut *self.uses.borrow_mut());
         let slots = remaining.iter().map(|_| None).collect();
         let mut sink = ParamSink { slots, remaining, ready };
-        self.run_backward(loss.origin, one, 0, &mut sink)?;
+        self.run_backward(loss.origin, loss.tensor.clone(), 0, &mut sink)?;
         sink.flush()
     }
 

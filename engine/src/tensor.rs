@@ -1,7 +1,8 @@
 //! A contiguous, immutable array on one device, cheap to clone.
 //!
 //! On the CPU the storage is a candle tensor that never leaves this file, is never tracked, and
-//! whose buffer goes back to the pool when the last view is dropped.
+//! whose buffer goes back to the pool when the last view is dropped. On a card it is a block of the
+//! card's memory.
 
 use std::cell::Cell;
 use std::ops::{Deref, Range};
@@ -10,6 +11,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, InplaceOp1, Layout, Storage as CandleStorage, StorageRef};
 use half::bf16;
 
+use crate::cuda::{Address, Card, CardBuffer, transfer};
 use crate::pool::{self, Pooled};
 use crate::{Device, EngineError, Result};
 
@@ -20,14 +22,33 @@ pub enum DType {
     F32,
     /// bfloat16: storage only, sums are kept in f32.
     BF16,
+    /// IEEE half precision, on cards alone: storage only.
+    F16,
+    /// 8 bits with 4 of exponent (OCP E4M3) and one scale per tensor, on cards alone: storage of
+    /// frozen weights.
+    F8,
+    /// Row numbers, on cards alone.
+    U32,
 }
 
 impl DType {
     /// Bytes of one element.
     pub fn size(self) -> usize {
         match self {
-            DType::F32 => 4,
-            DType::BF16 => 2,
+            DType::F32 | DType::U32 => 4,
+            DType::BF16 | DType::F16 => 2,
+            DType::F8 => 1,
+        }
+    }
+
+    /// What the names of kernels for this type end in.
+    pub(crate) fn suffix(self) -> &'static str {
+        match self {
+            DType::F32 => "f32",
+            DType::BF16 => "bf16",
+            DType::F16 => "f16",
+            DType::F8 => "f8",
+            DType::U32 => "u32",
         }
     }
 }
@@ -115,16 +136,38 @@ impl Drop for HostBuffer {
         }
         // A failure here only means that the buffer is freed instead of kept.
         let _ = match self.dtype {
-            DType::F32 => self.with_mut(recycle::<f32>),
             DType::BF16 => self.with_mut(recycle::<bf16>),
+            _ => self.with_mut(recycle::<f32>),
         };
+    }
+}
+
+/// Where the elements are.
+enum Storage {
+    Host(HostBuffer),
+    Card(CardBuffer),
+}
+
+impl Storage {
+    fn dtype(&self) -> DType {
+        match self {
+            Storage::Host(buffer) => buffer.dtype,
+            Storage::Card(buffer) => buffer.dtype(),
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Storage::Host(buffer) => buffer.tensor.elem_count(),
+            Storage::Card(buffer) => buffer.len(),
+        }
     }
 }
 
 /// A contiguous row-major array: shape, element type, device, and a view of shared storage.
 #[derive(Clone)]
 pub struct Tensor {
-    storage: Arc<HostBuffer>,
+    storage: Arc<Storage>,
     offset: usize,
     shape: Arc<[usize]>,
     device: Device,
@@ -153,7 +196,7 @@ impl<T: Element> Deref for Elements<'_, T> {
 impl Tensor {
     pub(crate) fn from_pooled<T: Element>(shape: &[usize], data: Vec<T>) -> Self {
         debug_assert_eq!(shape.iter().product::<usize>(), data.len());
-        let storage = Arc::new(HostBuffer::new(data));
+        let storage = Arc::new(Storage::Host(HostBuffer::new(data)));
         Self { storage, offset: 0, shape: shape.into(), device: Device::Cpu }
     }
 
@@ -163,43 +206,100 @@ impl Tensor {
             let detail = format!("{} elements cannot have the shape {shape:?}", data.len());
             return Err(EngineError::shape("from_f32", detail));
         }
-        match device {
-            Device::Cpu => Ok(match dtype {
-                DType::F32 => {
-                    let mut out = pool::take::<f32>(data.len());
-                    out.copy_from_slice(data);
-                    Self::from_pooled(shape, out)
-                }
-                DType::BF16 => {
-                    let mut out = pool::take::<bf16>(data.len());
-                    out.iter_mut().zip(data).for_each(|(o, x)| *o = bf16::from_f32(*x));
-                    Self::from_pooled(shape, out)
-                }
-            }),
+        let card = match device {
+            Device::Cpu => return Self::host_from_f32(shape, data, dtype),
+            Device::Card(index) => Card::of(index),
+        };
+        let scale = transfer::scale_for(data, dtype);
+        let mut buffer = CardBuffer::new(card, data.len(), dtype)?;
+        buffer.scale = scale;
+        buffer.fill(&transfer::bytes_of(data, dtype, scale)?)?;
+        Ok(Self::on_card(buffer, shape))
+    }
+
+    fn host_from_f32(shape: &[usize], data: &[f32], dtype: DType) -> Result<Self> {
+        match dtype {
+            DType::F32 => {
+                let mut out = pool::take::<f32>(data.len());
+                out.copy_from_slice(data);
+                Ok(Self::from_pooled(shape, out))
+            }
+            DType::BF16 => {
+                let mut out = pool::take::<bf16>(data.len());
+                out.iter_mut().zip(data).for_each(|(o, x)| *o = bf16::from_f32(*x));
+                Ok(Self::from_pooled(shape, out))
+            }
+            other => Err(EngineError::not_on_cpu("from_f32", other)),
         }
+    }
+
+    /// Row numbers on a card, for [`crate::Ids`].
+    pub(crate) fn from_u32(card: &'static Card, data: &[u32]) -> Result<Self> {
+        let buffer = CardBuffer::new(card, data.len(), DType::U32)?;
+        buffer.fill(bytemuck::cast_slice(data))?;
+        Ok(Self::on_card(buffer, &[data.len()]))
     }
 
     /// A tensor of zeros.
     pub fn zeros(device: Device, shape: &[usize], dtype: DType) -> Result<Self> {
-        match device {
-            Device::Cpu => {
-                let len = shape.iter().product();
-                Ok(match dtype {
-                    DType::F32 => Self::from_pooled(shape, zeroed::<f32>(len)),
-                    DType::BF16 => Self::from_pooled(shape, zeroed::<bf16>(len)),
-                })
+        let len = shape.iter().product();
+        match (device, dtype) {
+            (Device::Cpu, DType::F32) => Ok(Self::from_pooled(shape, zeroed::<f32>(len))),
+            (Device::Cpu, DType::BF16) => Ok(Self::from_pooled(shape, zeroed::<bf16>(len))),
+            (Device::Cpu, other) => Err(EngineError::not_on_cpu("zeros", other)),
+            (Device::Card(index), _) => {
+                let buffer = CardBuffer::new(Card::of(index), len, dtype)?;
+                buffer.zero()?;
+                Ok(Self::on_card(buffer, shape))
             }
         }
     }
 
-    /// The elements as f32 on the host, row-major.
+    /// The elements as f32 on the host, row-major; waits for a card's work.
     pub fn to_vec_f32(&self) -> Result<Vec<f32>> {
-        Ok(match self.dtype() {
-            DType::F32 => self.elements::<f32>("to_vec_f32")?.to_vec(),
-            DType::BF16 => {
-                self.elements::<bf16>("to_vec_f32")?.iter().map(|x| x.to_f32()).collect()
+        match (&*self.storage, self.dtype()) {
+            (Storage::Card(buffer), dtype) => {
+                let mut bytes = vec![0; self.len() * dtype.size()];
+                buffer.read(self.offset * dtype.size(), &mut bytes)?;
+                transfer::values_of(&bytes, dtype, buffer.scale)
             }
-        })
+            (Storage::Host(_), DType::BF16) => {
+                Ok(self.elements::<bf16>("to_vec_f32")?.iter().map(|x| x.to_f32()).collect())
+            }
+            (Storage::Host(_), _) => Ok(self.elements::<f32>("to_vec_f32")?.to_vec()),
+        }
+    }
+
+    /// The same numbers on another device; no copy when they are there.
+    pub fn to_device(&self, device: Device) -> Result<Self> {
+        if device == self.device {
+            return Ok(self.clone());
+        }
+        Self::from_f32(device, &self.shape, &self.to_vec_f32()?, self.dtype())
+    }
+
+    pub(crate) fn on_card(buffer: CardBuffer, shape: &[usize]) -> Self {
+        debug_assert_eq!(shape.iter().product::<usize>(), buffer.len());
+        let device = buffer.device();
+        Self { storage: Arc::new(Storage::Card(buffer)), offset: 0, shape: shape.into(), device }
+    }
+
+    /// Where the first element lies in the card's memory.
+    pub(crate) fn address(&self, op: &'static str) -> Result<Address> {
+        match &*self.storage {
+            Storage::Card(buffer) => {
+                Ok(buffer.address() + (self.offset * self.dtype().size()) as Address)
+            }
+            Storage::Host(_) => Err(EngineError::Device { op, got: self.device }),
+        }
+    }
+
+    /// What stored numbers are multiplied by when read; 1 but for [`DType::F8`].
+    pub(crate) fn stored_scale(&self) -> f32 {
+        match &*self.storage {
+            Storage::Card(buffer) => buffer.scale,
+            Storage::Host(_) => 1.,
+        }
     }
 
     /// Shape, outermost axis first.
@@ -234,7 +334,7 @@ impl Tensor {
 
     /// Element type.
     pub fn dtype(&self) -> DType {
-        self.storage.dtype
+        self.storage.dtype()
     }
 
     /// Device.
@@ -274,18 +374,21 @@ impl Tensor {
         if self.dtype() != T::DTYPE {
             let expected = match T::DTYPE {
                 DType::F32 => "f32 elements",
-                DType::BF16 => "bf16 elements",
+                _ => "bf16 elements",
             };
             return Err(EngineError::DType { op, expected, got: format!("{:?}", self.dtype()) });
         }
-        let (guard, _) = self.storage.tensor.storage_and_layout();
+        let Storage::Host(buffer) = &*self.storage else {
+            return Err(EngineError::Device { op, got: self.device });
+        };
+        let (guard, _) = buffer.tensor.storage_and_layout();
         let range = self.offset..self.offset + self.len();
         Ok(Elements { guard, range, of: std::marker::PhantomData })
     }
 
     /// Whether no other tensor shares the storage and the view covers it whole.
     pub(crate) fn is_unique(&mut self) -> bool {
-        let whole = self.len() == self.storage.tensor.elem_count();
+        let whole = self.len() == self.storage.len();
         whole && Arc::get_mut(&mut self.storage).is_some()
     }
 
@@ -300,7 +403,10 @@ impl Tensor {
                 format!("{:?} {:?} is shared or of another type", self.dtype(), self.shape);
             return Err(EngineError::shape(op, detail));
         }
-        let result = self.storage.with_mut(|storage| T::vec_mut(storage).map(|data| run(data)))?;
+        let Storage::Host(buffer) = &*self.storage else {
+            return Err(EngineError::Device { op, got: self.device });
+        };
+        let result = buffer.with_mut(|storage| T::vec_mut(storage).map(|data| run(data)))?;
         result.ok_or_else(|| EngineError::shape(op, "storage and element type disagree"))
     }
 }

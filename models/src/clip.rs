@@ -3,7 +3,7 @@
 //! A prompt longer than 77 tokens comes as several chunks along the batch axis; see [`join_chunks`].
 
 use engine::{
-    Activation, AttentionShape, DType, Device, Embedding, EngineError, LayerNorm, Linear,
+    Activation, AttentionShape, DType, Device, Embedding, EngineError, Ids, LayerNorm, Linear,
     Result as EngineResult, Tape, Value,
 };
 use formats::Weights;
@@ -181,7 +181,7 @@ impl ClipTextModel {
     pub fn forward<'m>(
         &'m self,
         tape: &Tape<'m>,
-        ids: &[u32],
+        ids: &Ids,
         length: usize,
         clip_skip: Option<usize>,
     ) -> EngineResult<Value> {
@@ -195,6 +195,7 @@ impl ClipTextModel {
         }
         let used = self.used_layers(clip_skip)?;
         let places: Vec<u32> = (0..ids.len()).map(|i| (i % length) as u32).collect();
+        let places = Ids::constant(self.positions.table.device(), &places)?;
         let mut h = tape.add(&self.tokens.forward(ids)?, &self.positions.forward(&places)?)?;
         h = tape.reshape(&h, &[ids.len() / length, length, self.config.width])?;
         for layer in &self.layers[..used] {
@@ -212,6 +213,11 @@ impl ClipTextModel {
                 self.config.layers
             ))
         })
+    }
+
+    /// Where its weights are.
+    pub fn device(&self) -> Device {
+        self.positions.table.device()
     }
 
     /// Visits every layer that can carry an adapter.
@@ -301,32 +307,27 @@ fn joined_rows(prompts: usize, chunks: usize, length: usize) -> Vec<u32> {
     rows
 }
 
-/// Multiplies joined hidden states `[B,T,C]` by a weight per token (`weighted_captions`).
+/// Factors of the rows of joined hidden states `[B,T,C]` for a weight per token
+/// (`weighted_captions`), for [`Tape::scale_rows`].
 ///
-/// `weights` has one entry per token of every chunk, `[B,chunks,L]` row-major. The first and the
-/// last token of a prompt of several chunks keep their value, as in sd-scripts.
-pub fn scale_tokens(
-    tape: &Tape,
-    hidden: &Value,
-    weights: &[f32],
-    chunks: usize,
-) -> EngineResult<Value> {
+/// `weights` has one entry per token of every chunk, `[prompts,chunks,L]` row-major. The first and
+/// the last token of a prompt of several chunks keep their value, as in sd-scripts.
+pub fn token_factors(weights: &[f32], prompts: usize, chunks: usize) -> EngineResult<Vec<f32>> {
     if chunks <= 1 {
-        return tape.scale_rows(hidden, weights);
+        return Ok(weights.to_vec());
     }
-    let prompts = hidden.shape()[0];
     let length = weights.len() / (prompts * chunks).max(1);
     if length < 2 || weights.len() != prompts * chunks * length {
-        let detail = format!("{} weights for {:?}", weights.len(), hidden.shape());
-        return Err(EngineError::shape("scale_tokens", detail));
+        let detail = format!("{} weights for {prompts} prompts of {chunks} chunks", weights.len());
+        return Err(EngineError::shape("token_factors", detail));
     }
-    let mut factors = Vec::with_capacity(hidden.tensor().rows());
+    let mut factors = Vec::with_capacity(prompts * (chunks * (length - 2) + 2));
     for prompt in weights.chunks(chunks * length) {
         factors.push(1.);
         prompt.chunks(length).for_each(|chunk| factors.extend(&chunk[1..length - 1]));
         factors.push(1.);
     }
-    tape.scale_rows(hidden, &factors)
+    Ok(factors)
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ mod schedule;
 mod unet;
 mod vae;
 
-pub use clip::{ClipConfig, ClipTextModel, join_chunks, scale_tokens};
+pub use clip::{ClipConfig, ClipTextModel, join_chunks, token_factors};
 pub use error::{ModelError, Result};
 pub use preset::{Preset, preset};
 pub use reader::{SlotVisitor, TensorShape};

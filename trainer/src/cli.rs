@@ -5,14 +5,13 @@ use std::ffi::OsString;
 use anyhow::{Context, Result};
 use clap::Parser;
 use collectives::{CollectiveError, Env, exit_code, report_failure};
-use engine::Device;
 use models::ModelError;
 
 use crate::dataset::DatasetError;
 use crate::options::{self, Action, UsageError};
 use crate::run::Run;
 use crate::train::Ending;
-use crate::{config_check, console, selftest};
+use crate::{config_check, console, device, selftest};
 
 /// A failure and the code it ends the process with.
 struct Failure {
@@ -123,7 +122,7 @@ pub fn selftest_main(args: &[OsString], env: &Env) -> i32 {
 }
 
 fn run_selftest(args: &SelftestArgs) -> Result<i32> {
-    let device = Device::parse(&args.device)?;
+    let device = device::open(&args.device)?;
     let report = match (&args.reference, &args.base) {
         (Some(case), Some(base)) => selftest::run(case, base, device, args.gradient_checkpointing)
             .with_context(|| format!("selftest of {}", case.display()))?,

@@ -8,6 +8,7 @@ pub mod console;
 pub mod data_plan;
 pub mod dataset;
 pub mod debug_dataset;
+pub mod device;
 pub mod draws;
 pub mod ema;
 pub mod gradients;

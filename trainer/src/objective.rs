@@ -138,9 +138,8 @@ impl Objective {
         }
         let mut noisy = Vec::with_capacity(latents.len());
         let mut target = Vec::with_capacity(latents.len());
-        let mut loss =
-            LossSpec { element: self.element, delta: Vec::new(), weight: Vec::new(), mask: None };
-        for ((latents, draw), weight) in latents.chunks_exact(len).zip(draws).zip(weights) {
+        let (mut delta, mut weight) = (Vec::new(), Vec::new());
+        for ((latents, draw), share) in latents.chunks_exact(len).zip(draws).zip(weights) {
             let noise = self.noise.noise(latents, sample, draw);
             let schedule = &self.schedule;
             let disturbed = self.noise.disturbed(&noise, draw);
@@ -153,15 +152,15 @@ impl Objective {
             } else {
                 target.extend(noise);
             }
-            loss.delta.push(self.huber_threshold(draw.timestep));
-            loss.weight.push(weight * self.timestep_weight(draw.timestep));
+            delta.push(self.huber_threshold(draw.timestep));
+            weight.push(share * self.timestep_weight(draw.timestep));
         }
         let tensor = |data: &[f32]| Tensor::from_f32(Device::Cpu, &shape, data, DType::F32);
         Ok(Noised {
             noisy: tensor(&noisy)?,
             target: tensor(&target)?,
             timesteps: draws.iter().map(|d| d.timestep as f32).collect(),
-            loss,
+            loss: LossSpec::new(Device::Cpu, self.element, &delta, &weight)?,
         })
     }
 

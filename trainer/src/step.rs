@@ -3,8 +3,8 @@
 use std::rc::Rc;
 
 use anyhow::Result;
-use engine::{Draws, ParamId, ParamStore, Tape, Tensor};
-use models::{ClipTextModel, Unet, UnetInput, join_chunks, scale_tokens};
+use engine::{DType, Draws, Ids, ParamId, ParamStore, Tape, Tensor};
+use models::{ClipTextModel, Unet, UnetInput, join_chunks, token_factors};
 
 use crate::objective::Noised;
 
@@ -62,11 +62,12 @@ pub fn forward_backward(
     let random = setting.draws.is_some();
     let tape = Tape::new(params, setting.checkpointing).with_draws(setting.draws);
     let context = encode_prompts(&tape, &models.text_encoder, setting.clip_skip, prompts)?;
-    let prediction = models.unet.forward(
-        &tape,
-        UnetInput { latents: &batch.noisy, timesteps: &batch.timesteps, context: &context },
-    )?;
-    let (losses, loss) = tape.loss(&prediction, &batch.target, &batch.loss)?;
+    let waves = models.unet.waves(batch.noisy.device(), &batch.timesteps)?;
+    let prediction = models
+        .unet
+        .forward(&tape, UnetInput { latents: &batch.noisy, waves: &waves, context: &context })?;
+    let loss = tape.loss(&prediction, &batch.target, &batch.loss)?;
+    let losses = loss.tensor().to_vec_f32()?;
     let forward = Forward {
         context: context.tensor().clone(),
         prediction: prediction.tensor().clone(),
@@ -90,11 +91,11 @@ pub fn evaluate(
 ) -> Result<Vec<f32>> {
     let tape = Tape::inference(Some(params));
     let context = encode_prompts(&tape, &models.text_encoder, clip_skip, prompts)?;
-    let prediction = models.unet.forward(
-        &tape,
-        UnetInput { latents: &batch.noisy, timesteps: &batch.timesteps, context: &context },
-    )?;
-    Ok(tape.loss(&prediction, &batch.target, &batch.loss)?.0)
+    let waves = models.unet.waves(batch.noisy.device(), &batch.timesteps)?;
+    let prediction = models
+        .unet
+        .forward(&tape, UnetInput { latents: &batch.noisy, waves: &waves, context: &context })?;
+    Ok(tape.loss(&prediction, &batch.target, &batch.loss)?.tensor().to_vec_f32()?)
 }
 
 /// Hidden states of the prompts, `[B,T,C]`, long prompts joined, words weighted.
@@ -104,10 +105,16 @@ pub fn encode_prompts<'m>(
     clip_skip: Option<usize>,
     prompts: &Prompts,
 ) -> engine::Result<engine::Value> {
-    let hidden = text_encoder.forward(tape, &prompts.ids, CHUNK, clip_skip)?;
+    let device = text_encoder.device();
+    let ids = Ids::new(device, &prompts.ids)?;
+    let hidden = text_encoder.forward(tape, &ids, CHUNK, clip_skip)?;
     let joined = join_chunks(tape, &hidden, prompts.chunks)?;
     match &prompts.weights {
-        Some(weights) => scale_tokens(tape, &joined, weights, prompts.chunks),
+        Some(weights) => {
+            let factors = token_factors(weights, joined.shape()[0], prompts.chunks)?;
+            let factors = Tensor::from_f32(device, &[factors.len()], &factors, DType::F32)?;
+            tape.scale_rows(&joined, &factors)
+        }
         None => Ok(joined),
     }
 }

@@ -160,7 +160,7 @@ fn backward_input_at(
                 DType::F32 => t.with_mut::<f32, _>(OP, |out| {
                     phases(level, &s, operands, Output::F32(out.as_mut_ptr()), Add::InPlace);
                 })?,
-                DType::BF16 => t.with_mut::<half::bf16, _>(OP, |out| {
+                _ => t.with_mut::<half::bf16, _>(OP, |out| {
                     phases(level, &s, operands, Output::BF16(out.as_mut_ptr()), Add::InPlace);
                 })?,
             }

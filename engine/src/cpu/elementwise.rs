@@ -77,6 +77,7 @@ pub(super) fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
         (DType::F32, DType::F32) | (DType::BF16, DType::BF16) => Ok(x.clone()),
         (DType::F32, DType::BF16) => map("cast", x, round_into::<half::bf16>),
         (DType::BF16, DType::F32) => map("cast", x, widen_into::<half::bf16>),
+        (_, other) => Err(EngineError::not_on_cpu("cast", other)),
     }
 }
 
@@ -118,12 +119,14 @@ pub(super) fn scale(x: &Tensor, factor: f32) -> Result<Tensor> {
 }
 
 /// Multiplies row `i` of `x`, read as `[rows, last axis]`, by `factors[i]`.
-pub(super) fn scale_rows(x: &Tensor, factors: &[f32]) -> Result<Tensor> {
+pub(super) fn scale_rows(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
     if factors.len() != x.rows() {
-        let detail = format!("{} factors for {:?}", factors.len(), x.shape());
+        let detail = format!("factors {:?} for {:?}", factors.shape(), x.shape());
         return Err(EngineError::shape("scale_rows", detail));
     }
     let width = x.last_dim().max(1);
+    let factors = factors.elements::<f32>("scale_rows")?;
+    let factors: &[f32] = &factors;
     with_scalar!(x.dtype(), T => {
         let data = x.elements::<T>("scale_rows")?;
         let mut out = pool::take::<T>(data.len());

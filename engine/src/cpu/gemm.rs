@@ -101,7 +101,7 @@ pub(super) fn produce(shape: &[usize], dtype: DType, fill: impl FnOnce(Output)) 
             fill(Output::F32(data.as_mut_ptr()));
             Tensor::from_pooled(shape, data)
         }
-        DType::BF16 => {
+        _ => {
             let mut data = pool::take::<bf16>(len);
             fill(Output::BF16(data.as_mut_ptr()));
             Tensor::from_pooled(shape, data)
@@ -202,7 +202,7 @@ fn narrow_transposed(level: Level, p: &Gemm, s: Sizes) -> Result<Tensor> {
     let turned = gemm_at(level, &turned)?;
     Ok(match p.out {
         DType::F32 => turn::<f32>(&turned.elements(OP)?, s),
-        DType::BF16 => turn::<bf16>(&turned.elements(OP)?, s),
+        _ => turn::<bf16>(&turned.elements(OP)?, s),
     })
 }
 

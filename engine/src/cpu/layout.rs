@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::elementwise::CHUNK;
 use super::simd::{Scalar, vectorized, with_scalar};
-use crate::{EngineError, Result, Tensor, pool};
+use crate::{EngineError, Ids, Result, Tensor, pool};
 
 /// Rows per task for rows of `width` elements.
 fn rows_per_task(width: usize) -> usize {
@@ -130,7 +130,10 @@ pub(super) fn upsample2x_backward(dy: &Tensor) -> Result<Tensor> {
 }
 
 /// Rows of `table` `[N,C]` chosen by `ids`: `[ids.len(),C]`; an id outside is an error.
-pub(super) fn embedding(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
+pub(super) fn embedding(table: &Tensor, ids: &Ids) -> Result<Tensor> {
+    let Some(ids) = ids.on_host() else {
+        return Err(EngineError::Device { op: "embedding", got: table.device() });
+    };
     let &[rows, width] = table.shape() else {
         let detail = format!("the table is {:?}, not [N,C]", table.shape());
         return Err(EngineError::shape("embedding", detail));

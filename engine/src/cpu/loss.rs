@@ -78,14 +78,12 @@ vectorized! {
 /// Weighted mean loss of each sample (f32 `[B]`) and the gradient of `pred` of their sum.
 pub(super) fn loss(pred: &Tensor, target: &Tensor, spec: &LossSpec) -> Result<(Tensor, Tensor)> {
     let batch = pred.shape().first().copied().unwrap_or(0);
-    let lists = [spec.delta.len(), spec.weight.len()];
-    if pred.shape() != target.shape() || lists != [batch, batch] {
+    let lists = [&spec.delta, &spec.weight, &spec.gradient_weight];
+    if pred.shape() != target.shape() || lists.iter().any(|list| list.len() != batch) {
         let detail = format!(
-            "prediction {:?}, target {:?}, {} deltas, {} weights",
+            "prediction {:?}, target {:?}, deltas and weights {lists:?}",
             pred.shape(),
-            target.shape(),
-            lists[0],
-            lists[1]
+            target.shape()
         );
         return Err(EngineError::shape("loss", detail));
     }
@@ -93,6 +91,8 @@ pub(super) fn loss(pred: &Tensor, target: &Tensor, spec: &LossSpec) -> Result<(T
     if size == 0 {
         return Err(EngineError::shape("loss", format!("{:?} has no elements", pred.shape())));
     }
+    let [deltas, weights, gradient_weights] = lists.map(|list| list.elements::<f32>("loss"));
+    let (deltas, weights, gradient_weights) = (deltas?, weights?, gradient_weights?);
     let aims = target.elements::<f32>("loss")?;
     let aims: &[f32] = &aims;
     let masks = match &spec.mask {
@@ -110,8 +110,8 @@ pub(super) fn loss(pred: &Tensor, target: &Tensor, spec: &LossSpec) -> Result<(T
         let mut each = Vec::with_capacity(batch);
         for (sample, grad) in grad.chunks_exact_mut(size).enumerate() {
             let of_sample = all.part(sample * size..(sample + 1) * size);
-            let (weight, delta) = (f64::from(spec.weight[sample]), spec.delta[sample]);
-            let factor = (weight / size as f64) as f32;
+            let (weight, delta) = (f64::from(weights[sample]), deltas[sample]);
+            let factor = (f64::from(gradient_weights[sample]) / size as f64) as f32;
             let partial: Vec<f64> = grad
                 .par_chunks_mut(CHUNK)
                 .enumerate()

@@ -21,7 +21,7 @@ use crate::backend::{
     Activation, AdamWStep, AttentionKind, AttentionOut, AttentionSaved, Backend, Conv,
     ConvGeometry, Gemm, GroupNormShape, LossSpec,
 };
-use crate::{DType, Result, Tensor};
+use crate::{DType, Ids, Result, Tensor};
 
 /// Kernels for the CPU, on all threads of the global rayon pool.
 pub struct Cpu;
@@ -144,13 +144,13 @@ impl Backend for Cpu {
     fn upsample2x_backward(&self, dy: &Tensor) -> Result<Tensor> {
         layout::upsample2x_backward(dy)
     }
-    fn embedding(&self, table: &Tensor, ids: &[u32]) -> Result<Tensor> {
+    fn embedding(&self, table: &Tensor, ids: &Ids) -> Result<Tensor> {
         layout::embedding(table, ids)
     }
     fn concat_rows(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         layout::concat_rows(a, b)
     }
-    fn scale_rows(&self, x: &Tensor, factors: &[f32]) -> Result<Tensor> {
+    fn scale_rows(&self, x: &Tensor, factors: &Tensor) -> Result<Tensor> {
         elementwise::scale_rows(x, factors)
     }
     fn multiply(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
@@ -192,7 +192,7 @@ impl Backend for Cpu {
         &self,
         p: &AdamWStep,
         param: &mut Tensor,
-        grad: &[f32],
+        grad: &Tensor,
         moments: (&mut Tensor, &mut Tensor),
     ) -> Result<()> {
         optimizer::adamw(p, param, grad, moments)

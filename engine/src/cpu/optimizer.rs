@@ -59,10 +59,12 @@ vectorized! {
 pub(super) fn adamw(
     p: &AdamWStep,
     param: &mut Tensor,
-    grad: &[f32],
+    grad: &Tensor,
     moments: (&mut Tensor, &mut Tensor),
 ) -> Result<()> {
     let (m, v) = moments;
+    let grad = grad.elements::<f32>("adamw")?;
+    let grad: &[f32] = &grad;
     if [param.len(), m.len(), v.len()] != [grad.len(); 3]
         || p.step == 0
         || p.range.start > p.range.end

@@ -1,7 +1,7 @@
 //! Scaled dot-product attention (flash-style: saves log-sum-exp, no N x N tensor) and embeddings.
 
 use crate::backend::{AttentionKind, AttentionSaved};
-use crate::{Result, Tape, Tensor, Value};
+use crate::{Ids, Result, Tape, Tensor, Value};
 
 /// Heads and mask of an attention layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +50,7 @@ pub struct Embedding {
 
 impl Embedding {
     /// The rows chosen by `ids`: `[ids.len(),C]`.
-    pub fn forward(&self, ids: &[u32]) -> Result<Value> {
+    pub fn forward(&self, ids: &Ids) -> Result<Value> {
         Ok(Value::constant(self.table.device().backend().embedding(&self.table, ids)?))
     }
 }

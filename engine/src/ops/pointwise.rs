@@ -53,42 +53,25 @@ impl<'m> Tape<'m> {
         Ok(self.record(y, &[x], move |dy, grads| grads.add(origin, dy.to_dtype(before)?)))
     }
 
-    /// The weighted loss of each sample and their sum as a scalar to start the backward from.
+    /// The weighted loss of each sample, f32 `[B]`: where the backward starts. The gradient is that of
+    /// their sum.
     ///
     /// `pred` is `[B,...]`, `target` f32 of the same shape; see [`LossSpec`].
-    pub fn loss(
-        &self,
-        pred: &Value,
-        target: &Tensor,
-        spec: &LossSpec,
-    ) -> Result<(Vec<f32>, Value)> {
+    pub fn loss(&self, pred: &Value, target: &Tensor, spec: &LossSpec) -> Result<Value> {
         let batch = pred.shape().first().copied().unwrap_or(0);
-        if pred.shape() != target.shape() || spec.delta.len() != batch || spec.weight.len() != batch
-        {
+        let lists = [&spec.delta, &spec.weight, &spec.gradient_weight].map(Tensor::len);
+        if pred.shape() != target.shape() || lists != [batch; 3] {
             let detail = format!(
-                "prediction {:?}, target {:?}, {} weights, {} deltas",
+                "prediction {:?}, target {:?}, deltas and weights {lists:?}",
                 pred.shape(),
-                target.shape(),
-                spec.weight.len(),
-                spec.delta.len()
+                target.shape()
             );
             return Err(EngineError::shape("loss", detail));
         }
         let (each, gradient) =
             pred.tensor().device().backend().loss(pred.tensor(), target, spec)?;
-        let each = each.to_vec_f32()?;
-        let total = each.iter().sum::<f32>();
-        let total = Tensor::from_f32(pred.tensor().device(), &[], &[total], DType::F32)?;
         let origin = pred.origin();
-        let value = self.record(total, &[pred], move |dy, grads| {
-            let seed = dy.to_vec_f32()?[0];
-            let scaled = if seed == 1. {
-                gradient
-            } else {
-                gradient.device().backend().scale(&gradient, seed)?
-            };
-            grads.add(origin, scaled)
-        });
-        Ok((each, value))
+        // The kernel has made the gradient along with the loss; what arrives here is only the start.
+        Ok(self.record(each, &[pred], move |_, grads| grads.add(origin, gradient)))
     }
 }

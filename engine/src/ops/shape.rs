@@ -1,6 +1,6 @@
 //! Operations that move elements without arithmetic.
 
-use crate::{EngineError, Result, Tape, Value};
+use crate::{EngineError, Ids, Result, Tape, Tensor, Value};
 
 impl<'m> Tape<'m> {
     /// The same elements under another shape; no copy.
@@ -39,7 +39,7 @@ impl<'m> Tape<'m> {
         let (count, width) = (x.tensor().rows(), x.tensor().last_dim());
         let flat = x.tensor().reshape(&[count, width])?;
         let backend = flat.device().backend();
-        let y = backend.embedding(&flat, rows)?;
+        let y = backend.embedding(&flat, &Ids::constant(flat.device(), rows)?)?;
         let mut place = vec![None; count];
         for (to, from) in rows.iter().enumerate() {
             let slot = &mut place[*from as usize];
@@ -52,21 +52,22 @@ impl<'m> Tape<'m> {
         Ok(self.record(y, &[x], move |dy, grads| {
             let backend = dy.device().backend();
             // Rows that were not chosen read from one row of zeros behind the gradient.
-            let zero = crate::Tensor::zeros(dy.device(), &[1, width], dy.dtype())?;
+            let zero = Tensor::zeros(dy.device(), &[1, width], dy.dtype())?;
             let padded = backend.concat_rows(&dy, &zero)?;
             let back: Vec<u32> = place.iter().map(|slot| slot.unwrap_or(chosen as u32)).collect();
+            let back = Ids::constant(dy.device(), &back)?;
             grads.add(origin, backend.embedding(&padded, &back)?.reshape(&before)?)
         }))
     }
 
-    /// Multiplies row `i` of the value read as `[rows, last axis]` by `factors[i]`.
-    pub fn scale_rows(&self, x: &Value, factors: &[f32]) -> Result<Value> {
+    /// Multiplies row `i` of the value read as `[rows, last axis]` by `factors[i]`, f32.
+    pub fn scale_rows(&self, x: &Value, factors: &Tensor) -> Result<Value> {
         if factors.len() != x.tensor().rows() {
-            let detail = format!("{} factors for {:?}", factors.len(), x.shape());
+            let detail = format!("factors {:?} for {:?}", factors.shape(), x.shape());
             return Err(EngineError::shape("scale_rows", detail));
         }
         let y = x.tensor().device().backend().scale_rows(x.tensor(), factors)?;
-        let (factors, origin) = (factors.to_vec(), x.origin());
+        let (factors, origin) = (factors.clone(), x.origin());
         Ok(self.record(y, &[x], move |dy, grads| {
             grads.add(origin, dy.device().backend().scale_rows(&dy, &factors)?)
         }))

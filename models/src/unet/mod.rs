@@ -40,8 +40,8 @@ pub struct Unet {
 pub struct UnetInput<'a> {
     /// Noisy latents `[B,h,w,4]`, f32 or the compute type.
     pub latents: &'a Tensor,
-    /// One per image.
-    pub timesteps: &'a [f32],
+    /// [`Unet::waves`] of the timesteps, one row per image.
+    pub waves: &'a Tensor,
     /// Text encoder output `[B,T,C]`.
     pub context: &'a Value,
 }
@@ -86,6 +86,13 @@ impl Unet {
         })
     }
 
+    /// The sinusoidal embedding of timesteps that [`UnetInput::waves`] takes, f32 `[B,width]`.
+    pub fn waves(&self, device: Device, timesteps: &[f32]) -> EngineResult<Tensor> {
+        let width = self.config.channels[0];
+        let waves = timestep_embedding(timesteps, width);
+        Tensor::from_f32(device, &[timesteps.len(), width], &waves, DType::F32)
+    }
+
     /// Its sizes.
     pub fn config(&self) -> &UnetConfig {
         &self.config
@@ -94,7 +101,7 @@ impl Unet {
     /// The noise (or v) that the model sees in the latents, `[B,h,w,4]`, in the compute type.
     pub fn forward<'m>(&'m self, tape: &Tape<'m>, input: UnetInput) -> EngineResult<Value> {
         self.check(&input)?;
-        let time = self.time_signal(tape, input.timesteps, input.latents.device())?;
+        let time = self.time_signal(tape, input.waves)?;
         let context = tape.cast(input.context, self.dtype)?;
         let pass = Pass { tape, time: &time, context: &context };
         let latents = Value::constant(input.latents.to_dtype(self.dtype)?);
@@ -119,7 +126,7 @@ impl Unet {
                 *channels == self.config.in_channels
                     && *width == self.config.context_width
                     && batch == contexts
-                    && *batch == input.timesteps.len()
+                    && *input.waves.shape() == [*batch, self.config.channels[0]]
             }
             _ => false,
         };
@@ -127,9 +134,9 @@ impl Unet {
             return Ok(());
         }
         let detail = format!(
-            "latents {latents:?}, text {context:?}, {} timesteps; the model takes {} channels and \
+            "latents {latents:?}, text {context:?}, time {:?}; the model takes {} channels and \
              text of width {}",
-            input.timesteps.len(),
+            input.waves.shape(),
             self.config.in_channels,
             self.config.context_width
         );
@@ -137,16 +144,9 @@ impl Unet {
     }
 
     /// SiLU of the time embedding `[B,time]`: what every residual block projects.
-    fn time_signal<'m>(
-        &self,
-        tape: &Tape<'m>,
-        timesteps: &[f32],
-        device: Device,
-    ) -> EngineResult<Value> {
-        let width = self.config.channels[0];
-        let waves = timestep_embedding(timesteps, width);
-        let waves = Tensor::from_f32(device, &[timesteps.len(), width], &waves, self.dtype)?;
-        let mut h = self.time_1.forward(tape, &Value::constant(waves))?;
+    fn time_signal<'m>(&self, tape: &Tape<'m>, waves: &Tensor) -> EngineResult<Value> {
+        let waves = Value::constant(waves.to_dtype(self.dtype)?);
+        let mut h = self.time_1.forward(tape, &waves)?;
         h = tape.activation(engine::Activation::Silu, &h)?;
         h = self.time_2.forward(tape, &h)?;
         tape.activation(engine::Activation::Silu, &h)

@@ -109,9 +109,11 @@ impl AdamW {
 impl Optimize for AdamW {
     fn step(&mut self, params: &mut ParamStore, input: &StepInput) -> Result<()> {
         let backend = params.device().backend();
+        let len = input.gradient.len();
+        let gradient = Tensor::from_f32(self.device, &[len], input.gradient, DType::F32)?;
         for stretch in self.stretches(input) {
             let moments = (&mut self.first, &mut self.second);
-            backend.adamw(&stretch, params.flat_mut(), input.gradient, moments)?;
+            backend.adamw(&stretch, params.flat_mut(), &gradient, moments)?;
         }
         Ok(())
     }

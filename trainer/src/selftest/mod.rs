@@ -179,12 +179,10 @@ impl Bench {
                 Some(n) => format!("noise_pred_clip_skip_{n}"),
             };
             if file.shape(&key).is_some() {
-                let input = UnetInput {
-                    latents: &noised.noisy,
-                    timesteps: &noised.timesteps,
-                    context: &context,
-                };
-                let prediction = self.models.unet.forward(&tape, input)?;
+                let unet = &self.models.unet;
+                let waves = unet.waves(noised.noisy.device(), &noised.timesteps)?;
+                let input = UnetInput { latents: &noised.noisy, waves: &waves, context: &context };
+                let prediction = unet.forward(&tape, input)?;
                 let shown = format!("base/{key}");
                 self.check_against(report, file, (&key, &shown), prediction.tensor())?;
             }

@@ -16,7 +16,7 @@ impl<'a> Guard<'a> {
     pub(in super::super) fn new(t: &'a Tensor, op: &'static str) -> Result<Self> {
         Ok(match t.dtype() {
             DType::F32 => Guard::F32(t.elements(op)?),
-            DType::BF16 => Guard::BF16(t.elements(op)?),
+            _ => Guard::BF16(t.elements(op)?),
         })
     }
 

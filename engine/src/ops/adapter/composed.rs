@@ -143,7 +143,8 @@ impl Active {
     fn with_rows_dropped(&self, update: Tensor) -> Result<Tensor> {
         let Some(rows) = &self.rows else { return Ok(update) };
         let matrix = update.reshape(&[rows.len(), update.len() / rows.len().max(1)])?;
-        matrix.device().backend().scale_rows(&matrix, rows)
+        let factors = Tensor::from_f32(matrix.device(), &[rows.len()], rows, DType::F32)?;
+        matrix.device().backend().scale_rows(&matrix, &factors)
     }
 
     /// The second matrix of a Kronecker product as `[c, window, d]`, by the shape of the weight.

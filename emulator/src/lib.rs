@@ -1,0 +1,1 @@
+//! A card that is not there: the kernels of the engine, compiled for the host.

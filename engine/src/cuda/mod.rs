@@ -1,0 +1,24 @@
+//! Cards: the operation table for NVIDIA GPUs, found at run time.
+//!
+//! [`driver`] says what a card is asked for, [`Card`] is one in use. The operations are in the files
+//! of their kind; their kernels are in `engine/kernels`.
+
+mod attention;
+mod card;
+mod compose;
+mod conv;
+pub mod driver;
+mod layout;
+mod loss;
+mod matmul;
+mod memory;
+mod norm;
+mod optimizer;
+mod pointwise;
+mod table;
+pub(crate) mod transfer;
+
+pub use card::Card;
+pub(crate) use card::CardBuffer;
+pub use driver::Address;
+pub use memory::CardMemory;
