@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use engine::{
-    DType, Device, ElementLoss, LossSpec, ParamId, ParamStore, Tape, Tensor, Value, pool_stats,
+    DType, Device, ElementLoss, Ids, LossSpec, ParamId, ParamStore, Tape, Tensor, Value, pool_stats,
 };
 use formats::{Dtype, Family, OpenOptions, TensorFile, open_base_model, open_tensor_file};
 use models::lora::{
@@ -20,7 +20,7 @@ use models::lora::{
 };
 use models::{
     ClipConfig, ClipTextModel, NoiseSchedule, ScheduleSettings, Unet, UnetConfig, UnetInput, Vae,
-    VaeConfig, join_chunks, pixel_order, preset, scale_tokens,
+    VaeConfig, join_chunks, pixel_order, preset, token_factors,
 };
 
 const FORWARD: f32 = 1e-4;
@@ -90,8 +90,9 @@ impl Fixture {
         }
     }
 
-    fn ids(&self) -> Vec<u32> {
-        self.inputs.get("input_ids").iter().map(|id| *id as u32).collect()
+    fn ids(&self) -> Ids {
+        let ids: Vec<u32> = self.inputs.get("input_ids").iter().map(|id| *id as u32).collect();
+        Ids::new(Device::Cpu, &ids).unwrap()
     }
 
     fn timesteps(&self) -> Vec<f32> {
@@ -116,8 +117,8 @@ impl Fixture {
     }
 
     fn predict<'m>(&'m self, tape: &Tape<'m>, context: &Value) -> Value {
-        let (latents, timesteps) = (self.latents(), self.timesteps());
-        let input = UnetInput { latents: &latents, timesteps: &timesteps, context };
+        let waves = self.unet.waves(Device::Cpu, &self.timesteps()).unwrap();
+        let input = UnetInput { latents: &self.latents(), waves: &waves, context };
         self.unet.forward(tape, input).unwrap()
     }
 
@@ -241,12 +242,11 @@ fn train(
         &fixture.inputs.get("noise")[..fixture.noisy_latents().len()],
         &fixture.inputs.shape("latents_raw"),
     );
-    let spec =
-        LossSpec { element: ElementLoss::L2, delta: vec![0.; 2], weight: vec![0.5; 2], mask: None };
-    let (_, loss) = tape.loss(&prediction, &target, &spec).unwrap();
+    let spec = LossSpec::new(Device::Cpu, ElementLoss::L2, &[0.; 2], &[0.5; 2]).unwrap();
+    let loss = tape.loss(&prediction, &target, &spec).unwrap();
     let mut gradients = BTreeMap::new();
     let (text, prediction) = (text.tensor().to_vec_f32().unwrap(), nchw(prediction.tensor()));
-    let value = loss.tensor().to_vec_f32().unwrap()[0];
+    let value = loss.tensor().to_vec_f32().unwrap().iter().sum();
     tape.backward(&loss, &mut |id: ParamId, gradient| {
         let gradient = network.file_order(id, &gradient.to_vec_f32()?);
         assert!(gradients.insert(network.key(id), gradient).is_none());
@@ -466,13 +466,15 @@ fn long_prompts_are_joined_from_their_chunks() {
         assert_eq!(row(&all, to), row(&each, from), "row {to}");
     }
     let weights: Vec<f32> = (0..154).map(|i| i as f32).collect();
-    let scaled = scale_tokens(&tape, &joined, &weights, 2).unwrap().tensor().to_vec_f32().unwrap();
+    let factors = token_factors(&weights, 1, 2).unwrap();
+    let factors = Tensor::from_f32(Device::Cpu, &[152], &factors, DType::F32).unwrap();
+    let scaled = tape.scale_rows(&joined, &factors).unwrap().tensor().to_vec_f32().unwrap();
     for (to, factor) in [(0, 1.), (1, 1.), (75, 75.), (76, 78.), (150, 152.), (151, 1.)] {
         let want: Vec<f32> = row(&all, to).iter().map(|x| x * factor).collect();
         assert_eq!(row(&scaled, to), want, "row {to}");
     }
     assert!(join_chunks(&tape, &chunks, 3).is_err());
-    assert!(scale_tokens(&tape, &joined, &weights[1..], 2).is_err());
+    assert!(token_factors(&weights[1..], 1, 2).is_err());
 }
 
 #[test]

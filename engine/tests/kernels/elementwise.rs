@@ -36,8 +36,12 @@ fn scalings_multiply_all_or_rows() {
     assert_eq!(values(&backend().scale(&x, -1.5).unwrap()), want);
     let factors = [1., 2., 3., 4., 5., 6.];
     let want: Vec<f32> = values(&x).iter().enumerate().map(|(i, x)| x * factors[i / 5]).collect();
-    assert_eq!(values(&backend().scale_rows(&x, &factors).unwrap()), want);
-    assert!(backend().scale_rows(&x, &factors[1..]).is_err());
+    assert_eq!(
+        values(&backend().scale_rows(&x, &tensor(&[6], &factors, DType::F32)).unwrap()),
+        want
+    );
+    let few = tensor(&[5], &factors[1..], DType::F32);
+    assert!(backend().scale_rows(&x, &few).is_err());
 }
 
 #[test]

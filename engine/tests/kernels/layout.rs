@@ -1,6 +1,6 @@
 //! Kernels that move elements.
 
-use engine::DType;
+use engine::{DType, Device, Ids};
 
 use crate::reference::*;
 
@@ -57,11 +57,12 @@ fn upsampling_repeats_pixels_and_its_gradient_sums_them() {
 #[test]
 fn rows_are_looked_up_and_an_unknown_id_is_named() {
     let table = counted(&[4, 3], DType::BF16);
-    let rows = backend().embedding(&table, &[3, 0, 3]).unwrap();
+    let ids = |ids: &[u32]| Ids::new(Device::Cpu, ids).unwrap();
+    let rows = backend().embedding(&table, &ids(&[3, 0, 3])).unwrap();
     assert_eq!(values(&rows), [9., 10., 11., 0., 1., 2., 9., 10., 11.]);
-    let message = backend().embedding(&table, &[1, 4]).unwrap_err().to_string();
+    let message = backend().embedding(&table, &ids(&[1, 4])).unwrap_err().to_string();
     assert!(message.contains("id 4") && message.contains("4 rows"), "{message}");
-    assert!(backend().embedding(&counted(&[4], DType::F32), &[0]).is_err());
+    assert!(backend().embedding(&counted(&[4], DType::F32), &ids(&[0])).is_err());
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The losses against f64 formulas and their differences.
 
-use engine::{DType, ElementLoss, LossSpec};
+use engine::{DType, Device, ElementLoss, LossSpec};
 
 use crate::reference::*;
 
@@ -14,17 +14,16 @@ fn element(kind: ElementLoss, d: f64, c: f64) -> f64 {
     }
 }
 
+fn spec(element: ElementLoss, delta: &[f32], weight: &[f32]) -> LossSpec {
+    LossSpec::new(Device::Cpu, element, delta, weight).unwrap()
+}
+
 #[test]
 fn losses_and_gradients_agree_with_f64() {
-    let spec = |element| LossSpec {
-        element,
-        delta: vec![0.1, 1., 0.5],
-        weight: vec![0.25, 2., 1. / 3.],
-        mask: None,
-    };
+    let (deltas, weights) = ([0.1, 1., 0.5], [0.25, 2., 1. / 3.]);
     for kind in [ElementLoss::L2, ElementLoss::L1, ElementLoss::Huber, ElementLoss::SmoothL1] {
         for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::BF16, 5e-3)] {
-            let spec = spec(kind);
+            let spec = spec(kind, &deltas, &weights);
             let (pred, target) = (noise(3 * 40, 1), noise(3 * 40, 2));
             let f = |pred: &[f64]| -> Vec<f64> {
                 (0..3)
@@ -32,10 +31,10 @@ fn losses_and_gradients_agree_with_f64() {
                         let sum: f64 = (b * 40..b * 40 + 40)
                             .map(|i| {
                                 let d = pred[i] - f64::from(target[i]);
-                                element(kind, d, f64::from(spec.delta[b]))
+                                element(kind, d, f64::from(deltas[b]))
                             })
                             .sum();
-                        f64::from(spec.weight[b]) * sum / 40.
+                        f64::from(weights[b]) * sum / 40.
                     })
                     .collect()
             };
@@ -52,7 +51,7 @@ fn losses_and_gradients_agree_with_f64() {
 
 #[test]
 fn the_gradient_of_an_absolute_difference_is_zero_at_zero() {
-    let spec = LossSpec { element: ElementLoss::L1, delta: vec![1.], weight: vec![1.], mask: None };
+    let spec = spec(ElementLoss::L1, &[1.], &[1.]);
     let (p, t) =
         (tensor(&[1, 3], &[1., 2., 3.], DType::F32), tensor(&[1, 3], &[1., 3., 2.], DType::F32));
     let (each, grad) = backend().loss(&p, &t, &spec).unwrap();
@@ -65,10 +64,8 @@ fn a_mask_multiplies_each_elements_loss() {
     let (pred, target, mask) = (noise(2 * 30_000, 1), noise(2 * 30_000, 2), noise(2 * 30_000, 3));
     let shape = [2, 30_000];
     let masked = LossSpec {
-        element: ElementLoss::L2,
-        delta: vec![1.; 2],
-        weight: vec![1., 0.5],
         mask: Some(tensor(&shape, &mask, DType::F32)),
+        ..spec(ElementLoss::L2, &[1.; 2], &[1., 0.5])
     };
     let (p, t) = (tensor(&shape, &pred, DType::F32), tensor(&shape, &target, DType::F32));
     let (each, grad) = backend().loss(&p, &t, &masked).unwrap();
@@ -86,24 +83,31 @@ fn a_mask_multiplies_each_elements_loss() {
 }
 
 #[test]
+fn the_gradient_has_a_weight_of_its_own() {
+    let (p, t) = (random(&[2, 3, 5], 1), random(&[2, 3, 5], 2));
+    let plain = spec(ElementLoss::L2, &[1.; 2], &[0.5, 2.]);
+    let scaled = tensor(&[2], &[256., 1024.], DType::F32);
+    let spec = LossSpec { gradient_weight: scaled, ..plain.clone() };
+    let (each, grad) = backend().loss(&p, &t, &plain).unwrap();
+    let (same, larger) = backend().loss(&p, &t, &spec).unwrap();
+    assert_eq!(values(&same), values(&each));
+    let want: Vec<f32> = values(&grad).iter().map(|x| x * 512.).collect();
+    assert_eq!(values(&larger), want);
+}
+
+#[test]
 fn lists_of_another_length_are_errors() {
-    let spec =
-        LossSpec { element: ElementLoss::L2, delta: vec![1.], weight: vec![1., 1.], mask: None };
+    let wrong = spec(ElementLoss::L2, &[1.], &[1., 1.]);
     let x = random(&[2, 3], 1);
-    assert!(backend().loss(&x, &x, &spec).is_err());
-    let spec = LossSpec { delta: vec![1., 1.], ..spec };
+    assert!(backend().loss(&x, &x, &wrong).is_err());
+    let spec = spec(ElementLoss::L2, &[1., 1.], &[1., 1.]);
     assert!(backend().loss(&x, &random(&[3, 2], 1), &spec).is_err());
     assert!(backend().loss(&x, &x, &spec).is_ok());
 }
 
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
-    let spec = LossSpec {
-        element: ElementLoss::Huber,
-        delta: vec![0.1; 2],
-        weight: vec![0.5; 2],
-        mask: None,
-    };
+    let spec = spec(ElementLoss::Huber, &[0.1; 2], &[0.5; 2]);
     assert_thread_independent("loss", || {
         let (p, t) = (random(&[2, 64, 64, 5], 1), random(&[2, 64, 64, 5], 2));
         let (each, grad) = backend().loss(&p, &t, &spec).unwrap();

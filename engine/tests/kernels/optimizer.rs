@@ -19,7 +19,8 @@ fn replay(name: &str, p: &AdamWStep) {
         // In two calls, as a group of parameters with another rate would be.
         for range in [0..37, 37..100] {
             let p = AdamWStep { range, step: step as u32 + 1, ..p.clone() };
-            backend().adamw(&p, &mut param, grad, (&mut m, &mut v)).unwrap();
+            let grad = tensor(&[100], grad, DType::F32);
+            backend().adamw(&p, &mut param, &grad, (&mut m, &mut v)).unwrap();
         }
         for (i, (got, want)) in values(&param).iter().zip(&want).enumerate() {
             let error = (got - want).abs() / want.abs().max(1e-2);
@@ -54,7 +55,9 @@ fn a_range_leaves_the_rest_alone() {
         (random(&[10], 1), random(&[10], 2), tensor(&[10], &[0.5; 10], DType::F32));
     let before = [values(&param), values(&m), values(&v)];
     let p = AdamWStep { range: 3..5, ..defaults() };
-    backend().adamw(&p, &mut param, &[1.; 10], (&mut m, &mut v)).unwrap();
+    backend()
+        .adamw(&p, &mut param, &tensor(&[10], &[1.; 10], DType::F32), (&mut m, &mut v))
+        .unwrap();
     for (before, after) in before.iter().zip([values(&param), values(&m), values(&v)]) {
         for i in 0..10 {
             assert_eq!(before[i] != after[i], (3..5).contains(&i), "element {i}");
@@ -65,10 +68,11 @@ fn a_range_leaves_the_rest_alone() {
 #[test]
 fn lengths_and_ranges_are_checked() {
     let (mut param, mut m, mut v) = (random(&[4], 1), random(&[4], 1), random(&[4], 1));
+    let (short, grad) = (random(&[3], 2), random(&[4], 2));
     let p = AdamWStep { range: 0..4, ..defaults() };
-    assert!(backend().adamw(&p, &mut param, &[0.; 3], (&mut m, &mut v)).is_err());
+    assert!(backend().adamw(&p, &mut param, &short, (&mut m, &mut v)).is_err());
     let p = AdamWStep { range: 0..5, ..p };
-    assert!(backend().adamw(&p, &mut param, &[0.; 4], (&mut m, &mut v)).is_err());
+    assert!(backend().adamw(&p, &mut param, &grad, (&mut m, &mut v)).is_err());
     let p = AdamWStep { range: 0..4, step: 0, ..p };
-    assert!(backend().adamw(&p, &mut param, &[0.; 4], (&mut m, &mut v)).is_err());
+    assert!(backend().adamw(&p, &mut param, &grad, (&mut m, &mut v)).is_err());
 }

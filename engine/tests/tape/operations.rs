@@ -1,6 +1,6 @@
 //! Every other operation of the tape against differences in f64.
 
-use engine::{Activation, AttentionShape, DType, GroupNorm, LayerNorm, Value};
+use engine::{Activation, AttentionShape, DType, Device, GroupNorm, LayerNorm, Tensor, Value};
 
 use crate::trial::*;
 
@@ -90,10 +90,11 @@ fn sums_scalings_and_shapes() {
         |tape, ids| tape.gather_rows(&tape.param(ids[0])?, &[5, 0, 3]),
         |p| [5, 0, 3].iter().flat_map(|r| p[0][r * 4..][..4].to_vec()).collect(),
     );
+    let factors = Tensor::from_f32(Device::Cpu, &[3], &[2., -1., 0.5], DType::F32).unwrap();
     check(
         "scale_rows",
         &[param(&[3, 4], 1)],
-        |tape, ids| tape.scale_rows(&tape.param(ids[0])?, &[2., -1., 0.5]),
+        |tape, ids| tape.scale_rows(&tape.param(ids[0])?, &factors),
         |p| p[0].iter().enumerate().map(|(i, x)| x * [2., -1., 0.5][i / 4]).collect(),
     );
 }

@@ -206,9 +206,8 @@ fn a_failing_segment_and_a_failing_receiver_are_reported() {
     assert!(failing.is_err());
     let tape = Tape::new(&store, false);
     let x = tape.param(ParamId(0)).unwrap();
-    let spec =
-        LossSpec { element: ElementLoss::L2, delta: vec![1.; 2], weight: vec![1.; 2], mask: None };
-    let (_, total) = tape.loss(&x, &frozen(&[2, 3], 2), &spec).unwrap();
+    let spec = LossSpec::new(Device::Cpu, ElementLoss::L2, &[1.; 2], &[1.; 2]).unwrap();
+    let total = tape.loss(&x, &frozen(&[2, 3], 2), &spec).unwrap();
     let stop = |_, _| Err(EngineError::Unsupported("stop".into()));
     assert_eq!(tape.backward(&total, &mut { stop }).unwrap_err().to_string(), "stop");
 }

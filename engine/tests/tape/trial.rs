@@ -73,21 +73,17 @@ pub fn run_with_draws<'m>(
     let batch = out.shape()[0];
     let numbers = out.tensor().to_vec_f32()?;
     let aim = Tensor::from_f32(Device::Cpu, out.shape(), &target(numbers.len()), DType::F32)?;
-    let spec = LossSpec {
-        element: ElementLoss::L2,
-        delta: vec![1.; batch],
-        weight: vec![1. / batch as f32; batch],
-        mask: None,
-    };
-    let (each, total) = tape.loss(&out, &aim, &spec)?;
+    let (delta, weight) = (vec![1.; batch], vec![1. / batch as f32; batch]);
+    let spec = LossSpec::new(Device::Cpu, ElementLoss::L2, &delta, &weight)?;
+    let loss = tape.loss(&out, &aim, &spec)?;
     drop(out);
     let mut outcome = Outcome {
         out: numbers,
-        loss: each.iter().sum(),
+        loss: loss.tensor().to_vec_f32()?.iter().sum(),
         grads: vec![vec![]; store.count()],
         order: vec![],
     };
-    tape.backward(&total, &mut |id, grad| {
+    tape.backward(&loss, &mut |id, grad| {
         assert_eq!(grad.shape(), store.shape(id), "shape of a gradient");
         assert_eq!(grad.dtype(), DType::F32);
         outcome.order.push(id.0);

@@ -89,8 +89,8 @@ fn run(inputs: &Value, algorithm: Algorithm, dropouts: Dropouts, block: f32, y: 
     let aim: Vec<f32> = y.iter().zip(input("g")).map(|(y, g)| y - 9. * g).collect();
     let aim = Tensor::from_f32(Device::Cpu, &[2, 3, 6], &aim, DType::F32).unwrap();
     let (delta, weight) = (vec![1.; 2], vec![1.; 2]);
-    let spec = LossSpec { element: ElementLoss::L2, delta, weight, mask: None };
-    let (_, loss) = tape.loss(&out, &aim, &spec).unwrap();
+    let spec = LossSpec::new(Device::Cpu, ElementLoss::L2, &delta, &weight).unwrap();
+    let loss = tape.loss(&out, &aim, &spec).unwrap();
     drop(out);
     let mut gradients = vec![None; params.len()];
     tape.backward(&loss, &mut |id, gradient| {

@@ -50,7 +50,8 @@ fn assert_close(got: &[f32], want: &[f32]) {
 fn the_time_embedding_is_that_of_diffusers() {
     let unet = open_unet();
     let tape = Tape::inference(None);
-    let signal = unet.time_signal(&tape, &[1., 981.], Device::Cpu).unwrap();
+    let waves = unet.waves(Device::Cpu, &[1., 981.]).unwrap();
+    let signal = unet.time_signal(&tape, &waves).unwrap();
     assert_close(&signal.tensor().to_vec_f32().unwrap(), &golden("time_signal"));
 }
 
@@ -70,16 +71,18 @@ fn odd_sizes_come_back_as_they_were() {
     let text = parity("base.safetensors", "te_clip_skip_none");
     let text = Tensor::from_f32(Device::Cpu, &[2, 77, 32], &text, DType::F32).unwrap();
     let context = Value::constant(text);
-    let input = UnetInput { latents: &latents, timesteps: &[37., 981.], context: &context };
+    let waves = unet.waves(Device::Cpu, &[37., 981.]).unwrap();
+    let input = UnetInput { latents: &latents, waves: &waves, context: &context };
     let tape = Tape::inference(None);
     let got = unet.forward(&tape, input).unwrap();
     assert_eq!(got.shape(), [2, 9, 13, 4]);
     let got = pixel_order::nchw_from_nhwc(&got.tensor().to_vec_f32().unwrap(), 4, 9 * 13);
     assert_close(&got, &golden("noise_pred_9x13"));
 
-    let wrong = UnetInput { timesteps: &[37.], ..input };
+    let one = unet.waves(Device::Cpu, &[37.]).unwrap();
+    let wrong = UnetInput { waves: &one, ..input };
     let message = unet.forward(&tape, wrong).unwrap_err().to_string();
-    assert!(message.contains("1 timesteps"), "{message}");
+    assert!(message.contains("time [1, "), "{message}");
 }
 
 #[test]

@@ -135,13 +135,9 @@ fn compare_layer(
         &reference.owned(&format!("{case}/y/{layer}")).to_f32(),
     );
     let batch = y.shape()[0];
-    let spec = LossSpec {
-        element: ElementLoss::L2,
-        delta: vec![1.; batch],
-        weight: vec![1. / batch as f32; batch],
-        mask: None,
-    };
-    let (_, loss) = tape.loss(&y, &want, &spec).unwrap();
+    let (delta, weight) = (vec![1.; batch], vec![1. / batch as f32; batch]);
+    let spec = LossSpec::new(Device::Cpu, ElementLoss::L2, &delta, &weight).unwrap();
+    let loss = tape.loss(&y, &want, &spec).unwrap();
     let mut seen = BTreeSet::new();
     tape.backward(&loss, &mut |id, gradient| {
         let gradient = gradient.to_vec_f32()?;
