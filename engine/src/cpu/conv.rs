@@ -11,59 +11,18 @@ mod tests;
 use super::features::Level;
 use super::gemm::{
     Data, Finish, Guard, Left, LowRankGuard, Output, Pair, Patches, Place, Product, Right, Spread,
-    check_added, check_low_rank, multiply, produce,
+    multiply, produce,
 };
 use crate::backend::{Conv, ConvGeometry};
+use crate::shapes::{ConvSizes as Sizes, check_added, check_low_rank};
 use crate::{DType, EngineError, Result, Tensor};
 
-/// Sizes of a checked convolution.
-#[derive(Clone, Copy, Debug)]
-struct Sizes {
-    batch: usize,
-    h: usize,
-    w: usize,
-    ci: usize,
-    oh: usize,
-    ow: usize,
-    co: usize,
-    geometry: ConvGeometry,
-}
-
-impl Sizes {
-    /// `x` is `[B,H,W,Ci]`, `weight` `[Co,kh,kw,Ci]`.
-    fn new(op: &'static str, x: &[usize], weight: &[usize], g: ConvGeometry) -> Result<Self> {
-        let fail = || {
-            let detail = format!("x is {x:?}, the weight {weight:?}, the window {g:?}");
-            EngineError::shape(op, detail)
-        };
-        match (x, weight) {
-            (&[batch, h, w, ci], &[co, kh, kw, inner])
-                if ci == inner && (kh, kw) == g.kernel && g.stride > 0 && kh * kw > 0 =>
-            {
-                let (oh, ow) = g.output(h, w).ok_or_else(fail)?;
-                Ok(Self { batch, h, w, ci, oh, ow, co, geometry: g })
-            }
-            _ => Err(fail()),
-        }
-    }
-
-    fn taps(&self) -> usize {
-        self.geometry.kernel.0 * self.geometry.kernel.1
-    }
-
-    /// Offsets of the taps from `stride · output pixel`.
-    fn offsets(&self) -> Vec<(isize, isize)> {
-        let (kh, kw) = self.geometry.kernel;
-        let pad = self.geometry.pad_before.cast_signed();
-        let offset = |t: usize| ((t / kw).cast_signed() - pad, (t % kw).cast_signed() - pad);
-        (0..kh * kw).map(offset).collect()
-    }
-
-    /// Whether output pixels are input pixels: then rows of a matrix need no gathering.
-    fn is_pointwise(&self) -> bool {
-        let g = self.geometry;
-        g.kernel == (1, 1) && g.stride == 1 && g.pad_before == 0 && g.pad_after == 0
-    }
+/// Offsets of the taps from `stride · output pixel`.
+fn offsets(s: &Sizes) -> Vec<(isize, isize)> {
+    let (kh, kw) = s.geometry.kernel;
+    let pad = s.geometry.pad_before.cast_signed();
+    let offset = |t: usize| ((t / kw).cast_signed() - pad, (t % kw).cast_signed() - pad);
+    (0..kh * kw).map(offset).collect()
 }
 
 /// See [`Conv`]: `[B,OH,OW,Co]`.
@@ -89,7 +48,7 @@ fn conv2d_at(level: Level, p: &Conv) -> Result<Tensor> {
             c: s.ci,
             grid: (s.oh, s.ow),
             stride: s.geometry.stride,
-            taps: s.offsets(),
+            taps: offsets(&s),
         })
     };
     let k = s.taps() * s.ci;
@@ -278,7 +237,7 @@ fn backward_weight_at(
             ow: s.ow,
             c: s.co,
             stride: geometry.stride,
-            taps: s.offsets(),
+            taps: offsets(&s),
         })
     };
     let k = s.batch * s.h * s.w;

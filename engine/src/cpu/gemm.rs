@@ -16,81 +16,11 @@ use half::bf16;
 
 use super::features::Level;
 use crate::backend::{Gemm, LowRank};
+use crate::shapes::{GemmSizes as Sizes, gemm_sizes as check};
 use crate::tensor::Element;
-use crate::{DType, EngineError, Result, Tensor, pool};
+use crate::{DType, Result, Tensor, pool};
 
 const OP: &str = "gemm";
-
-/// Sizes of a checked product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Sizes {
-    m: usize,
-    n: usize,
-    k: usize,
-}
-
-/// Rows and columns of `t` read as `[rows, last axis]`, after an optional transposition.
-fn matrix(t: &Tensor, trans: bool) -> (usize, usize) {
-    let (rows, last) = (t.rows(), t.last_dim());
-    if trans { (last, rows) } else { (rows, last) }
-}
-
-fn mark(trans: bool) -> &'static str {
-    if trans { " transposed" } else { "" }
-}
-
-/// Checks an optional low-rank pair against an output of `m` by `n`.
-pub(super) fn check_low_rank(
-    op: &'static str,
-    p: Option<&LowRank>,
-    m: usize,
-    n: usize,
-) -> Result<()> {
-    let Some(p) = p else { return Ok(()) };
-    let (rows, rank) = matrix(p.left, false);
-    let (inner, cols) = matrix(p.right, p.trans_right);
-    if rows != m || cols != n || inner != rank {
-        let detail = format!(
-            "low-rank left {:?} and right {:?}{} for an output of [{m}, {n}]",
-            p.left.shape(),
-            p.right.shape(),
-            mark(p.trans_right)
-        );
-        return Err(EngineError::shape(op, detail));
-    }
-    Ok(())
-}
-
-/// Checks an optional addend, `[rows, n]` however its outer axes are cut.
-pub(super) fn check_added(
-    op: &'static str,
-    name: &str,
-    t: Option<&Tensor>,
-    rows: usize,
-    n: usize,
-) -> Result<()> {
-    match t {
-        Some(t) if t.len() != rows * n || t.last_dim() != n => {
-            let detail = format!("{name} is {:?}, the output [{rows}, {n}]", t.shape());
-            Err(EngineError::shape(op, detail))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn check(p: &Gemm) -> Result<Sizes> {
-    let (m, k) = matrix(p.a, p.trans_a);
-    let (inner, n) = matrix(p.b, p.trans_b);
-    if inner != k {
-        let (a, b) = (p.a.shape(), p.b.shape());
-        let detail = format!("a is {a:?}{}, b is {b:?}{}", mark(p.trans_a), mark(p.trans_b));
-        return Err(EngineError::shape(OP, detail));
-    }
-    check_low_rank(OP, p.low_rank.as_ref(), m, n)?;
-    check_added(OP, "bias", p.bias, 1, n)?;
-    check_added(OP, "residual", p.residual, m, n)?;
-    Ok(Sizes { m, n, k })
-}
 
 /// A new tensor whose elements `fill` writes, all of them.
 pub(super) fn produce(shape: &[usize], dtype: DType, fill: impl FnOnce(Output)) -> Tensor {

@@ -117,6 +117,14 @@ impl Card {
         Ok(Tensor::on_card(CardBuffer::new(self, len, dtype)?, shape))
     }
 
+    /// A copy that nothing shares.
+    pub(super) fn copied(&'static self, x: &Tensor) -> Result<Tensor> {
+        let out = self.empty(x.shape(), x.dtype())?;
+        let (to, from) = (out.address("copy")?, x.address("copy")?);
+        self.driver.copy(Stream::Compute, to, from, x.len() * x.dtype().size())?;
+        Ok(out)
+    }
+
     /// Starts kernel `name` of `module` for elements of type `dtype` (`name_f32`, `name_bf16`...).
     pub(super) fn launch(
         &self,

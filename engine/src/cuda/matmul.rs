@@ -1,10 +1,68 @@
-//! Matrix products: the vendor library's, with the low-rank part of an adapter.
+//! Matrix products: the vendor library's, the low-rank part of an adapter as a second one that adds
+//! to the first.
 
 use super::card::Card;
-use crate::backend::Gemm;
-use crate::{EngineError, Result, Tensor};
+use super::driver::{Address, Matmul, Matrix};
+use crate::backend::{Backend, Gemm, LowRank};
+use crate::shapes::{GemmSizes, gemm_sizes};
+use crate::{DType, Result, Tensor};
 
+const OP: &str = "gemm";
+
+/// `t` as elements of type `dtype`, made if it is stored otherwise: 8-bit weights are widened here,
+/// for as long as the product takes.
+pub(super) fn in_type(card: &'static Card, t: &Tensor, dtype: DType) -> Result<Tensor> {
+    if t.dtype() == dtype { Ok(t.clone()) } else { card.cast(t, dtype) }
+}
+
+/// See [`Gemm`]; result `[m,n]`.
 pub(super) fn gemm(card: &'static Card, p: &Gemm) -> Result<Tensor> {
-    let _ = (card, p);
-    Err(EngineError::Unsupported("`gemm` has no kernel for cards".into()))
+    let GemmSizes { m, n, k } = gemm_sizes(p)?;
+    let dtype = p.a.dtype();
+    let b = in_type(card, p.b, dtype)?;
+    let bias = p.bias.map(|bias| in_type(card, bias, p.out)).transpose()?;
+    let residual = p.residual.map(|residual| in_type(card, residual, p.out)).transpose()?;
+    let out = card.empty(&[m, n], p.out)?;
+    let address = |t: &Option<Tensor>| t.as_ref().map(|t| t.address(OP)).transpose();
+    card.driver().matmul(&Matmul {
+        m,
+        n,
+        k,
+        a: Matrix { address: p.a.address(OP)?, dtype, transposed: p.trans_a },
+        b: Matrix { address: b.address(OP)?, dtype, transposed: p.trans_b },
+        alpha: p.alpha,
+        c: address(&residual)?,
+        bias: address(&bias)?,
+        d: out.address(OP)?,
+        d_dtype: p.out,
+    })?;
+    if let Some(low_rank) = &p.low_rank {
+        add_low_rank(card, low_rank, dtype, (m, n), None, &out)?;
+    }
+    Ok(out)
+}
+
+/// `out[m,n] += left·right + bias`, the factors in type `dtype`.
+pub(super) fn add_low_rank(
+    card: &'static Card,
+    p: &LowRank,
+    dtype: DType,
+    (m, n): (usize, usize),
+    bias: Option<Address>,
+    out: &Tensor,
+) -> Result<()> {
+    let (left, right) = (in_type(card, p.left, dtype)?, in_type(card, p.right, dtype)?);
+    let out_address = out.address(OP)?;
+    card.driver().matmul(&Matmul {
+        m,
+        n,
+        k: left.last_dim(),
+        a: Matrix { address: left.address(OP)?, dtype, transposed: false },
+        b: Matrix { address: right.address(OP)?, dtype, transposed: p.trans_right },
+        alpha: 1.,
+        c: Some(out_address),
+        bias,
+        d: out_address,
+        d_dtype: out.dtype(),
+    })
 }
