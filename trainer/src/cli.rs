@@ -104,6 +104,10 @@ struct SelftestArgs {
     /// Recompute blocks in the backward pass
     #[arg(long)]
     gradient_checkpointing: bool,
+    /// Only write a full-size Stable Diffusion 1.5 with random weights to this folder, 2 GB, for
+    /// measurements
+    #[arg(long)]
+    write_model: Option<std::path::PathBuf>,
 }
 
 /// `lorarun selftest ARGS`.
@@ -122,6 +126,10 @@ pub fn selftest_main(args: &[OsString], env: &Env) -> i32 {
 }
 
 fn run_selftest(args: &SelftestArgs) -> Result<i32> {
+    if let Some(folder) = &args.write_model {
+        selftest::write_random_model(folder)?;
+        return Ok(exit_code::DONE);
+    }
     let device = device::open(&args.device)?;
     let report = match (&args.reference, &args.base) {
         (Some(case), Some(base)) => selftest::run(case, base, device, args.gradient_checkpointing)

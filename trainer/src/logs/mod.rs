@@ -101,7 +101,7 @@ impl StepLog {
         all
     }
 
-    /// The line of `steps.jsonl`.
+    /// The line of `steps.jsonl`; its `time` is when it was written, in seconds since 1970.
     fn line(&self) -> String {
         let mut rates = Map::new();
         let mut scaled = Map::new();
@@ -118,6 +118,7 @@ impl StepLog {
             "average": self.average_loss,
             "lr": rates,
             "grad_norm": self.gradient_norm,
+            "time": rounded(protobuf::now()),
             "seconds": rounded(self.seconds),
             "images_per_second": rounded(self.images as f64 / self.seconds),
             "peak_memory": peak_resident(),

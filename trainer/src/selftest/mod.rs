@@ -5,6 +5,7 @@
 
 mod compare;
 mod embedded;
+mod random_model;
 mod reference;
 
 use std::path::Path;
@@ -28,6 +29,7 @@ use crate::step::{CHUNK, Models, Prompts, Setting, encode_prompts, forward_backw
 pub use compare::Report;
 use compare::{FORWARD, GRADIENT, GRADIENT_NORM, WEIGHTS};
 pub use embedded::run_embedded;
+pub use random_model::write_random_model;
 use reference::{Case, Reference, options_from_json, read, read_integers};
 
 /// The inputs of a reference, in the engine's order of axes.
