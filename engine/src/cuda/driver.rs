@@ -83,7 +83,7 @@ pub struct Matrix {
     pub transposed: bool,
 }
 
-/// `d[m,n] = alpha · op(a)·op(b) + beta·c + bias`, all matrices dense and row-major; sums in f32.
+/// `d[m,n] = alpha · op(a)·op(b) + c + bias`, all matrices dense and row-major; sums in f32.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Matmul {
     /// Rows of the result.

@@ -1,0 +1,13 @@
+// What the files of the emulation share.
+#pragma once
+
+namespace emulated {
+
+// Largest shared memory of a block: that of compute capability 8.6 and 8.9, the smallest of all
+// that are supported.
+constexpr u32 SHARED_MEMORY = 99 << 10;
+
+// Does what the 32 lanes asked for; null, or what is wrong with it.
+const char* perform(Collective what, void* const* requests);
+
+}  // namespace emulated
