@@ -18,6 +18,7 @@ fn allowed() -> BTreeMap<&'static str, BTreeSet<&'static str>> {
         ("bench-model", vec![]),
         ("bench-step", vec!["trainer", "models", "engine", "formats"]),
         ("engine", vec![]),
+        ("emulator", vec!["engine"]),
         ("formats", vec![]),
         ("collectives", vec![]),
     ]
