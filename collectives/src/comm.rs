@@ -15,6 +15,7 @@ use crate::env::{DEFAULT_TIMEOUT, Env};
 use crate::error::{CollectiveError, Result};
 use crate::group::{Group, Order};
 use crate::segment::{Author, Segment};
+use crate::witness::Witness;
 
 /// This rank's membership in the group of all ranks of a run. Dropping it leaves the group; peers
 /// that still wait for this rank then fail.
@@ -184,7 +185,8 @@ impl Comm {
         Duration::from_nanos(self.deadline.swap(nanoseconds(deadline), Ordering::Relaxed))
     }
 
-    fn deadline(&self) -> Duration {
+    /// Deadline of the collectives called from now on.
+    pub fn deadline(&self) -> Duration {
         Duration::from_nanos(self.deadline.load(Ordering::Relaxed))
     }
 
@@ -264,15 +266,17 @@ impl Comm {
     pub fn check_aborted(&self) -> Result<()> {
         match &self.link {
             Link::Alone => Ok(()),
-            Link::Shared(shared) => match shared.segment.abort_record() {
-                None => Ok(()),
-                Some(record) => Err(CollectiveError::Aborted {
-                    by: record.by,
-                    culprit: record.culprit,
-                    reason: record.reason,
-                }),
-            },
+            Link::Shared(shared) => shared.segment.check_aborted(),
         }
+    }
+
+    /// A look at the other ranks for a thread that must not call collectives.
+    pub(crate) fn witness(&self) -> Witness {
+        let segment = match &self.link {
+            Link::Alone => None,
+            Link::Shared(shared) => Some(shared.segment.clone()),
+        };
+        Witness::new(self.rank, segment)
     }
 }
 

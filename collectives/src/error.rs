@@ -35,8 +35,8 @@ pub enum CollectiveError {
     },
     /// The deadline passed. The missing ranks have not reached this collective.
     #[error(
-        "deadline of {waited:.1?} passed in `{op}` number {seq}: waiting for {}",
-        name_ranks(missing_ranks)
+        "deadline of {waited:.1?} passed in `{op}` number {seq}: {}",
+        name_missing(missing_ranks)
     )]
     Deadline {
         /// What was being waited for.
@@ -84,6 +84,33 @@ pub enum CollectiveError {
     /// The shared segment cannot be used.
     #[error(transparent)]
     Segment(#[from] SegmentError),
+    /// NCCL cannot be used on a rank; all ranks get this error and may go on without it.
+    #[error(
+        "NCCL cannot be used on rank {rank}, {path}: {why}\n\
+         hint: `pip install nvidia-nccl-cu12`, or name a folder with `libnccl.so.2` in \
+         `LORARUN_CUDA_LIBS`"
+    )]
+    NcclMissing {
+        /// The first rank that cannot.
+        rank: usize,
+        /// Its library.
+        path: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// NCCL failed.
+    #[error(
+        "NCCL failed on rank {rank} in `{op}`: {why}\n\
+         hint: `NCCL_DEBUG=INFO` makes NCCL say more, `LORARUN_REDUCE=staged` does without it"
+    )]
+    Nccl {
+        /// This rank.
+        rank: usize,
+        /// What was asked of it.
+        op: String,
+        /// Its words.
+        why: String,
+    },
     /// The communication thread could not start or ended early.
     #[error("communication thread of rank {rank} is not running: {why}")]
     Thread {
@@ -94,9 +121,12 @@ pub enum CollectiveError {
     },
 }
 
-/// `rank 3` or `ranks 1, 3`.
-fn name_ranks(ranks: &[usize]) -> String {
+/// `waiting for rank 3` or `waiting for ranks 1, 3`.
+fn name_missing(ranks: &[usize]) -> String {
     let list: Vec<String> = ranks.iter().map(usize::to_string).collect();
-    let noun = if ranks.len() == 1 { "rank" } else { "ranks" };
-    format!("{noun} {}", list.join(", "))
+    match ranks {
+        [] => "all ranks have called it, but it does not end".to_owned(),
+        [rank] => format!("waiting for rank {rank}"),
+        _ => format!("waiting for ranks {}", list.join(", ")),
+    }
 }

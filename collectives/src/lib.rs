@@ -9,7 +9,7 @@
 //! - nothing is left behind: the shared segment has no name in any file system.
 //!
 //! Read in this order: [`env`], [`Comm`] (`comm.rs`), `group.rs` (ranks in lockstep),
-//! `shm.rs` (the algorithms), `segment.rs` (the memory they work on).
+//! `shm.rs` (the algorithms), `segment.rs` (the memory they work on); [`nccl`] for sums between cards.
 
 #![deny(missing_docs)]
 
@@ -20,9 +20,11 @@ pub mod exit_code;
 mod futex;
 mod group;
 mod liveness;
+pub mod nccl;
 mod segment;
 mod shm;
 pub mod signals;
+mod witness;
 
 pub use comm::{Comm, Pending};
 pub use env::{Env, EnvError};

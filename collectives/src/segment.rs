@@ -20,7 +20,7 @@ use crate::futex;
 /// First bytes of every segment: `LORARUN` and a binary mark.
 const MAGIC: u64 = u64::from_le_bytes(*b"LORARUN\xA5");
 /// Layout version; another one is refused.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Most ranks of one host.
 pub const MAX_RANKS: usize = 256;
 /// Data buffers per rank; `shm.rs` explains why three.
@@ -179,6 +179,8 @@ pub(crate) struct Slot {
     pub state: AtomicU32,
     /// Process id, valid once `JOINED`.
     pub pid: AtomicU32,
+    /// Waits for work of another library, begun so far (`witness.rs`).
+    pub waits: AtomicU64,
     /// Announcements of even and odd collectives.
     pub announcements: [Announcement; 2],
     /// The message this rank ended with.
@@ -318,6 +320,16 @@ impl Segment {
             rank => Some(rank as usize),
         };
         Some(AbortRecord { by, culprit, reason })
+    }
+
+    /// The first abort as the error that a collective returns.
+    pub(crate) fn check_aborted(&self) -> crate::error::Result<()> {
+        match self.abort_record() {
+            None => Ok(()),
+            Some(AbortRecord { by, culprit, reason }) => {
+                Err(crate::error::CollectiveError::Aborted { by, culprit, reason })
+            }
+        }
     }
 
     /// The record once the abort bit was seen: its writer needs a moment, or has died writing.
