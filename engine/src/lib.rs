@@ -14,6 +14,7 @@ mod ids;
 mod ops;
 mod params;
 mod pool;
+pub mod selfcheck;
 mod shapes;
 mod tape;
 mod tensor;
