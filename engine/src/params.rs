@@ -1,5 +1,6 @@
 //! Trainable parameters: one flat f32 tensor and the places of its parts.
 
+use crate::cuda::Working;
 use crate::{DType, Device, EngineError, Result, Tensor};
 
 /// Names one trainable tensor of a [`ParamStore`].
@@ -17,6 +18,8 @@ struct Place {
 pub struct ParamStore {
     flat: Tensor,
     places: Vec<Place>,
+    /// On a card: what adapters read, and the factor of each parameter there.
+    working: Option<(Working, Vec<Option<f32>>)>,
 }
 
 impl ParamStore {
@@ -33,7 +36,7 @@ impl ParamStore {
             data.extend_from_slice(values);
         }
         let flat = Tensor::from_f32(device, &[data.len()], &data, DType::F32)?;
-        Ok(Self { flat, places })
+        Ok(Self { flat, places, working: None })
     }
 
     /// Number of parameters (tensors).
@@ -73,6 +76,53 @@ impl ParamStore {
         self.flat.view(place.offset, &place.shape)
     }
 
+    /// Keeps, on a card, a copy of the given parameters in the compute type, each times its factor,
+    /// so that adapters need not make one layer by layer. [`ParamStore::refresh`] brings it up to
+    /// date. On the CPU nothing is kept.
+    pub fn keep_working(&mut self, dtype: DType, parts: &[(ParamId, f32)]) -> Result<()> {
+        let mut factors = vec![None; self.count()];
+        for (id, factor) in parts {
+            factors[id.0] = Some(*factor);
+        }
+        self.keep_factors(dtype, factors)
+    }
+
+    fn keep_factors(&mut self, dtype: DType, factors: Vec<Option<f32>>) -> Result<()> {
+        let Some(card) = self.device().card() else { return Ok(()) };
+        let part = |(id, factor): (usize, &Option<f32>)| {
+            factor.map(|factor| (self.range(ParamId(id)), factor))
+        };
+        let parts: Vec<_> = factors.iter().enumerate().filter_map(part).collect();
+        let working = Working::new(card, self.len(), dtype, &parts)?;
+        working.refresh(card, &self.flat)?;
+        self.working = Some((working, factors));
+        Ok(())
+    }
+
+    /// Brings what adapters read up to date with the values: before a forward pass.
+    pub fn refresh(&self) -> Result<()> {
+        match (&self.working, self.device().card()) {
+            (Some((working, _)), Some(card)) => working.refresh(card, &self.flat),
+            _ => Ok(()),
+        }
+    }
+
+    /// A parameter times `factor` in type `dtype`, as a product reads it.
+    pub(crate) fn scaled(&self, id: ParamId, factor: f32, dtype: DType) -> Result<Tensor> {
+        let place = &self.places[id.0];
+        if let Some((working, factors)) = &self.working
+            && factors[id.0] == Some(factor)
+            && working.dtype() == dtype
+        {
+            return working.view(place.offset, &place.shape);
+        }
+        let value = self.tensor(id)?;
+        match factor {
+            1. => value.to_dtype(dtype),
+            _ => value.device().backend().scale(&value, factor)?.to_dtype(dtype),
+        }
+    }
+
     /// `count` parameters from `first` on as one, joined along the first axis; they must be alike in
     /// the other axes. Drop it before [`ParamStore::flat_mut`] is used.
     pub fn joined(&self, first: ParamId, count: usize) -> Result<Tensor> {
@@ -100,7 +150,11 @@ impl ParamStore {
     /// Parameters of the same shapes with other values.
     pub fn with_values(&self, values: &[f32]) -> Result<Self> {
         let flat = Tensor::from_f32(self.device(), &[self.len()], values, DType::F32)?;
-        Ok(Self { flat, places: self.places.clone() })
+        let mut other = Self { flat, places: self.places.clone(), working: None };
+        if let Some((working, factors)) = &self.working {
+            other.keep_factors(working.dtype(), factors.clone())?;
+        }
+        Ok(other)
     }
 
     /// The flat tensor, for the optimizer.

@@ -11,7 +11,7 @@ use std::rc::Rc;
 
 use crate::ops::Draws;
 use crate::params::{ParamId, ParamStore};
-use crate::{EngineError, Result, Tensor};
+use crate::{DType, EngineError, Result, Tensor};
 
 /// What a gradient flows to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,20 +123,25 @@ impl<'m> Tape<'m> {
         self.draws.as_deref()
     }
 
+    /// A parameter times `factor` in type `dtype`, to read; its gradient is not asked for by this.
+    pub(crate) fn scaled_param(&self, id: ParamId, factor: f32, dtype: DType) -> Result<Tensor> {
+        self.store(id)?.scaled(id, factor, dtype)
+    }
+
+    fn store(&self, id: ParamId) -> Result<&'m ParamStore> {
+        self.params.ok_or_else(|| {
+            EngineError::Tape(format!("parameter {} is used without a parameter store", id.0))
+        })
+    }
+
     /// Several parameters as one tensor, to read; their gradients are not asked for by this.
     pub(crate) fn joined_params(&self, first: ParamId, count: usize) -> Result<Tensor> {
-        let params = self.params.ok_or_else(|| {
-            EngineError::Tape(format!("parameter {} is used without a parameter store", first.0))
-        })?;
-        params.joined(first, count)
+        self.store(first)?.joined(first, count)
     }
 
     /// A trainable parameter, to be used by exactly one operation.
     pub fn param(&self, id: ParamId) -> Result<Value> {
-        let params = self.params.ok_or_else(|| {
-            EngineError::Tape(format!("parameter {} is used without a parameter store", id.0))
-        })?;
-        let tensor = params.tensor(id)?;
+        let tensor = self.store(id)?.tensor(id)?;
         if self.mode == Mode::Inference {
             return Ok(Value::constant(tensor));
         }

@@ -17,8 +17,10 @@ mod optimizer;
 mod pointwise;
 mod table;
 pub(crate) mod transfer;
+mod working;
 
 pub use card::Card;
 pub(crate) use card::CardBuffer;
 pub use driver::Address;
 pub use memory::CardMemory;
+pub(crate) use working::Working;

@@ -223,6 +223,16 @@ impl LoraNetwork {
         }
     }
 
+    /// The parameters that low-rank adapters read as they are but for a factor, for
+    /// [`ParamStore::keep_working`]; `multiplier` as in [`LoraNetwork::install`].
+    pub fn factors(&self, multiplier: f32) -> Vec<(ParamId, f32)> {
+        let factors_of = |module| match self.algorithm.adapter(module, multiplier, self.dropouts) {
+            Adapter::LowRank(adapter) => vec![(adapter.down, 1.), (adapter.up, adapter.scale)],
+            Adapter::Nested(_) | Adapter::Composed(_) => Vec::new(),
+        };
+        self.modules.iter().flat_map(factors_of).collect()
+    }
+
     /// The tensors of a LoRA file in sd-scripts' names and shapes, with alphas, all as `dtype`.
     pub fn export(
         &self,

@@ -49,9 +49,8 @@ impl LowRankAdapter {
         apply: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Active> {
         let (down, up, x) = (tape.param(self.down)?, tape.param(self.up)?, x.tensor().clone());
-        let backend = x.device().backend();
-        let down_cast = down.tensor().to_dtype(x.dtype())?;
-        let up_scaled = backend.scale(up.tensor(), self.scale)?.to_dtype(x.dtype())?;
+        let down_cast = tape.scaled_param(self.down, 1., x.dtype())?;
+        let up_scaled = tape.scaled_param(self.up, self.scale, x.dtype())?;
         let hidden = apply(&down_cast)?;
         let mask = self.dropouts.mask(tape, self.module, x.dim(0), &hidden)?;
         let hidden = masked(hidden, mask.as_ref())?;
