@@ -56,6 +56,9 @@ pub enum EngineError {
     /// Something within a captured sequence would not be the same in each replay.
     #[error("not capturable: {0}")]
     NotCapturable(String),
+    /// A run asked for other memory than the one that was traced.
+    #[error("not the run that was laid out: {0}")]
+    PlanMismatch(String),
     /// The requested device or feature does not exist here.
     #[error("{0}")]
     Unsupported(String),

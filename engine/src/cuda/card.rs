@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::driver::{Address, Arg, CardFacts, Driver, Graph, Launch, Stream};
-use super::memory::{CardMemory, Memory};
+use super::memory::{Block, CardMemory, Memory};
 use crate::{DType, Device, EngineError, Result, Tensor};
 
 /// Cards opened by this process; they stay open until it ends.
@@ -147,8 +147,7 @@ impl std::fmt::Debug for Card {
 /// Memory of one tensor; goes back to the card when dropped.
 pub(crate) struct CardBuffer {
     card: &'static Card,
-    address: Address,
-    size: usize,
+    block: Block,
     len: usize,
     dtype: DType,
     /// What stored numbers are multiplied by when read; 1 but for 8-bit storage.
@@ -157,8 +156,8 @@ pub(crate) struct CardBuffer {
 
 impl CardBuffer {
     pub(crate) fn new(card: &'static Card, len: usize, dtype: DType) -> Result<Self> {
-        let (address, size) = card.memory().take(card.driver(), len * dtype.size())?;
-        Ok(Self { card, address, size, len, dtype, scale: 1. })
+        let block = card.memory().take(card.driver(), len * dtype.size())?;
+        Ok(Self { card, block, len, dtype, scale: 1. })
     }
 
     pub(crate) fn device(&self) -> Device {
@@ -166,7 +165,7 @@ impl CardBuffer {
     }
 
     pub(crate) fn address(&self) -> Address {
-        self.address
+        self.block.address
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -180,22 +179,22 @@ impl CardBuffer {
     /// Fills the buffer with host bytes, by the compute stream.
     pub(crate) fn fill(&self, bytes: &[u8]) -> Result<()> {
         self.card.check_outside_capture("numbers from the host")?;
-        self.card.driver.upload(Stream::Compute, self.address, bytes)
+        self.card.driver.upload(Stream::Compute, self.block.address, bytes)
     }
 
     pub(crate) fn zero(&self) -> Result<()> {
-        self.card.driver.zero(Stream::Compute, self.address, self.len * self.dtype.size())
+        self.card.driver.zero(Stream::Compute, self.block.address, self.len * self.dtype.size())
     }
 
     /// `bytes` from `offset` on, when all work before is done.
     pub(crate) fn read(&self, offset: usize, bytes: &mut [u8]) -> Result<()> {
         self.card.check_outside_capture("numbers for the host")?;
-        self.card.driver.download(Stream::Compute, bytes, self.address + offset as u64)
+        self.card.driver.download(Stream::Compute, bytes, self.block.address + offset as u64)
     }
 }
 
 impl Drop for CardBuffer {
     fn drop(&mut self) {
-        self.card.memory().give(self.address, self.size);
+        self.card.take_back(&mut self.block);
     }
 }

@@ -1,20 +1,31 @@
-//! Memory of a card: a limit, blocks kept for reuse, and a trace of who lives when.
+//! Memory of a card: a limit, blocks kept for reuse, and runs whose allocations are noted or placed.
 //!
 //! All arithmetic runs on one stream, so a block can be handed out again as soon as its tensor is
-//! dropped: what still reads it was given to the card before what will write it.
+//! dropped: what still reads it was given to the card before what will write it. What a thread
+//! takes while [`Card::trace`](super::Card::trace) or [`Card::within`](super::Card::within) runs on
+//! it is noted or placed; what other threads take meanwhile comes from the pool.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::thread::ThreadId;
 
+use super::arena::ArenaBlock;
 use super::driver::{Address, Driver};
+use super::lifetimes::{Event, Layout, Trace};
 use crate::{EngineError, Result};
 
 /// Addresses and sizes are multiples of this.
 const ALIGN: usize = 256;
 
+/// Bytes that a buffer of `bytes` takes.
+pub(super) fn rounded(bytes: usize) -> usize {
+    bytes.max(1).next_multiple_of(ALIGN)
+}
+
 /// Bytes of a card.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CardMemory {
-    /// In use by tensors.
+    /// In use by tensors; an arena counts as a whole.
     pub live: usize,
     /// Largest `live` so far.
     pub peak: usize,
@@ -24,25 +35,71 @@ pub struct CardMemory {
     pub limit: usize,
 }
 
+/// Memory of one buffer.
+pub(super) struct Block {
+    pub(super) address: Address,
+    size: usize,
+    home: Home,
+}
+
+/// Where a block goes when its buffer is dropped.
+enum Home {
+    Pool,
+    /// To the pool, and into the trace with this number as the give of this take.
+    Traced(u64, usize),
+    Arena(Arc<ArenaBlock>),
+}
+
+/// What the allocations of a thread are part of.
+enum Scope {
+    Tracing { serial: u64, trace: Trace, takes: usize },
+    Placing { arena: Arc<ArenaBlock>, layout: Layout, takes: usize, broken: Option<String> },
+}
+
 /// The blocks of a card.
 pub(super) struct Memory {
     stats: CardMemory,
     idle: BTreeMap<usize, Vec<Address>>,
+    scopes: HashMap<ThreadId, Scope>,
+    /// Number of the next trace.
+    serial: u64,
 }
 
 impl Memory {
     pub(super) fn new(limit: usize) -> Self {
         let stats = CardMemory { limit, ..CardMemory::default() };
-        Self { stats, idle: BTreeMap::new() }
+        Self { stats, idle: BTreeMap::new(), scopes: HashMap::new(), serial: 0 }
     }
 
     pub(super) fn stats(&self) -> CardMemory {
         self.stats
     }
 
-    /// A block of at least `bytes`, and its size.
-    pub(super) fn take(&mut self, driver: &dyn Driver, bytes: usize) -> Result<(Address, usize)> {
-        let size = bytes.max(1).next_multiple_of(ALIGN);
+    fn scope(&mut self) -> Option<&mut Scope> {
+        // Asking for the thread costs more than most runs need to know.
+        if self.scopes.is_empty() {
+            return None;
+        }
+        self.scopes.get_mut(&std::thread::current().id())
+    }
+
+    /// A block of at least `bytes`.
+    pub(super) fn take(&mut self, driver: &dyn Driver, bytes: usize) -> Result<Block> {
+        if let Some(scope @ Scope::Placing { .. }) = self.scope()
+            && let Some(block) = scope.place(rounded(bytes))?
+        {
+            return Ok(block);
+        }
+        let mut block = self.take_pooled(driver, rounded(bytes))?;
+        if let Some(Scope::Tracing { serial, trace, takes }) = self.scope() {
+            trace.push(Event::Take(bytes));
+            block.home = Home::Traced(*serial, *takes);
+            *takes += 1;
+        }
+        Ok(block)
+    }
+
+    fn take_pooled(&mut self, driver: &dyn Driver, size: usize) -> Result<Block> {
         // An eighth of slack at most, so that a big idle block is not spent on a small tensor.
         let fitting = self.idle.range(size..=size + size / 8).next().map(|(size, _)| *size);
         let (address, size) = match fitting {
@@ -50,12 +107,13 @@ impl Memory {
             None => (None, size),
         };
         let address = match address {
-            Some(address) => address,
+            Some(address) => {
+                self.count_taken(size);
+                address
+            }
             None => self.reserve(driver, size)?,
         };
-        self.stats.live += size;
-        self.stats.peak = self.stats.peak.max(self.stats.live);
-        Ok((address, size))
+        Ok(Block { address, size, home: Home::Pool })
     }
 
     fn take_idle(&mut self, size: usize) -> Option<Address> {
@@ -67,11 +125,17 @@ impl Memory {
         address
     }
 
-    fn reserve(&mut self, driver: &dyn Driver, size: usize) -> Result<Address> {
-        if self.stats.reserved + size > self.stats.limit {
+    fn count_taken(&mut self, size: usize) {
+        self.stats.live += size;
+        self.stats.peak = self.stats.peak.max(self.stats.live);
+    }
+
+    /// Takes `size` bytes from the driver, if the limit allows.
+    pub(super) fn reserve(&mut self, driver: &dyn Driver, size: usize) -> Result<Address> {
+        if self.stats.reserved.saturating_add(size) > self.stats.limit {
             self.release(driver);
         }
-        if self.stats.reserved + size > self.stats.limit {
+        if self.stats.reserved.saturating_add(size) > self.stats.limit {
             return Err(EngineError::OutOfMemory {
                 wanted: size,
                 live: self.stats.live,
@@ -80,13 +144,38 @@ impl Memory {
         }
         let address = driver.allocate(size)?;
         self.stats.reserved += size;
+        self.count_taken(size);
         Ok(address)
     }
 
-    /// Takes a block back.
-    pub(super) fn give(&mut self, address: Address, size: usize) {
+    /// Gives what [`Memory::reserve`] took back to the driver.
+    pub(super) fn free(&mut self, driver: &dyn Driver, address: Address, size: usize) {
+        driver.free(address);
+        self.stats.live -= size;
+        self.stats.reserved -= size;
+    }
+
+    /// Takes a block of the pool back.
+    fn give_pooled(&mut self, address: Address, size: usize) {
         self.stats.live -= size;
         self.idle.entry(size).or_default().push(address);
+    }
+
+    fn note_give(&mut self, of: u64, take: usize) {
+        for scope in self.scopes.values_mut() {
+            if let Scope::Tracing { serial, trace, .. } = scope
+                && *serial == of
+            {
+                trace.push(Event::Give(take));
+            }
+        }
+    }
+
+    /// Notes where a segment of the tape begins or ends, if this thread is traced.
+    pub(super) fn note_segment(&mut self, event: Event) {
+        if let Some(Scope::Tracing { trace, .. }) = self.scope() {
+            trace.push(event);
+        }
     }
 
     /// Gives all idle blocks back to the driver.
@@ -96,6 +185,91 @@ impl Memory {
                 driver.free(address);
                 self.stats.reserved -= size;
             }
+        }
+    }
+
+    /// From now on the allocations of this thread are noted.
+    pub(super) fn start_trace(&mut self) -> Result<()> {
+        self.serial += 1;
+        let scope = Scope::Tracing { serial: self.serial, trace: Trace::default(), takes: 0 };
+        self.open(scope)
+    }
+
+    /// From now on the allocations of this thread have their places in `arena`.
+    pub(super) fn start_placing(&mut self, arena: Arc<ArenaBlock>, layout: Layout) -> Result<()> {
+        self.open(Scope::Placing { arena, layout, takes: 0, broken: None })
+    }
+
+    fn open(&mut self, scope: Scope) -> Result<()> {
+        let thread = std::thread::current().id();
+        if self.scopes.contains_key(&thread) {
+            return Err(EngineError::Unsupported(
+                "a run whose memory is traced or placed cannot hold another".into(),
+            ));
+        }
+        self.scopes.insert(thread, scope);
+        Ok(())
+    }
+
+    /// Ends what [`Memory::start_trace`] or [`Memory::start_placing`] began; gives the trace, or
+    /// why the run was not the one that was traced.
+    pub(super) fn end_scope(&mut self) -> Option<std::result::Result<Trace, String>> {
+        match self.scopes.remove(&std::thread::current().id())? {
+            Scope::Tracing { trace, .. } => Some(Ok(trace)),
+            Scope::Placing { broken: Some(why), .. } => Some(Err(why)),
+            Scope::Placing { layout, takes, .. } if takes < layout.slots.len() => {
+                Some(Err(format!("{takes} buffers were taken, {} were traced", layout.slots.len())))
+            }
+            Scope::Placing { .. } => None,
+        }
+    }
+}
+
+impl Scope {
+    /// The place of the next buffer; `None` if it comes from the pool.
+    fn place(&mut self, size: usize) -> Result<Option<Block>> {
+        let Scope::Placing { arena, layout, takes, broken } = self else { return Ok(None) };
+        let found = match (&broken, layout.slots.get(*takes)) {
+            (Some(why), _) => Err(why.clone()),
+            (None, None) => Err(format!("more than the traced {takes} buffers are taken")),
+            (None, Some(slot)) if slot.size != size => {
+                Err(format!("buffer {takes} takes {size} bytes, traced were {}", slot.size))
+            }
+            (None, Some(slot)) => match slot.place {
+                None => Ok(None),
+                Some(offset) if arena.claim(offset, size) => Ok(Some(offset)),
+                Some(_) => Err(format!("the place of buffer {takes} is still in use")),
+            },
+        };
+        match found {
+            Ok(place) => {
+                *takes += 1;
+                Ok(place.map(|offset| Block {
+                    address: arena.address() + offset as Address,
+                    size,
+                    home: Home::Arena(arena.clone()),
+                }))
+            }
+            Err(why) => {
+                *broken = Some(why.clone());
+                Err(EngineError::PlanMismatch(why))
+            }
+        }
+    }
+}
+
+impl super::Card {
+    /// Takes back the memory of a dropped buffer.
+    pub(super) fn take_back(&self, block: &mut Block) {
+        match std::mem::replace(&mut block.home, Home::Pool) {
+            Home::Pool => self.memory().give_pooled(block.address, block.size),
+            Home::Traced(serial, take) => {
+                let mut memory = self.memory();
+                memory.note_give(serial, take);
+                memory.give_pooled(block.address, block.size);
+            }
+            // Outside the lock: the last buffer of a dropped arena frees it.
+            Home::Arena(arena) => arena.give(block.address),
         }
     }
 }
