@@ -29,5 +29,5 @@ pub use ops::{
 };
 pub use params::{ParamId, ParamStore};
 pub use pool::{PoolStats, pool_stats, release_pool};
-pub use tape::{Tape, Value};
+pub use tape::{Checkpointing, Tape, Value};
 pub use tensor::{DType, Tensor};

@@ -6,7 +6,8 @@
 //! after. A parameter's gradient goes to the caller the moment it is final. A segment can be
 //! checkpointed: its inside is forgotten and replayed when its gradient is needed.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use crate::ops::Draws;
@@ -79,6 +80,34 @@ enum Mode {
     Inference,
 }
 
+/// Which segments of a tape are recomputed in the backward pass instead of kept.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Checkpointing {
+    /// None: fast, and everything is kept.
+    #[default]
+    None,
+    /// Every one.
+    All,
+    /// These, counted from 0 in the order in which a forward pass reaches them.
+    Chosen(Rc<BTreeSet<usize>>),
+}
+
+impl Checkpointing {
+    fn has(&self, segment: usize) -> bool {
+        match self {
+            Checkpointing::None => false,
+            Checkpointing::All => true,
+            Checkpointing::Chosen(segments) => segments.contains(&segment),
+        }
+    }
+}
+
+impl From<bool> for Checkpointing {
+    fn from(all: bool) -> Self {
+        if all { Checkpointing::All } else { Checkpointing::None }
+    }
+}
+
 /// A tape over parameters of `'m`, the life of the model whose layers it runs.
 pub struct Tape<'m> {
     params: Option<&'m ParamStore>,
@@ -87,30 +116,38 @@ pub struct Tape<'m> {
     /// How often each parameter was read, shared with the segments of this tape.
     uses: Rc<RefCell<Vec<u32>>>,
     mode: Mode,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
+    /// Segments reached so far.
+    segments: Cell<usize>,
     draws: Option<Rc<dyn Draws>>,
 }
 
 impl<'m> Tape<'m> {
     /// A tape that records for one backward pass over `params`. With `checkpointing`, the inside of
-    /// every [`Tape::segment`] is recomputed in the backward pass instead of kept.
-    pub fn new(params: &'m ParamStore, checkpointing: bool) -> Self {
+    /// every [`Tape::segment`], or of those chosen, is recomputed in the backward pass instead of
+    /// kept.
+    pub fn new(params: &'m ParamStore, checkpointing: impl Into<Checkpointing>) -> Self {
         let uses = Rc::new(RefCell::new(vec![0; params.count()]));
-        Self::with_mode(Some(params), uses, Mode::Record, checkpointing)
+        let tape = Self::with_mode(Some(params), uses, Mode::Record);
+        Self { checkpointing: checkpointing.into(), ..tape }
     }
 
     /// A tape that records nothing; adapters read from `params` where given.
     pub fn inference(params: Option<&'m ParamStore>) -> Self {
-        Self::with_mode(params, Rc::default(), Mode::Inference, false)
+        Self::with_mode(params, Rc::default(), Mode::Inference)
     }
 
-    fn with_mode(
-        params: Option<&'m ParamStore>,
-        uses: Rc<RefCell<Vec<u32>>>,
-        mode: Mode,
-        checkpointing: bool,
-    ) -> Self {
-        Self { params, nodes: RefCell::default(), uses, mode, checkpointing, draws: None }
+    fn with_mode(params: Option<&'m ParamStore>, uses: Rc<RefCell<Vec<u32>>>, mode: Mode) -> Self {
+        let (nodes, segments) = (RefCell::default(), Cell::new(0));
+        Self {
+            params,
+            nodes,
+            uses,
+            mode,
+            checkpointing: Checkpointing::None,
+            segments,
+            draws: None,
+        }
     }
 
     /// The same tape with random choices for the adapters; without them nothing is dropped.
@@ -187,12 +224,33 @@ impl<'m> Tape<'m> {
         let owned = |values: &[&Value]| values.iter().map(|v| (*v).clone()).collect::<Vec<_>>();
         match self.mode {
             Mode::Inference | Mode::Forget => run(self, &owned(inputs)),
-            Mode::Record if self.checkpointing => self.forget(inputs, run),
-            Mode::Record | Mode::Replay => {
-                let aliases: Vec<Value> = inputs.iter().map(|value| self.alias(value)).collect();
-                run(self, &aliases)
+            Mode::Record => {
+                let index = self.segments.replace(self.segments.get() + 1);
+                if self.checkpointing.has(index) {
+                    return self.forget(inputs, run);
+                }
+                // A traced run tells what each segment keeps.
+                let card = inputs.first().and_then(|input| input.tensor.device().card());
+                if let Some(card) = card {
+                    card.enter_segment();
+                }
+                let out = self.keep(inputs, run)?;
+                if let Some(card) = card {
+                    card.leave_segment(out.tensor.len() * out.tensor.dtype().size());
+                }
+                Ok(out)
             }
+            Mode::Replay => self.keep(inputs, run),
         }
+    }
+
+    fn keep(
+        &self,
+        inputs: &[&Value],
+        run: impl Fn(&Tape<'m>, &[Value]) -> Result<Value> + 'm,
+    ) -> Result<Value> {
+        let aliases: Vec<Value> = inputs.iter().map(|value| self.alias(value)).collect();
+        run(self, &aliases)
     }
 
     fn alias(&self, value: &Value) -> Value {
@@ -205,7 +263,7 @@ impl<'m> Tape<'m> {
         inputs: &[&Value],
         run: impl Fn(&Tape<'m>, &[Value]) -> Result<Value> + 'm,
     ) -> Result<Value> {
-        let forgetful = Self::with_mode(self.params, self.uses.clone(), Mode::Forget, false)
+        let forgetful = Self::with_mode(self.params, self.uses.clone(), Mode::Forget)
             .with_draws(self.draws.clone());
         let hidden: Vec<Value> = inputs
             .iter()
@@ -221,7 +279,7 @@ impl<'m> Tape<'m> {
         let saved: Vec<Value> = inputs.iter().map(|value| (*value).clone()).collect();
         let (params, uses, draws) = (self.params, self.uses.clone(), self.draws.clone());
         let origin = self.push(Some(Box::new(move |dy, grads| {
-            let replay = Tape::with_mode(params, uses, Mode::Replay, false).with_draws(draws);
+            let replay = Tape::with_mode(params, uses, Mode::Replay).with_draws(draws);
             let leaves: Vec<Value> = saved
                 .iter()
                 .map(|value| Value {

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use anyhow::Result;
-use engine::{DType, Draws, Ids, ParamId, ParamStore, Tape, Tensor};
+use engine::{Checkpointing, DType, Draws, Ids, ParamId, ParamStore, Tape, Tensor};
 use models::{ClipTextModel, Unet, UnetInput, join_chunks, token_factors};
 
 use crate::objective::Noised;
@@ -36,7 +36,7 @@ pub struct Setting {
     /// Layers of the text encoder to leave out.
     pub clip_skip: Option<usize>,
     /// Keep only the inputs of blocks and compute their insides again.
-    pub checkpointing: bool,
+    pub checkpointing: Checkpointing,
     /// What the adapters leave out of this micro-step.
     pub draws: Option<Rc<dyn Draws>>,
 }

@@ -255,7 +255,7 @@ impl Trainer<'_> {
         let prompts = self.noising.prompts(batch);
         let setting = Setting {
             clip_skip: self.options.clip_skip,
-            checkpointing: self.options.gradient_checkpointing,
+            checkpointing: self.options.gradient_checkpointing.into(),
             draws: draws_for(&self.network, self.plan.seed, batch),
         };
         let models = (&self.models, &self.params);

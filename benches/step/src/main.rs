@@ -175,7 +175,7 @@ fn main() -> Result<()> {
         (0..77).map(|i| if i == 0 { 49406 } else { 49407 - (i % 5) * 900 }).collect();
     let prompts = Prompts { ids: ids.repeat(args.batch_size), weights: None, chunks: 1 };
     let setting =
-        Setting { clip_skip: None, checkpointing: args.gradient_checkpointing, draws: None };
+        Setting { clip_skip: None, checkpointing: args.gradient_checkpointing.into(), draws: None };
     let weights = vec![1. / args.batch_size as f32; args.batch_size];
 
     let mut seconds = Vec::new();

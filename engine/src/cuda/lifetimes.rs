@@ -146,36 +146,46 @@ impl Trace {
     /// Places for all buffers that do not outlive the run.
     pub fn layout(&self) -> Layout {
         let lives = self.lives();
-        let least = self.peak_within();
-        let area = |life: &Life| life.size * (life.end.unwrap_or(life.start) - life.start);
-        let by_size = place(&lives, |life| (life.size, 0));
-        let mut best = by_size;
-        // No order is best for every run; a second one is tried where the first wastes.
-        if best.1 > least + least / 100 {
-            for other in [
-                place(&lives, |life| (area(life), life.size)),
-                place(&lives, |life| (life.end.unwrap_or(life.start) - life.start, life.size)),
-            ] {
-                if other.1 < best.1 {
-                    best = other;
-                }
-            }
-        }
-        let (places, total) = best;
+        let (places, total) = best_places(&lives, self.peak_within());
         let slots = lives.iter().zip(places).map(|(life, place)| Slot { size: life.size, place });
         Layout { slots: slots.collect(), total }
     }
 }
 
-/// Offsets for the buffers that end, and the bytes they need: greatest `rank` first.
-fn place(lives: &[Life], rank: impl Fn(&Life) -> (usize, usize)) -> (Vec<Option<usize>>, usize) {
-    let mut order: Vec<usize> = (0..lives.len()).filter(|i| lives[*i].end.is_some()).collect();
-    order.sort_by_key(|i| (std::cmp::Reverse(rank(&lives[*i])), lives[*i].start));
+/// Offsets of buffers (none for those that outlive the run) and the bytes they need.
+type Places = (Vec<Option<usize>>, usize);
+
+/// No order of placing is best for every run: several are tried until little is wasted over `least`.
+fn best_places(lives: &[Life], least: usize) -> Places {
+    let good = least + least / 100;
+    let duration = |life: &Life| life.end.unwrap_or(life.start) - life.start;
+    let ranks: [&dyn Fn(&Life) -> (usize, usize); 3] =
+        [&|life| (life.size, 0), &|life| (life.size * duration(life), life.size), &|life| {
+            (duration(life), life.size)
+        }];
+    let mut best: Option<Places> = None;
+    for rank in ranks {
+        let mut order: Vec<usize> = (0..lives.len()).filter(|i| lives[*i].end.is_some()).collect();
+        order.sort_by_key(|i| (std::cmp::Reverse(rank(&lives[*i])), lives[*i].start));
+        let places = place(lives, &order);
+        if best.as_ref().is_none_or(|best| places.1 < best.1) {
+            best = Some(places);
+        }
+        if best.as_ref().is_some_and(|best| best.1 <= good) {
+            break;
+        }
+    }
+    best.unwrap_or_default()
+}
+
+/// Puts buffers, in this order, each into the smallest gap that it fits between those placed before
+/// that live at the same time.
+fn place(lives: &[Life], order: &[usize]) -> Places {
     let mut places = vec![None; lives.len()];
     // Sorted by offset: (offset, end of the place, start of life, end of life).
     let mut placed: Vec<(usize, usize, usize, usize)> = Vec::with_capacity(order.len());
     let mut total = 0;
-    for index in order {
+    for index in order.iter().copied() {
         let Life { size, start, end: Some(end) } = lives[index] else { continue };
         let (mut cursor, mut best) = (0, None);
         for (offset, place_end, other_start, other_end) in placed.iter().copied() {

@@ -1,8 +1,10 @@
 //! Checkpointed segments, the order of gradients, precision and threads of a whole network.
 
+use std::rc::Rc;
+
 use engine::{
-    Activation, AttentionShape, Conv2d, ConvGeometry, DType, Device, ElementLoss, EngineError,
-    GroupNorm, Linear, LossSpec, ParamId, ParamStore, Result, Tape, Tensor, Value,
+    Activation, AttentionShape, Checkpointing, Conv2d, ConvGeometry, DType, Device, ElementLoss,
+    EngineError, GroupNorm, Linear, LossSpec, ParamId, ParamStore, Result, Tape, Tensor, Value,
 };
 
 use crate::trial::*;
@@ -85,7 +87,7 @@ impl Net {
         tape.add(&y, x)
     }
 
-    fn outcome(&self, checkpointing: bool) -> Outcome {
+    fn outcome(&self, checkpointing: impl Into<Checkpointing>) -> Outcome {
         let store = ParamStore::new(Device::Cpu, &Self::params()).unwrap();
         run(&store, checkpointing, |tape, _| self.forward(tape)).unwrap()
     }
@@ -98,6 +100,10 @@ fn checkpointing_changes_no_bit() {
         let (kept, replayed) = (net.outcome(false), net.outcome(true));
         assert!(kept.grads.iter().all(|grad| grad.iter().any(|x| *x != 0.)));
         assert_eq!(kept, replayed);
+        for segments in [vec![], vec![1], vec![0, 2], vec![2, 7]] {
+            let chosen = Checkpointing::Chosen(Rc::new(segments.iter().copied().collect()));
+            assert_eq!(kept, net.outcome(chosen), "{segments:?}");
+        }
     }
 }
 

@@ -3,8 +3,8 @@
 use std::rc::Rc;
 
 use engine::{
-    Adapter, DType, Device, Draws, Dropouts, ElementLoss, LossSpec, LowRankAdapter, ParamId,
-    ParamStore, Result, Tape, Tensor, Value,
+    Adapter, Checkpointing, DType, Device, Draws, Dropouts, ElementLoss, LossSpec, LowRankAdapter,
+    ParamId, ParamStore, Result, Tape, Tensor, Value,
 };
 
 /// A named parameter's shape and numbers.
@@ -56,7 +56,7 @@ fn target(len: usize) -> Vec<f32> {
 /// Squared error of `net` against fixed numbers, and the gradient of every parameter.
 pub fn run<'m>(
     store: &'m ParamStore,
-    checkpointing: bool,
+    checkpointing: impl Into<Checkpointing>,
     net: impl FnOnce(&Tape<'m>, Vec<ParamId>) -> Result<Value>,
 ) -> Result<Outcome> {
     run_with_draws(store, (checkpointing, None), net)
@@ -65,7 +65,7 @@ pub fn run<'m>(
 /// [`run`] as a training pass whose adapters draw what they leave out.
 pub fn run_with_draws<'m>(
     store: &'m ParamStore,
-    (checkpointing, draws): (bool, Option<Rc<dyn Draws>>),
+    (checkpointing, draws): (impl Into<Checkpointing>, Option<Rc<dyn Draws>>),
     net: impl FnOnce(&Tape<'m>, Vec<ParamId>) -> Result<Value>,
 ) -> Result<Outcome> {
     let tape = Tape::new(store, checkpointing).with_draws(draws);

@@ -243,7 +243,7 @@ impl Bench {
     }
 
     fn setting(&self, clip_skip: Option<usize>) -> Setting {
-        Setting { clip_skip, checkpointing: self.checkpointing, draws: None }
+        Setting { clip_skip, checkpointing: self.checkpointing.into(), draws: None }
     }
 
     fn check_case(
