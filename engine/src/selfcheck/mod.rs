@@ -3,6 +3,9 @@
 //! Part of the program, so that a machine with a card can say whether its results are right. Inputs
 //! are rounded to the card's element type first; the reference then computes with them in f32.
 
+mod conv;
+mod matmul;
+
 use half::{bf16, f16};
 
 use crate::{DType, Device, EngineError, Result, Tensor};
@@ -48,7 +51,8 @@ impl Check {
 
 /// All checks, small and big.
 pub fn all() -> Vec<Check> {
-    Vec::new()
+    let kinds = [matmul::checks, conv::checks];
+    kinds.into_iter().flat_map(|checks| checks()).collect()
 }
 
 /// Element types of a card's arithmetic with the tolerance of an operation that rounds its result
