@@ -15,6 +15,7 @@ mod loss;
 mod matmul;
 mod memory;
 mod norm;
+pub mod nvidia;
 mod optimizer;
 mod pointwise;
 pub mod recorder;
