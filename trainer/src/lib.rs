@@ -12,6 +12,7 @@ pub mod device;
 pub mod draws;
 pub mod ema;
 pub mod gradients;
+pub mod inputs;
 pub mod latents;
 pub mod logs;
 pub mod loss_history;

@@ -5,11 +5,11 @@ use std::cell::RefCell;
 use anyhow::{Context, Result};
 
 use crate::dataset::{Batch, LatentEncoder, SampleMeta};
+use crate::inputs::{MicroBatch, Prompts};
 use crate::latents::{MOMENTS, VaeEncoder};
 use crate::noise::Draw;
 use crate::objective::{Noised, Objective};
 use crate::rng::{Purpose, stream};
-use crate::step::Prompts;
 
 /// Channels of the latents.
 const CHANNELS: usize = MOMENTS / 2;
@@ -32,7 +32,7 @@ pub struct Noising {
 
 impl Noising {
     /// Noises this rank's part of a batch.
-    pub fn noise(&self, batch: &Batch) -> Result<Noised> {
+    fn noise(&self, batch: &Batch) -> Result<Noised> {
         let share = (batch.global_count * self.accumulation) as f32;
         let weights: Vec<f32> = batch.samples.iter().map(|s| s.loss_weight / share).collect();
         self.noise_by(batch, &weights, self.seed, None)
@@ -40,7 +40,7 @@ impl Noising {
 
     /// Noises a batch for validation: for a seed, every image has the same noise at each timestep,
     /// and every sample counts for itself.
-    pub fn noise_at(&self, batch: &Batch, seed: u64, timestep: usize) -> Result<Noised> {
+    fn noise_at(&self, batch: &Batch, seed: u64, timestep: usize) -> Result<Noised> {
         let weights: Vec<f32> = batch.samples.iter().map(|sample| sample.loss_weight).collect();
         self.noise_by(batch, &weights, seed, Some(timestep))
     }
@@ -103,8 +103,22 @@ impl Noising {
         Ok(latents)
     }
 
+    /// What a micro-step is given for this rank's part of a batch.
+    pub fn micro_batch(&self, batch: &Batch) -> Result<MicroBatch> {
+        self.with_prompts(batch, self.noise(batch)?)
+    }
+
+    /// The same for validation; see [`Noising::noise_at`].
+    pub fn micro_batch_at(&self, batch: &Batch, seed: u64, timestep: usize) -> Result<MicroBatch> {
+        self.with_prompts(batch, self.noise_at(batch, seed, timestep)?)
+    }
+
+    fn with_prompts(&self, batch: &Batch, noised: Noised) -> Result<MicroBatch> {
+        Ok(MicroBatch { noised, prompts: self.prompts(batch), encoded: None })
+    }
+
     /// The prompts of a batch.
-    pub fn prompts(&self, batch: &Batch) -> Prompts {
+    fn prompts(&self, batch: &Batch) -> Prompts {
         Prompts {
             ids: batch.input_ids.clone(),
             weights: batch.token_weights.clone(),

@@ -4,7 +4,7 @@
 //! index: they do not depend on the number of ranks, on the batch size or on what was drawn before.
 
 use anyhow::{Context, Result, bail};
-use engine::{DType, Device, ElementLoss, LossSpec, Tensor};
+use engine::ElementLoss;
 use models::{NoiseSchedule, ScheduleSettings};
 
 use crate::noise::{Draw, NoiseShape};
@@ -44,16 +44,25 @@ pub struct Objective {
     timesteps: std::ops::Range<usize>,
 }
 
-/// One batch, ready for the U-Net.
+/// One batch, ready for the U-Net: numbers on the host, whatever computes.
+#[derive(Clone, Debug)]
 pub struct Noised {
-    /// f32 `[B,h,w,4]`.
-    pub noisy: Tensor,
-    /// f32 `[B,h,w,4]`: the noise, or v.
-    pub target: Tensor,
+    /// `[B,h,w,4]`.
+    pub shape: [usize; 4],
+    /// Noised latents, of that shape.
+    pub noisy: Vec<f32>,
+    /// The noise, or v, of that shape.
+    pub target: Vec<f32>,
     /// One per sample.
     pub timesteps: Vec<f32>,
-    /// How the prediction is judged.
-    pub loss: LossSpec,
+    /// Loss of one element.
+    pub element: ElementLoss,
+    /// `c` of the Huber losses, one per sample.
+    pub delta: Vec<f32>,
+    /// Factor of each sample's mean in the total, `1/batch` included.
+    pub weight: Vec<f32>,
+    /// Factor of each element's loss, of `shape`.
+    pub mask: Option<Vec<f32>>,
 }
 
 impl Noised {
@@ -61,11 +70,16 @@ impl Noised {
     /// `masked_loss`). The mean stays that over all pixels: a mask of half the picture halves the
     /// loss, as in sd-scripts.
     pub fn weigh_pixels(&mut self, alphas: &[f32]) -> Result<()> {
-        let shape = self.target.shape();
-        let channels = shape.last().copied().unwrap_or(1);
-        let mask: Vec<f32> =
-            alphas.iter().flat_map(|alpha| std::iter::repeat_n(*alpha, channels)).collect();
-        self.loss.mask = Some(Tensor::from_f32(Device::Cpu, shape, &mask, DType::F32)?);
+        let [batch, height, width, channels] = self.shape;
+        if alphas.len() != batch * height * width {
+            bail!(
+                "a mask of {} pixels does not fit the batch shape: {:?}",
+                alphas.len(),
+                self.shape
+            );
+        }
+        let of_pixel = |alpha: &f32| std::iter::repeat_n(*alpha, channels);
+        self.mask = Some(alphas.iter().flat_map(of_pixel).collect());
         Ok(())
     }
 }
@@ -155,12 +169,15 @@ impl Objective {
             delta.push(self.huber_threshold(draw.timestep));
             weight.push(share * self.timestep_weight(draw.timestep));
         }
-        let tensor = |data: &[f32]| Tensor::from_f32(Device::Cpu, &shape, data, DType::F32);
         Ok(Noised {
-            noisy: tensor(&noisy)?,
-            target: tensor(&target)?,
+            shape,
+            noisy,
+            target,
             timesteps: draws.iter().map(|d| d.timestep as f32).collect(),
-            loss: LossSpec::new(Device::Cpu, self.element, &delta, &weight)?,
+            element: self.element,
+            delta,
+            weight,
+            mask: None,
         })
     }
 

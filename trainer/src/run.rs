@@ -196,11 +196,11 @@ impl Run {
         };
         let monitor = Monitor::new(&options, &plan, &group, &comm)?;
         let mut models =
-            Models { text_encoder: base.load_text_encoder()?, unet: base.load_unet()? };
+            Models { text_encoder: Some(base.load_text_encoder()?), unet: base.load_unet()? };
         engine::release_pool();
         let params = prepared.parameters(&base)?;
         let network = prepared.network;
-        network.install(&mut models.text_encoder, &mut models.unet, 1.)?;
+        models.install(&network)?;
         let has_latents = latents.is_some();
         let (parts, loading) = loader_parts(&options, env, &base, (group, latents), &plan)?;
         let loading = LoaderOptions {

@@ -1,33 +1,28 @@
-//! One micro-step: prompts and noised latents in, loss and gradients out.
+//! One micro-step: inputs on the device in, losses and gradients out.
 
 use std::rc::Rc;
 
-use anyhow::Result;
-use engine::{Checkpointing, DType, Draws, Ids, ParamId, ParamStore, Tape, Tensor};
-use models::{ClipTextModel, Unet, UnetInput, join_chunks, token_factors};
+use anyhow::{Context, Result};
+use engine::{Checkpointing, Draws, EngineError, ParamId, ParamStore, Tape, Tensor, Value};
+use models::lora::LoraNetwork;
+use models::{ClipTextModel, Unet, UnetInput, join_chunks};
 
-use crate::objective::Noised;
-
-/// Tokens of a chunk: start, 75 of the caption, end.
-pub const CHUNK: usize = 77;
+use crate::inputs::{CHUNK, StepInputs, Text};
 
 /// The models of a run, adapters installed.
 pub struct Models {
-    /// Reads the prompts.
-    pub text_encoder: ClipTextModel,
+    /// Reads the prompts; `None` where all were encoded before the training.
+    pub text_encoder: Option<ClipTextModel>,
     /// Predicts the noise.
     pub unet: Unet,
 }
 
-/// The prompts of a batch.
-#[derive(Clone, Debug)]
-pub struct Prompts {
-    /// `[B,chunks,77]`, row-major.
-    pub ids: Vec<u32>,
-    /// One per id (`weighted_captions`).
-    pub weights: Option<Vec<f32>>,
-    /// Chunks of each prompt: 1, 2 or 3.
-    pub chunks: usize,
+impl Models {
+    /// Puts the adapters of `network` into the layers.
+    pub fn install(&mut self, network: &LoraNetwork) -> Result<()> {
+        let text_encoder = self.text_encoder.as_mut().context("the text encoder is gone")?;
+        Ok(network.install(text_encoder, &mut self.unet, 1.)?)
+    }
 }
 
 /// How the models are run.
@@ -47,31 +42,27 @@ pub struct Forward {
     pub context: Tensor,
     /// `[B,h,w,4]`.
     pub prediction: Tensor,
-    /// Weighted loss of each sample; their sum is the loss.
-    pub losses: Vec<f32>,
+    /// Weighted loss of each sample, f32 `[B]`; their sum is the loss.
+    pub losses: Tensor,
 }
 
 /// Runs forward and backward; `ready` gets each parameter's gradient as soon as it is final.
 pub fn forward_backward(
     (models, params): (&Models, &ParamStore),
     setting: Setting,
-    prompts: &Prompts,
-    batch: &Noised,
+    inputs: &StepInputs,
     ready: &mut dyn FnMut(ParamId, Tensor) -> engine::Result<()>,
 ) -> Result<Forward> {
     let random = setting.draws.is_some();
     let tape = Tape::new(params, setting.checkpointing).with_draws(setting.draws);
-    let context = encode_prompts(&tape, &models.text_encoder, setting.clip_skip, prompts)?;
-    let waves = models.unet.waves(batch.noisy.device(), &batch.timesteps)?;
-    let prediction = models
-        .unet
-        .forward(&tape, UnetInput { latents: &batch.noisy, waves: &waves, context: &context })?;
-    let loss = tape.loss(&prediction, &batch.target, &batch.loss)?;
-    let losses = loss.tensor().to_vec_f32()?;
+    let text_encoder = models.text_encoder.as_ref();
+    let context = encode_text(&tape, text_encoder, setting.clip_skip, &inputs.text)?;
+    let prediction = predict(&tape, &models.unet, inputs, &context)?;
+    let loss = tape.loss(&prediction, &inputs.target, &inputs.loss)?;
     let forward = Forward {
         context: context.tensor().clone(),
         prediction: prediction.tensor().clone(),
-        losses,
+        losses: loss.tensor().clone(),
     };
     drop((context, prediction));
     // Dropouts can leave out all that the loss depends on.
@@ -86,35 +77,41 @@ pub fn forward_backward(
 pub fn evaluate(
     (models, params): (&Models, &ParamStore),
     clip_skip: Option<usize>,
-    prompts: &Prompts,
-    batch: &Noised,
+    inputs: &StepInputs,
 ) -> Result<Vec<f32>> {
     let tape = Tape::inference(Some(params));
-    let context = encode_prompts(&tape, &models.text_encoder, clip_skip, prompts)?;
-    let waves = models.unet.waves(batch.noisy.device(), &batch.timesteps)?;
-    let prediction = models
-        .unet
-        .forward(&tape, UnetInput { latents: &batch.noisy, waves: &waves, context: &context })?;
-    Ok(tape.loss(&prediction, &batch.target, &batch.loss)?.tensor().to_vec_f32()?)
+    let text_encoder = models.text_encoder.as_ref();
+    let context = encode_text(&tape, text_encoder, clip_skip, &inputs.text)?;
+    let prediction = predict(&tape, &models.unet, inputs, &context)?;
+    Ok(tape.loss(&prediction, &inputs.target, &inputs.loss)?.tensor().to_vec_f32()?)
+}
+
+fn predict<'m>(
+    tape: &Tape<'m>,
+    unet: &'m Unet,
+    inputs: &StepInputs,
+    context: &Value,
+) -> engine::Result<Value> {
+    unet.forward(tape, UnetInput { latents: &inputs.latents, waves: &inputs.waves, context })
 }
 
 /// Hidden states of the prompts, `[B,T,C]`, long prompts joined, words weighted.
-pub fn encode_prompts<'m>(
+pub fn encode_text<'m>(
     tape: &Tape<'m>,
-    text_encoder: &'m ClipTextModel,
+    text_encoder: Option<&'m ClipTextModel>,
     clip_skip: Option<usize>,
-    prompts: &Prompts,
-) -> engine::Result<engine::Value> {
-    let device = text_encoder.device();
-    let ids = Ids::new(device, &prompts.ids)?;
-    let hidden = text_encoder.forward(tape, &ids, CHUNK, clip_skip)?;
-    let joined = join_chunks(tape, &hidden, prompts.chunks)?;
-    match &prompts.weights {
-        Some(weights) => {
-            let factors = token_factors(weights, joined.shape()[0], prompts.chunks)?;
-            let factors = Tensor::from_f32(device, &[factors.len()], &factors, DType::F32)?;
-            tape.scale_rows(&joined, &factors)
-        }
+    text: &Text,
+) -> engine::Result<Value> {
+    let (ids, factors, chunks) = match text {
+        Text::Tokens { ids, factors, chunks } => (ids, factors, *chunks),
+        Text::Encoded(encoded) => return Ok(Value::constant(encoded.clone())),
+    };
+    let text_encoder = text_encoder
+        .ok_or_else(|| EngineError::Unsupported("the text encoder was dropped".into()))?;
+    let hidden = text_encoder.forward(tape, ids, CHUNK, clip_skip)?;
+    let joined = join_chunks(tape, &hidden, chunks)?;
+    match factors {
+        Some(factors) => tape.scale_rows(&joined, factors),
         None => Ok(joined),
     }
 }

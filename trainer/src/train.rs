@@ -16,6 +16,7 @@ use crate::dataset::{Batch, Loader};
 use crate::draws::draws_for;
 use crate::ema::Ema;
 use crate::gradients::{Control, Gradients};
+use crate::inputs::StepInputs;
 use crate::logs::Rate;
 use crate::loss_history::SampleLoss;
 use crate::lr::Schedule;
@@ -251,24 +252,23 @@ impl Trainer<'_> {
             // The last batch of a bucket can be smaller than the number of ranks.
             return Ok(0.);
         }
-        let noised = self.noising.noise(batch)?;
-        let prompts = self.noising.prompts(batch);
+        let micro = self.noising.micro_batch(batch)?;
+        let inputs = StepInputs::new(self.params.device(), &self.models.unet, &micro)?;
         let setting = Setting {
             clip_skip: self.options.clip_skip,
             checkpointing: self.options.gradient_checkpointing.into(),
             draws: draws_for(&self.network, self.plan.seed, batch),
         };
         let models = (&self.models, &self.params);
-        let forward = forward_backward(models, setting, &prompts, &noised, ready)?;
+        let forward = forward_backward(models, setting, &inputs, ready)?;
+        let losses = forward.losses.to_vec_f32()?;
         let share = (batch.global_count * self.options.gradient_accumulation_steps) as f32;
-        samples.extend(batch.samples.iter().zip(&forward.losses).map(|(sample, loss)| {
-            SampleLoss {
-                global_index: sample.global_index,
-                image: sample.image_path.clone(),
-                loss: loss * share,
-            }
+        samples.extend(batch.samples.iter().zip(&losses).map(|(sample, loss)| SampleLoss {
+            global_index: sample.global_index,
+            image: sample.image_path.clone(),
+            loss: loss * share,
         }));
-        Ok(forward.losses.iter().sum())
+        Ok(losses.iter().sum())
     }
 
     /// Learning rates of the groups in a step, for the logs.

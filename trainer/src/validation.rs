@@ -13,6 +13,7 @@ use collectives::{Comm, signals};
 use engine::ParamStore;
 
 use crate::dataset::FixedBatches;
+use crate::inputs::StepInputs;
 use crate::noising::Noising;
 use crate::options::Options;
 use crate::step::{Models, evaluate};
@@ -89,11 +90,11 @@ impl Validation {
                 break;
             }
             let batch = self.batches.make(index)?;
-            let prompts = noising.prompts(&batch);
             let first = self.batches.first_image(index);
             for (row, timestep) in self.timesteps.iter().enumerate() {
-                let noised = noising.noise_at(&batch, self.seed, *timestep)?;
-                let own = evaluate((models, params), self.clip_skip, &prompts, &noised)?;
+                let micro = noising.micro_batch_at(&batch, self.seed, *timestep)?;
+                let inputs = StepInputs::new(params.device(), &models.unet, &micro)?;
+                let own = evaluate((models, params), self.clip_skip, &inputs)?;
                 let at = row * images + first;
                 losses[at..at + own.len()].copy_from_slice(&own);
             }

@@ -18,11 +18,12 @@ use models::lora::{
 };
 use models::{ClipConfig, ClipTextModel, Unet, UnetConfig};
 use trainer::gradients::Gradients;
+use trainer::inputs::{MicroBatch, Prompts, StepInputs};
 use trainer::memory::peak_resident;
 use trainer::objective::Objective;
 use trainer::optimizer::{AdamWSettings, Build, Recipe, StepInput, TensorForm, TensorStep};
 use trainer::options::Options;
-use trainer::step::{Models, Prompts, Setting, forward_backward};
+use trainer::step::{Models, Setting, forward_backward};
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Precision {
@@ -138,7 +139,7 @@ fn main() -> Result<()> {
     let text_weights = RandomWeights::new(ClipTextModel::tensor_shapes(&text_config)?);
     let loading = Instant::now();
     let mut models = Models {
-        text_encoder: ClipTextModel::load(&text_weights, &text_config, Device::Cpu, dtype)?,
+        text_encoder: Some(ClipTextModel::load(&text_weights, &text_config, Device::Cpu, dtype)?),
         unet: Unet::load(&unet_weights, &unet_config, Device::Cpu, dtype)?,
     };
     eprintln!("weights made in {:.1} s", loading.elapsed().as_secs_f64());
@@ -160,7 +161,7 @@ fn main() -> Result<()> {
     });
     network.set_magnitudes(&mut values, &text_weights, &unet_weights)?;
     let mut params = network.parameters(Device::Cpu, values)?;
-    network.install(&mut models.text_encoder, &mut models.unet, 1.)?;
+    models.install(&network)?;
     let forms = TensorForm::of(&network);
     let build = Build { params: &params, forms: &forms, learning_rate: 1e-4 };
     let mut optimizer = AdamWSettings::default().build(&build)?;
@@ -188,11 +189,12 @@ fn main() -> Result<()> {
         let latents: Vec<f32> =
             objective.draw(2, step as u64, [args.batch_size * side, side, 4]).noise;
         let noised = objective.prepare(&latents, shape, &draws, &weights)?;
+        let micro = MicroBatch { noised, prompts: prompts.clone(), encoded: None };
+        let inputs = StepInputs::new(Device::Cpu, &models.unet, &micro)?;
         let mut gradients = Gradients::new(&params);
         let mut ready = |id: ParamId, g: engine::Tensor| gradients.add(id, &g);
-        let forward =
-            forward_backward((&models, &params), setting.clone(), &prompts, &noised, &mut ready)?;
-        last_loss = forward.losses.iter().sum();
+        let forward = forward_backward((&models, &params), setting.clone(), &inputs, &mut ready)?;
+        last_loss = forward.losses.to_vec_f32()?.iter().sum();
         drop(forward);
         gradients.clip(1.);
         let input =

@@ -5,7 +5,7 @@ use super::*;
 use crate::dataset::image_file::Pixels;
 use crate::dataset::picture::latent_alpha;
 use crate::noise::Octave;
-use engine::{Tape, Value};
+use engine::{DType, Device, LossSpec, Tape, Tensor, Value};
 use formats::TensorFile;
 use formats::safetensors_file::SafetensorsFile;
 
@@ -111,7 +111,7 @@ fn noise_and_target_are_those_of_the_reference() {
         let noised = objective.prepare(&latents, shape, &draws, &[1. / 3.; 3]).unwrap();
         for (kind, ours) in [("noisy", &noised.noisy), ("target", &noised.target)] {
             let (theirs, _) = reference.nhwc(&format!("{kind}/{name}"));
-            let difference = largest_difference(&ours.to_vec_f32().unwrap(), &theirs);
+            let difference = largest_difference(ours, &theirs);
             // Values of size 1 to 4, rounded a handful of times in f32 (2^-24 each).
             assert!(difference < 2e-6, "{name}, {kind}: {difference}");
         }
@@ -145,13 +145,15 @@ fn losses_are_those_of_the_reference() {
         let objective = Objective::from_options(&options).unwrap();
         let draws = reference.draws(&options);
         let mut noised = objective.prepare(&latents, shape, &draws, &weights).unwrap();
-        noised.target = tensor(&target);
         if options.masked_loss {
             noised.weigh_pixels(&alphas).unwrap();
         }
+        let Noised { element, delta, weight, mask, .. } = noised;
+        let spec = LossSpec::new(Device::Cpu, element, &delta, &weight).unwrap();
+        let spec = LossSpec { mask: mask.map(|mask| tensor(&mask)), ..spec };
         let tape = Tape::inference(None);
         let prediction = Value::constant(tensor(&prediction));
-        let losses = tape.loss(&prediction, &noised.target, &noised.loss).unwrap();
+        let losses = tape.loss(&prediction, &tensor(&target), &spec).unwrap();
         let losses = losses.tensor().to_vec_f32().unwrap();
         for (ours, theirs) in losses.iter().zip(numbers(&case["losses"])) {
             let difference = (f64::from(*ours) - theirs).abs() / theirs;

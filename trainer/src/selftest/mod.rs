@@ -21,10 +21,11 @@ use models::{UnetInput, Vae};
 
 use crate::base::Base;
 use crate::gradients::Gradients;
+use crate::inputs::{CHUNK, MicroBatch, Prompts, StepInputs};
 use crate::noise::Draw;
-use crate::objective::{Noised, Objective};
+use crate::objective::Objective;
 use crate::optimizer::{AdamWSettings, Build, Recipe, StepInput, TensorForm, TensorStep};
-use crate::step::{CHUNK, Models, Prompts, Setting, encode_prompts, forward_backward};
+use crate::step::{Models, Setting, encode_text, forward_backward};
 
 pub use compare::Report;
 use compare::{FORWARD, GRADIENT, GRADIENT_NORM, WEIGHTS};
@@ -61,7 +62,8 @@ pub fn run(case: &Path, base: &Path, device: Device, checkpointing: bool) -> Res
         Base::from_files(open_base_model(&model, &OpenOptions::default())?, DType::F32)?;
     opened.device = device;
     let inputs = Inputs::read(&*reference.inputs, opened.vae.scaling)?;
-    let models = Models { text_encoder: opened.load_text_encoder()?, unet: opened.load_unet()? };
+    let models =
+        Models { text_encoder: Some(opened.load_text_encoder()?), unet: opened.load_unet()? };
     let mut bench = Bench { reference, base: opened, inputs, models, checkpointing };
     let mut report = Report::default();
     bench.check_base(&mut report)?;
@@ -140,12 +142,15 @@ impl Bench {
         Objective::from_options(&options_from_json(case.map(|case| &case.options))?)
     }
 
-    fn noised(&self, objective: &Objective, step: usize) -> Result<Noised> {
+    fn inputs(&self, objective: &Objective, step: usize) -> Result<StepInputs> {
         let weights = &self.reference.cases.loss_weights;
         let batch = self.inputs.shape[0] as f32;
         let weights: Vec<f32> = weights.iter().map(|w| w / batch).collect();
         let draws = self.inputs.draws(step)?;
-        objective.prepare(&self.inputs.latents, self.inputs.shape, &draws, &weights)
+        let shape = self.inputs.shape;
+        let noised = objective.prepare(&self.inputs.latents, shape, &draws, &weights)?;
+        let micro = MicroBatch { noised, prompts: self.inputs.prompts(), encoded: None };
+        StepInputs::new(self.base.device, &self.models.unet, &micro)
     }
 
     fn check_against(
@@ -167,13 +172,13 @@ impl Bench {
 
     /// The models without LoRA.
     fn check_base(&self, report: &mut Report) -> Result<()> {
-        let noised = self.noised(&self.objective(None)?, 0)?;
+        let inputs = self.inputs(&self.objective(None)?, 0)?;
         let file = &*self.reference.base;
-        self.check_against(report, file, ("noisy_latents", "base/noisy_latents"), &noised.noisy)?;
+        self.check_against(report, file, ("noisy_latents", "base/noisy_latents"), &inputs.latents)?;
         for (clip_skip, suffix) in [(None, "none"), (Some(1), "1"), (Some(2), "2")] {
             let tape = Tape::inference(None);
-            let prompts = self.inputs.prompts();
-            let context = encode_prompts(&tape, &self.models.text_encoder, clip_skip, &prompts)?;
+            let text_encoder = self.models.text_encoder.as_ref();
+            let context = encode_text(&tape, text_encoder, clip_skip, &inputs.text)?;
             let key = format!("te_clip_skip_{suffix}");
             self.check_against(report, file, (&key, &format!("base/{key}")), context.tensor())?;
             let key = match clip_skip {
@@ -182,8 +187,8 @@ impl Bench {
             };
             if file.shape(&key).is_some() {
                 let unet = &self.models.unet;
-                let waves = unet.waves(noised.noisy.device(), &noised.timesteps)?;
-                let input = UnetInput { latents: &noised.noisy, waves: &waves, context: &context };
+                let (latents, waves) = (&inputs.latents, &inputs.waves);
+                let input = UnetInput { latents, waves, context: &context };
                 let prediction = unet.forward(&tape, input)?;
                 let shown = format!("base/{key}");
                 self.check_against(report, file, (&key, &shown), prediction.tensor())?;
@@ -238,7 +243,7 @@ impl Bench {
             report.fail(module, "only one of network and init.safetensors has this module");
         }
         let params = network.parameters(self.base.device, values)?;
-        network.install(&mut self.models.text_encoder, &mut self.models.unet, 1.)?;
+        self.models.install(&network)?;
         Ok((network, params))
     }
 
@@ -254,17 +259,15 @@ impl Bench {
         report: &mut Report,
     ) -> Result<()> {
         let name = &case.name;
-        let noised = self.noised(&self.objective(Some(case))?, case.step)?;
+        let inputs = self.inputs(&self.objective(Some(case))?, case.step)?;
         let setting = self.setting(case.clip_skip);
-        let prompts = self.inputs.prompts();
         let mut gradients = Gradients::new(params);
         let mut found: Vec<Option<Vec<f32>>> = vec![None; params.count()];
-        let forward =
-            forward_backward((&self.models, params), setting, &prompts, &noised, &mut |id, g| {
-                found[id.0] = Some(network.file_order(id, &g.to_vec_f32()?));
-                gradients.add(id, &g)
-            })?;
-        let loss: f32 = forward.losses.iter().sum();
+        let forward = forward_backward((&self.models, params), setting, &inputs, &mut |id, g| {
+            found[id.0] = Some(network.file_order(id, &g.to_vec_f32()?));
+            gradients.add(id, &g)
+        })?;
+        let loss: f32 = forward.losses.to_vec_f32()?.iter().sum();
         report.check(&format!("{name}/loss"), &[loss], &[case.loss], FORWARD, 0.);
         let norm = gradients.norm() as f32;
         report.check(&format!("{name}/grad_norm"), &[norm], &[case.grad_norm], GRADIENT_NORM, 0.);
@@ -279,7 +282,7 @@ impl Bench {
         for (key, tensor) in [
             ("te_out", &forward.context),
             ("noise_pred", &forward.prediction),
-            ("target", &noised.target),
+            ("target", &inputs.target),
         ] {
             let shown = format!("{name}/{key}");
             self.check_against(report, file, (&format!("{prefix}{key}"), &shown), tensor)?;
@@ -322,17 +325,15 @@ impl Bench {
             let ids = group.params.iter().copied();
             tensors.extend(ids.map(|id| TensorStep { id, range: params.range(id), lr }));
         }
-        let prompts = self.inputs.prompts();
         let figures = adamw.losses.iter().zip(&adamw.grad_norm_before_clip).enumerate();
         for (step, (loss, grad_norm)) in figures {
-            let noised = self.noised(&objective, step)?;
+            let inputs = self.inputs(&objective, step)?;
             let mut gradients = Gradients::new(&params);
             let models = (&self.models, &params);
             let setting = self.setting(None);
-            let forward = forward_backward(models, setting, &prompts, &noised, &mut |id, g| {
-                gradients.add(id, &g)
-            })?;
-            let got: f32 = forward.losses.iter().sum();
+            let forward =
+                forward_backward(models, setting, &inputs, &mut |id, g| gradients.add(id, &g))?;
+            let got: f32 = forward.losses.to_vec_f32()?.iter().sum();
             report.check(&format!("adamw/{step}/loss"), &[got], &[*loss], FORWARD, 0.);
             let norm = gradients.clip(adamw.max_grad_norm) as f32;
             let name = format!("adamw/{step}/grad_norm");
