@@ -142,9 +142,16 @@ impl ParamStore {
         &self.flat
     }
 
-    /// Changes the values in place, in the order of the flat tensor.
+    /// Changes the values in place, in the order of the flat tensor. Those on a card go to the host
+    /// and back.
     pub fn update<R>(&mut self, run: impl FnOnce(&mut [f32]) -> R) -> Result<R> {
-        self.flat.with_mut::<f32, _>("update of parameters", run)
+        if self.device() == Device::Cpu {
+            return self.flat.with_mut::<f32, _>("update of parameters", run);
+        }
+        let mut values = self.flat.to_vec_f32()?;
+        let result = run(&mut values);
+        self.flat.refill(&values)?;
+        Ok(result)
     }
 
     /// Parameters of the same shapes with other values.

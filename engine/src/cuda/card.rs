@@ -104,7 +104,7 @@ impl Card {
     }
 
     /// Fails where the host must not look at, or change, what the card computes.
-    fn check_outside_capture(&self, what: &str) -> Result<()> {
+    pub(super) fn check_outside_capture(&self, what: &str) -> Result<()> {
         if self.capturing.load(Ordering::Relaxed) && !self.constant.load(Ordering::Relaxed) {
             return Err(EngineError::NotCapturable(format!("{what} within a captured step")));
         }

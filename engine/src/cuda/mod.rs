@@ -19,6 +19,7 @@ pub mod nvidia;
 mod optimizer;
 mod pointwise;
 pub mod recorder;
+mod staging;
 mod table;
 pub(crate) mod transfer;
 mod working;
