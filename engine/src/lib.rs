@@ -11,6 +11,7 @@ pub mod cuda;
 mod device;
 mod error;
 mod ids;
+mod operands;
 mod ops;
 mod params;
 mod pool;

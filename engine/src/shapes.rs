@@ -15,7 +15,7 @@ pub(crate) struct GemmSizes {
 }
 
 /// Rows and columns of `t` read as `[rows, last axis]`, after an optional transposition.
-fn matrix(t: &Tensor, trans: bool) -> (usize, usize) {
+pub(crate) fn matrix(t: &Tensor, trans: bool) -> (usize, usize) {
     let (rows, last) = (t.rows(), t.last_dim());
     if trans { (last, rows) } else { (rows, last) }
 }

@@ -2,11 +2,12 @@
 
 use rayon::prelude::*;
 
-use super::elementwise::{CHUNK, check_same, owned};
+use super::elementwise::{CHUNK, owned};
 use super::simd::{Scalar, vectorized, with_scalar};
 use super::transcendental::{gelu, gelu_and_slope, quick_gelu, quick_gelu_slope, silu, silu_slope};
 use crate::backend::Activation;
-use crate::{EngineError, Result, Tensor, pool};
+use crate::operands::{check_gated, check_same, halved};
+use crate::{Result, Tensor, pool};
 
 #[inline(always)]
 fn map<T: Scalar>(out: &mut [T], x: &[T], f: impl Fn(f32) -> f32) {
@@ -91,16 +92,6 @@ pub(super) fn activation_backward(kind: Activation, dy: Tensor, x: &Tensor) -> R
     })
 }
 
-/// Half of the last axis, and the shape with that half.
-fn halved(op: &'static str, x: &Tensor) -> Result<(usize, Vec<usize>)> {
-    match x.shape().split_last() {
-        Some((last, head)) if last % 2 == 0 && *last > 0 => {
-            Ok((last / 2, head.iter().copied().chain([last / 2]).collect()))
-        }
-        _ => Err(EngineError::shape(op, format!("{:?} has no even last axis", x.shape()))),
-    }
-}
-
 /// `x` is `[...,2C]`: `x[..C] · gelu(x[C..])` (erf), result `[...,C]`.
 pub(super) fn geglu(x: &Tensor) -> Result<Tensor> {
     let (width, shape) = halved("geglu", x)?;
@@ -118,10 +109,7 @@ pub(super) fn geglu(x: &Tensor) -> Result<Tensor> {
 /// Gradient of the input of [`geglu`].
 pub(super) fn geglu_backward(dy: &Tensor, x: &Tensor) -> Result<Tensor> {
     const OP: &str = "geglu_backward";
-    let (width, shape) = halved(OP, x)?;
-    if dy.shape() != shape || dy.dtype() != x.dtype() {
-        return Err(EngineError::shape(OP, format!("dy {dy:?}, x {x:?}")));
-    }
+    let width = check_gated(OP, dy, x)?;
     let rows = (CHUNK / width).max(1);
     with_scalar!(x.dtype(), T => {
         let (data, above) = (x.elements::<T>(OP)?, dy.elements::<T>(OP)?);

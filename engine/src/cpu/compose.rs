@@ -5,9 +5,10 @@
 
 use rayon::prelude::*;
 
-use super::elementwise::{CHUNK, check_same};
+use super::elementwise::CHUNK;
 use super::simd::vectorized;
-use crate::{EngineError, Result, Tensor, pool};
+use crate::operands::{KroneckerSizes, check_same, row_length};
+use crate::{Result, Tensor, pool};
 
 /// Independent sums of a row, as many as the widest vector has lanes.
 const LANES: usize = 16;
@@ -80,36 +81,10 @@ pub(super) fn multiply(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     Ok(Tensor::from_pooled(a.shape(), out))
 }
 
-/// Sizes of a Kronecker product: `[a,b]` by `[c,window,d]`.
-struct Sizes {
-    a: usize,
-    b: usize,
-    c: usize,
-    window: usize,
-    d: usize,
-}
-
-impl Sizes {
-    fn new(op: &'static str, first: &Tensor, second: &Tensor) -> Result<Self> {
-        match (first.shape(), second.shape()) {
-            (&[a, b], &[c, window, d]) if !first.is_empty() && !second.is_empty() => {
-                Ok(Self { a, b, c, window, d })
-            }
-            (first, second) => {
-                Err(EngineError::shape(op, format!("first {first:?}, second {second:?}")))
-            }
-        }
-    }
-
-    fn shape(&self) -> [usize; 3] {
-        [self.a * self.c, self.window, self.b * self.d]
-    }
-}
-
 /// `[a·c, window, b·d]`, see [`crate::backend::Backend::kronecker`].
 pub(super) fn kronecker(first: &Tensor, second: &Tensor) -> Result<Tensor> {
     const OP: &str = "kronecker";
-    let sizes = Sizes::new(OP, first, second)?;
+    let sizes = KroneckerSizes::new(OP, first, second)?;
     let (left, right) = (first.elements::<f32>(OP)?, second.elements::<f32>(OP)?);
     let (left, right): (&[f32], &[f32]) = (&left, &right);
     let shape = sizes.shape();
@@ -130,12 +105,9 @@ pub(super) fn kronecker_backward(
     second: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
     const OP: &str = "kronecker_backward";
-    let sizes = Sizes::new(OP, first, second)?;
+    let sizes = KroneckerSizes::new(OP, first, second)?;
     let shape = sizes.shape();
-    if dy.len() != shape.iter().product::<usize>() {
-        let detail = format!("dy is {:?}, the product {shape:?}", dy.shape());
-        return Err(EngineError::shape(OP, detail));
-    }
+    sizes.check_gradient(OP, dy)?;
     let (left, right) = (first.elements::<f32>(OP)?, second.elements::<f32>(OP)?);
     let dy = dy.elements::<f32>(OP)?;
     let (left, right, dy): (&[f32], &[f32], &[f32]) = (&left, &right, &dy);
@@ -156,16 +128,6 @@ pub(super) fn kronecker_backward(
     });
     let first = Tensor::from_pooled(first.shape(), of_first);
     Ok((first, Tensor::from_pooled(second.shape(), of_second)))
-}
-
-/// Checks the operands of the rescalings; gives the length of a row.
-fn row_length(op: &'static str, v: &Tensor, magnitude: &Tensor) -> Result<usize> {
-    let rows = v.shape().first().copied().unwrap_or(0);
-    if rows == 0 || v.is_empty() || magnitude.len() != rows {
-        let detail = format!("weight {:?}, magnitude {:?}", v.shape(), magnitude.shape());
-        return Err(EngineError::shape(op, detail));
-    }
-    Ok(v.len() / rows)
 }
 
 /// `multiplier·(m/norm - 1) + 1`; the norm has f32's epsilon added, as in LyCORIS.

@@ -3,18 +3,11 @@
 use rayon::prelude::*;
 
 use super::simd::{Scalar, vectorized, with_scalar};
+use crate::operands::{check_factors, check_same, images_of_rows};
 use crate::{DType, EngineError, Result, Tensor, pool};
 
 /// Elements of one task. A constant, so that results do not depend on the number of threads.
 pub(super) const CHUNK: usize = 1 << 14;
-
-/// Fails unless `a` and `b` have one shape and one type.
-pub(super) fn check_same(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
-    if a.shape() != b.shape() || a.dtype() != b.dtype() {
-        return Err(EngineError::shape(op, format!("{a:?} and {b:?}")));
-    }
-    Ok(())
-}
 
 /// The tensor itself when nothing shares its storage, otherwise a copy to be changed in place.
 pub(super) fn owned<T: Scalar>(op: &'static str, mut x: Tensor) -> Result<Tensor> {
@@ -120,11 +113,7 @@ pub(super) fn scale(x: &Tensor, factor: f32) -> Result<Tensor> {
 
 /// Multiplies row `i` of `x`, read as `[rows, last axis]`, by `factors[i]`.
 pub(super) fn scale_rows(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
-    if factors.len() != x.rows() {
-        let detail = format!("factors {:?} for {:?}", factors.shape(), x.shape());
-        return Err(EngineError::shape("scale_rows", detail));
-    }
-    let width = x.last_dim().max(1);
+    let width = check_factors("scale_rows", x, factors)?;
     let factors = factors.elements::<f32>("scale_rows")?;
     let factors: &[f32] = &factors;
     with_scalar!(x.dtype(), T => {
@@ -142,10 +131,7 @@ pub(super) fn scale_rows(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
 ///
 /// Each task sums a block of rows; the blocks of an image are then added in order, in f64.
 pub(super) fn sum_rows(x: &Tensor) -> Result<Tensor> {
-    let &[batch, .., width] = x.shape() else {
-        return Err(EngineError::shape("sum_rows", format!("{:?} has no two axes", x.shape())));
-    };
-    let area = x.len().checked_div(batch * width).unwrap_or(0);
+    let (batch, area, width) = images_of_rows("sum_rows", x)?;
     let block = (CHUNK / width.max(1)).clamp(1, area.max(1));
     with_scalar!(x.dtype(), T => {
         let data = x.elements::<T>("sum_rows")?;

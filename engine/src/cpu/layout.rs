@@ -4,6 +4,9 @@ use rayon::prelude::*;
 
 use super::elementwise::CHUNK;
 use super::simd::{Scalar, vectorized, with_scalar};
+use crate::operands::{
+    cut_last, even_image_shape, image_shape, joined_last, joined_rows, table_shape,
+};
 use crate::{EngineError, Ids, Result, Tensor, pool};
 
 /// Rows per task for rows of `width` elements.
@@ -13,16 +16,9 @@ fn rows_per_task(width: usize) -> usize {
 
 /// Joins two tensors along the last axis.
 pub(super) fn concat_last(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let head = |t: &Tensor| t.shape().split_last().map(|(_, head)| head.to_vec());
-    let (Some(mut shape), Some(other)) = (head(a), head(b)) else {
-        return Err(EngineError::shape("concat_last", "a scalar has no last axis"));
-    };
-    if shape != other || a.dtype() != b.dtype() {
-        return Err(EngineError::shape("concat_last", format!("{a:?} and {b:?}")));
-    }
+    let shape = joined_last("concat_last", a, b)?;
     let (wa, wb) = (a.last_dim(), b.last_dim());
     let width = wa + wb;
-    shape.push(width);
     with_scalar!(a.dtype(), T => {
         let (left, right) = (a.elements::<T>("concat_last")?, b.elements::<T>("concat_last")?);
         let (left, right): (&[T], &[T]) = (&left, &right);
@@ -43,12 +39,9 @@ pub(super) fn concat_last(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// Cuts the last axis into its first `at` elements and the rest.
 pub(super) fn split_last(x: &Tensor, at: usize) -> Result<(Tensor, Tensor)> {
     let width = x.last_dim();
-    let Some((_, head)) = x.shape().split_last().filter(|_| at <= width) else {
-        let detail = format!("{:?} cannot be cut after {at} channels", x.shape());
-        return Err(EngineError::shape("split_last", detail));
-    };
-    let shape = |last: usize| head.iter().copied().chain([last]).collect::<Vec<_>>();
-    let cut = |from: usize, size: usize| -> Result<Tensor> {
+    let [first, rest] = cut_last("split_last", x, at)?;
+    let cut = |from: usize, shape: &[usize]| -> Result<Tensor> {
+        let size = shape.last().copied().unwrap_or(1);
         with_scalar!(x.dtype(), T => {
             let data = x.elements::<T>("split_last")?;
             let data: &[T] = &data;
@@ -59,17 +52,10 @@ pub(super) fn split_last(x: &Tensor, at: usize) -> Result<(Tensor, Tensor)> {
                     out.copy_from_slice(&data[(task * step + row) * width + from..][..size]);
                 }
             });
-            Ok(Tensor::from_pooled(&shape(size), out))
+            Ok(Tensor::from_pooled(shape, out))
         })
     };
-    Ok((cut(0, at)?, cut(at, width - at)?))
-}
-
-fn image_shape(op: &'static str, x: &Tensor) -> Result<[usize; 4]> {
-    match x.shape() {
-        &[b, h, w, c] => Ok([b, h, w, c]),
-        other => Err(EngineError::shape(op, format!("{other:?} is not [B,H,W,C]"))),
-    }
+    Ok((cut(0, &first)?, cut(at, &rest)?))
 }
 
 /// Each pixel of `[B,H,W,C]` four times: `[B,2H,2W,C]`.
@@ -107,11 +93,7 @@ vectorized! {
 
 /// Gradient of [`upsample2x`]: sums of 2x2 pixels.
 pub(super) fn upsample2x_backward(dy: &Tensor) -> Result<Tensor> {
-    let [b, h, w, c] = image_shape("upsample2x_backward", dy)?;
-    if h % 2 != 0 || w % 2 != 0 {
-        let detail = format!("{:?} has an odd height or width", dy.shape());
-        return Err(EngineError::shape("upsample2x_backward", detail));
-    }
+    let [b, h, w, c] = even_image_shape("upsample2x_backward", dy)?;
     with_scalar!(dy.dtype(), T => {
         let data = dy.elements::<T>("upsample2x_backward")?;
         let mut out = pool::take::<T>(data.len() / 4);
@@ -134,10 +116,7 @@ pub(super) fn embedding(table: &Tensor, ids: &Ids) -> Result<Tensor> {
     let Some(ids) = ids.on_host() else {
         return Err(EngineError::Device { op: "embedding", got: table.device() });
     };
-    let &[rows, width] = table.shape() else {
-        let detail = format!("the table is {:?}, not [N,C]", table.shape());
-        return Err(EngineError::shape("embedding", detail));
-    };
+    let [rows, width] = table_shape("embedding", table)?;
     if let Some(id) = ids.iter().find(|id| **id as usize >= rows) {
         let detail = format!("id {id} lies outside a table of {rows} rows");
         return Err(EngineError::shape("embedding", detail));
@@ -155,15 +134,13 @@ pub(super) fn embedding(table: &Tensor, ids: &Ids) -> Result<Tensor> {
 
 /// Puts the rows of `b` behind those of `a`, both read as `[rows, last axis]`.
 pub(super) fn concat_rows(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    if a.last_dim() != b.last_dim() || a.dtype() != b.dtype() {
-        return Err(EngineError::shape("concat_rows", format!("{a:?} and {b:?}")));
-    }
+    let shape = joined_rows("concat_rows", a, b)?;
     with_scalar!(a.dtype(), T => {
         let (upper, lower) = (a.elements::<T>("concat_rows")?, b.elements::<T>("concat_rows")?);
         let mut out = pool::take::<T>(upper.len() + lower.len());
         let (first, second) = out.split_at_mut(upper.len());
         first.copy_from_slice(&upper);
         second.copy_from_slice(&lower);
-        Ok(Tensor::from_pooled(&[a.rows() + b.rows(), a.last_dim()], out))
+        Ok(Tensor::from_pooled(&shape, out))
     })
 }

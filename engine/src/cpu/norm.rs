@@ -6,10 +6,11 @@
 
 use rayon::prelude::*;
 
-use super::elementwise::{CHUNK, check_same, owned};
+use super::elementwise::{CHUNK, owned};
 use super::simd::{Scalar, vectorized, with_scalar};
 use super::transcendental::{silu, silu_slope};
 use crate::backend::GroupNormShape;
+use crate::operands::check_same;
 use crate::{EngineError, Result, Tensor, pool};
 
 /// Independent sums of a row, as many as the widest vector has lanes.

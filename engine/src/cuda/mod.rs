@@ -9,6 +9,7 @@ mod card;
 mod compose;
 mod conv;
 pub mod driver;
+mod elements;
 mod layout;
 mod lifetimes;
 mod loss;

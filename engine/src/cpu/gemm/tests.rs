@@ -6,6 +6,7 @@
 
 use super::*;
 use crate::Device;
+use crate::shapes::matrix;
 
 /// Numbers in [-1, 1], the same for the same seed.
 pub(in crate::cpu) fn numbers(seed: u64, len: usize) -> Vec<f32> {
