@@ -185,7 +185,7 @@ extern "C" __global__ void kronecker_second_f32(float* parts, const float* dy, c
 REGISTER(kronecker_second_f32)
 
 // The sum of `splits` parts of n elements, in order.
-extern "C" __global__ void sum_parts_f32(float* out, const float* parts, long long n, int splits)
+extern "C" __global__ void kronecker_parts_f32(float* out, const float* parts, long long n, int splits)
 {
     const i64 i = index();
     if (i >= n) return;
@@ -194,7 +194,7 @@ extern "C" __global__ void sum_parts_f32(float* out, const float* parts, long lo
     for (int split = 0; split < splits; split++) sum += parts[split * n + i];
     out[i] = sum;
 }
-REGISTER(sum_parts_f32)
+REGISTER(kronecker_parts_f32)
 
 // A block for each row.
 extern "C" __global__ void rescale_rows_f32(float* out, float* norms, const float* v, const float* m,

@@ -63,7 +63,7 @@ impl Parts {
             let addresses = [self.sums.address(op)?, parts.address(op)?].map(Arg::Address);
             let sizes = [long(self.sums.len()), int(op, self.splits)?];
             let args = [&addresses[..], &sizes].concat();
-            start(card, (MODULE, "sum_parts_f32"), self.sums.len(), &args)?;
+            start(card, (MODULE, "kronecker_parts_f32"), self.sums.len(), &args)?;
         }
         Ok(self.sums)
     }

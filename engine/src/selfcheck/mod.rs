@@ -3,8 +3,11 @@
 //! Part of the program, so that a machine with a card can say whether its results are right. Inputs
 //! are rounded to the card's element type first; the reference then computes with them in f32.
 
+mod compose;
 mod conv;
+mod layout;
 mod matmul;
+mod pointwise;
 
 use half::{bf16, f16};
 
@@ -51,7 +54,13 @@ impl Check {
 
 /// All checks, small and big.
 pub fn all() -> Vec<Check> {
-    let kinds = [matmul::checks, conv::checks];
+    let kinds = [
+        pointwise::checks,
+        layout::checks,
+        matmul::checks,
+        conv::checks,
+        compose::checks,
+    ];
     kinds.into_iter().flat_map(|checks| checks()).collect()
 }
 
