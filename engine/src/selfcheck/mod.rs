@@ -54,13 +54,7 @@ impl Check {
 
 /// All checks, small and big.
 pub fn all() -> Vec<Check> {
-    let kinds = [
-        pointwise::checks,
-        layout::checks,
-        matmul::checks,
-        conv::checks,
-        compose::checks,
-    ];
+    let kinds = [pointwise::checks, layout::checks, matmul::checks, conv::checks, compose::checks];
     kinds.into_iter().flat_map(|checks| checks()).collect()
 }
 
