@@ -435,6 +435,28 @@ fn ranks_share_the_processor() {
 }
 
 #[test]
+fn each_rank_is_told_its_card() {
+    let arguments = "--gpu_ids 3,1,3 check-ranks --rounds 0 --sizes 4kB";
+    let (mut command, mark) = lorarun(arguments);
+    command.env("LORARUN_NCCL_ON_SHARED_CARD", "1").env("NCCL_NET", "IB");
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut run = Run { child, stdout, mark };
+    run.wait_for("round 0 done");
+    let environments = marked_processes(&run.mark);
+    for (rank, card, host) in [(0, 3, true), (1, 1, false), (2, 3, true)] {
+        let entry = format!("RANK={rank}");
+        let own = environments.iter().find(|(_, all)| all.contains(&entry)).unwrap();
+        assert!(own.1.contains(&format!("LORARUN_CARD={card}")), "{own:?}");
+        // Who shares a card is another host for NCCL; what the user has set stays.
+        assert_eq!(own.1.contains(&format!("NCCL_HOSTID=lorarun-rank-{rank}")), host, "{own:?}");
+        assert!(own.1.contains(&"NCCL_NET=IB".to_owned()), "{own:?}");
+    }
+    run.signal(libc::SIGINT);
+    assert_eq!(run.finish().code, 0);
+}
+
+#[test]
 fn wrong_usage_ends_with_64() {
     for (arguments, words) in [
         ("--num_processes 0 check-ranks", "at least 1 is needed"),
@@ -443,6 +465,8 @@ fn wrong_usage_ends_with_64() {
         ("--num_cpu_threads_per_process 0 check-ranks", "at least 1 is needed"),
         ("--collective_timeout 0 check-ranks", "seconds above 0"),
         ("--num_proceses 2 check-ranks", "--num_processes"),
+        ("--gpu_ids one check-ranks", "numbers like 0,2,3 or `all` are needed"),
+        ("--num_processes 2 --gpu_ids 0 check-ranks", "hint: to share cards, name them twice"),
         ("--num_processes 2 selftest", "`selftest` is the work of one process"),
         ("check-ranks --sizes 1XB", "unit should be kB, MB or GB"),
     ] {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 /// Number of this rank among all, from 0.
 pub const RANK: &str = "RANK";
-/// Number of this rank among those of its host, from 0: the device it uses.
+/// Number of this rank among those of its host, from 0: the card it uses unless [`CARD`] says another.
 pub const LOCAL_RANK: &str = "LOCAL_RANK";
 /// Number of ranks.
 pub const WORLD_SIZE: &str = "WORLD_SIZE";
@@ -29,6 +29,14 @@ pub const GENERATION: &str = "LORARUN_GENERATION";
 pub const THREADS: &str = "LORARUN_THREADS";
 /// Deadline of one collective, in seconds.
 pub const COLLECTIVE_TIMEOUT: &str = "LORARUN_COLLECTIVE_TIMEOUT";
+/// Number of the card that this rank uses, as CUDA counts those that `CUDA_VISIBLE_DEVICES` shows.
+pub const CARD: &str = "LORARUN_CARD";
+/// How sums travel between cards: `nccl` or `staged`; unset, whichever works.
+pub const REDUCE: &str = "LORARUN_REDUCE";
+/// `1` lets NCCL sum between ranks that share a card, which it takes for two hosts then. For tests.
+pub const NCCL_ON_SHARED_CARD: &str = "LORARUN_NCCL_ON_SHARED_CARD";
+/// The cards that CUDA shows to this process: numbers or UUIDs, separated by commas.
+const VISIBLE_CARDS: &str = "CUDA_VISIBLE_DEVICES";
 
 /// Deadline of a collective when nothing else is said.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(600);
@@ -61,6 +69,18 @@ pub enum EnvError {
     },
 }
 
+/// How sums travel between the cards of several ranks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ReduceWay {
+    /// By NCCL where it can be used, over the host otherwise.
+    #[default]
+    Whichever,
+    /// By NCCL, or not at all.
+    Nccl,
+    /// Over the host's memory.
+    Staged,
+}
+
 /// Which rank of which run this process is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Env {
@@ -84,6 +104,12 @@ pub struct Env {
     pub threads: Option<usize>,
     /// Deadline of one collective.
     pub collective_timeout: Duration,
+    /// The card that this rank was told to use; see [`card_index`](Env::card_index).
+    pub card: Option<usize>,
+    /// How sums travel between cards.
+    pub reduce: ReduceWay,
+    /// Whether NCCL may sum between ranks that share a card.
+    pub nccl_on_shared_card: bool,
 }
 
 impl Env {
@@ -100,6 +126,9 @@ impl Env {
             segment_fd: None,
             threads: None,
             collective_timeout: DEFAULT_TIMEOUT,
+            card: None,
+            reduce: ReduceWay::Whichever,
+            nccl_on_shared_card: false,
         }
     }
 
@@ -153,6 +182,9 @@ impl Env {
             segment_fd: read.descriptor()?,
             threads,
             collective_timeout: read.timeout()?.unwrap_or(DEFAULT_TIMEOUT),
+            card: read.number(CARD, "the number of a card from 0")?,
+            reduce: read.reduce()?,
+            nccl_on_shared_card: read.flag(NCCL_ON_SHARED_CARD)?,
         })
     }
 
@@ -174,13 +206,54 @@ impl Env {
         if let Some(threads) = self.threads {
             variables.push((THREADS, threads.to_string()));
         }
+        if let Some(card) = self.card {
+            variables.push((CARD, card.to_string()));
+        }
+        match self.reduce {
+            ReduceWay::Whichever => (),
+            ReduceWay::Nccl => variables.push((REDUCE, "nccl".to_owned())),
+            ReduceWay::Staged => variables.push((REDUCE, "staged".to_owned())),
+        }
+        if self.nccl_on_shared_card {
+            variables.push((NCCL_ON_SHARED_CARD, "1".to_owned()));
+        }
         variables
+    }
+
+    /// The card of this rank, as CUDA counts those that `CUDA_VISIBLE_DEVICES` shows: what the
+    /// launcher's `--gpu_ids` or `LORARUN_CARD` say, otherwise its number on this host.
+    pub fn card_index(&self) -> usize {
+        self.card.unwrap_or(self.local_rank)
     }
 
     /// Whether a launcher started this rank, watches it and prints its last words.
     pub fn is_supervised(&self) -> bool {
         self.segment_fd.is_some()
     }
+}
+
+/// Number of cards that CUDA will show to the processes of this one: what `CUDA_VISIBLE_DEVICES`
+/// names, otherwise those that the kernel's driver lists. `None` where neither tells.
+pub fn visible_cards() -> Option<usize> {
+    match std::env::var(VISIBLE_CARDS) {
+        // CUDA reads up to the first thing that names no card: `-1` hides the rest.
+        Ok(list) => Some(
+            list.split(',').map(str::trim).take_while(|id| !id.is_empty() && *id != "-1").count(),
+        ),
+        Err(_) => Some(std::fs::read_dir("/proc/driver/nvidia/gpus").ok()?.count()),
+    }
+}
+
+/// Which of the variables that decide how NCCL reaches other ranks are not set, with what makes
+/// ranks that share a card meet over the host's own network. `rank` has to differ between them: NCCL
+/// refuses two ranks of one host on one card.
+pub fn nccl_defaults_on_shared_card(rank: usize) -> Vec<(&'static str, String)> {
+    let wanted = [
+        ("NCCL_HOSTID", format!("lorarun-rank-{rank}")),
+        ("NCCL_NET", "Socket".to_owned()),
+        ("NCCL_SOCKET_IFNAME", "lo".to_owned()),
+    ];
+    wanted.into_iter().filter(|(name, _)| std::env::var_os(name).is_none()).collect()
 }
 
 /// Reads and parses variables from one source.
@@ -216,6 +289,25 @@ impl<F: Fn(&str) -> Option<OsString>> Reader<F> {
         match self.number::<RawFd>(SEGMENT_FD, expected)? {
             Some(fd) if fd < 3 => Err(malformed(SEGMENT_FD, expected, fd.to_string())),
             other => Ok(other),
+        }
+    }
+
+    fn reduce(&self) -> Result<ReduceWay, EnvError> {
+        let expected = "`nccl` or `staged`";
+        match self.text(REDUCE, expected)?.as_deref() {
+            None | Some("") => Ok(ReduceWay::Whichever),
+            Some("nccl") => Ok(ReduceWay::Nccl),
+            Some("staged") => Ok(ReduceWay::Staged),
+            Some(other) => Err(malformed(REDUCE, expected, other.to_owned())),
+        }
+    }
+
+    fn flag(&self, name: &'static str) -> Result<bool, EnvError> {
+        let expected = "0 or 1";
+        match self.text(name, expected)?.as_deref() {
+            None | Some("" | "0") => Ok(false),
+            Some("1") => Ok(true),
+            Some(other) => Err(malformed(name, expected, other.to_owned())),
         }
     }
 
@@ -309,8 +401,12 @@ mod tests {
             segment_fd: Some(9),
             threads: Some(2),
             collective_timeout: Duration::from_millis(1500),
+            card: Some(5),
+            reduce: ReduceWay::Staged,
+            nccl_on_shared_card: true,
             ..Env::single()
         };
+        assert_eq!((env.card_index(), Env { card: None, ..env.clone() }.card_index()), (5, 3));
         let variables = env.to_variables();
         let again = Env::from_lookup(|name| {
             variables.iter().find(|(key, _)| *key == name).map(|(_, value)| value.into())
@@ -335,6 +431,9 @@ mod tests {
             ("LORARUN_THREADS", "0"),
             ("LORARUN_COLLECTIVE_TIMEOUT", "nan"),
             ("LORARUN_COLLECTIVE_TIMEOUT", "0"),
+            ("LORARUN_CARD", "-1"),
+            ("LORARUN_REDUCE", "mpi"),
+            ("LORARUN_NCCL_ON_SHARED_CARD", "yes"),
         ] {
             let mut variables = vec![(name, value)];
             variables.extend(two.iter().filter(|(key, _)| *key != name));

@@ -27,6 +27,6 @@ pub mod signals;
 mod witness;
 
 pub use comm::{Comm, Pending};
-pub use env::{Env, EnvError};
+pub use env::{Env, EnvError, ReduceWay};
 pub use error::{CollectiveError, Result};
 pub use segment::{AbortRecord, Author, MAX_RANKS, Segment, SegmentError, report_failure};

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use collectives::{Env, MAX_RANKS, exit_code};
 
+use crate::cards::{Cards, Ranks};
 use crate::check_ranks;
 
 /// `--version` says what was built, from what, by what.
@@ -33,6 +34,8 @@ Examples:
       two processes on this machine that share the work; options after the config file win
   lorarun --num_processes 4 --log_dir logs train config.toml
       as above, with what each process says in logs/rank0.log, logs/rank1.log, ...
+  lorarun --gpu_ids 0,2,3 train config.toml --device cuda
+      three processes, each on a card of its own
   lorarun --num_processes 4 check-ranks
       do the processes reach each other, and how fast
 
@@ -66,10 +69,15 @@ pub struct Cli {
 /// Options of the launcher itself; they come before the command.
 #[derive(Debug, Args)]
 pub struct Launch {
-    /// Number of processes (ranks) on this machine
-    #[arg(long = "num_processes", alias = "num-processes", value_name = "N", default_value = "1",
+    /// Number of processes (ranks) on this machine [default: one per card of `--gpu_ids`, else 1]
+    #[arg(long = "num_processes", alias = "num-processes", value_name = "N",
           value_parser = parse_count)]
-    pub num_processes: usize,
+    pub num_processes: Option<usize>,
+
+    /// Cards to use, one process on each: numbers as CUDA counts them, or `all`. A card named twice
+    /// is shared by two processes
+    #[arg(long = "gpu_ids", alias = "gpu-ids", value_name = "IDS", value_parser = Cards::parse)]
+    pub gpu_ids: Option<Cards>,
 
     /// CPU threads of each process [default: CPU cores / processes]
     #[arg(
@@ -128,30 +136,34 @@ impl Command {
 }
 
 impl Cli {
-    /// What no single option can know: the environment may already say who this process is.
-    pub fn check_against(&self, env: &Env) -> Result<(), String> {
-        if self.launch.num_processes > MAX_RANKS {
+    /// What no single option can know: which ranks there are, and whether the environment already
+    /// says who this process is.
+    pub fn ranks(&self, env: &Env) -> Result<Ranks, String> {
+        let ranks = Ranks::new(self.launch.num_processes, self.launch.gpu_ids.as_ref())?
+            .with_nccl_on_shared_card(env.nccl_on_shared_card);
+        let count = ranks.count();
+        if count > MAX_RANKS {
+            return Err(format!("ranks on one host should be 1 to {MAX_RANKS}, got: {count}"));
+        }
+        let asked = match self.launch.num_processes {
+            Some(count) => format!("--num_processes {count}"),
+            None => format!("--gpu_ids with {count} cards"),
+        };
+        if count > 1 && matches!(self.command, Command::Selftest(_)) {
             return Err(format!(
-                "ranks on one host should be 1 to {MAX_RANKS}, got: {}",
-                self.launch.num_processes
+                "`selftest` is the work of one process, got: `{asked}`\n\
+                 hint: `check-ranks` tests several"
             ));
         }
-        if self.launch.num_processes > 1 && matches!(self.command, Command::Selftest(_)) {
+        if count > 1 && env.world_size > 1 {
             return Err(format!(
-                "`selftest` is the work of one process, got: `--num_processes {}`\n\
-                 hint: `check-ranks` tests several",
-                self.launch.num_processes
-            ));
-        }
-        if self.launch.num_processes > 1 && env.world_size > 1 {
-            return Err(format!(
-                "`--num_processes` starts ranks, but the environment says that this process is \
+                "`{asked}` starts ranks, but the environment says that this process is \
                  one: `RANK` {} of `WORLD_SIZE` {}\n\
-                 hint: unset `RANK` and `WORLD_SIZE`, or leave `--num_processes` out",
+                 hint: unset `RANK` and `WORLD_SIZE`, or leave it out",
                 env.rank, env.world_size
             ));
         }
-        Ok(())
+        Ok(ranks)
     }
 }
 
@@ -232,7 +244,7 @@ mod tests {
     fn underscores_and_hyphens_are_one() {
         for option in ["--num_processes", "--num-processes"] {
             let cli = Cli::try_parse_from(["lorarun", option, "3", "check-ranks"]).unwrap();
-            assert_eq!(cli.launch.num_processes, 3);
+            assert_eq!(cli.launch.num_processes, Some(3));
         }
     }
 
@@ -242,7 +254,7 @@ mod tests {
         for command in ["train", "selftest"] {
             let line = ["lorarun", "--num_processes", "2", command].into_iter().chain(words);
             let cli = Cli::try_parse_from(line).unwrap();
-            assert_eq!(cli.launch.num_processes, 2);
+            assert_eq!(cli.launch.num_processes, Some(2));
             let (Command::Train(passed) | Command::Selftest(passed)) = cli.command else {
                 panic!("another command than {command}");
             };

@@ -5,6 +5,7 @@
 //! `collectives::env` set; each of those lands in [`run_as_rank`]. With one process there is no
 //! second one: the launcher becomes the rank.
 
+mod cards;
 mod check_ranks;
 mod cli;
 mod fault;
@@ -20,6 +21,7 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use collectives::{Env, exit_code, report_failure, signals};
 
+use crate::cards::Ranks;
 use crate::cli::{Cli, Command};
 use crate::output::tell;
 
@@ -38,23 +40,26 @@ fn main() -> ExitCode {
     let code = if env.is_supervised() {
         run_as_rank(cli.command, &env)
     } else {
-        match cli.check_against(&env) {
+        match cli.ranks(&env) {
             Err(message) => {
                 tell(&format!("error: {message}"));
                 exit_code::USAGE
             }
-            Ok(()) if cli.launch.num_processes == 1 => run_alone(cli, env),
-            Ok(()) => supervise::run(&cli.launch, &cli.command).unwrap_or_else(|error| {
-                tell(&format!("error: {error:#}"));
-                exit_code::FAILURE
-            }),
+            Ok(ranks) if ranks.count() == 1 => run_alone(cli, &ranks, env),
+            Ok(ranks) => {
+                supervise::run(&cli.launch, &ranks, &cli.command).unwrap_or_else(|error| {
+                    tell(&format!("error: {error:#}"));
+                    exit_code::FAILURE
+                })
+            }
         }
     };
     exit(code)
 }
 
 /// Becomes the only rank.
-fn run_alone(cli: Cli, mut env: Env) -> i32 {
+fn run_alone(cli: Cli, ranks: &Ranks, mut env: Env) -> i32 {
+    env.card = ranks.card(0).or(env.card);
     if cli.launch.num_cpu_threads_per_process.is_some() {
         env.threads = cli.launch.num_cpu_threads_per_process;
     }

@@ -10,6 +10,7 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result};
 use collectives::Env;
+use collectives::env::nccl_defaults_on_shared_card;
 use tokio::process::{Child, Command};
 
 use crate::terminal;
@@ -18,6 +19,8 @@ use crate::terminal;
 pub struct WorkerSpec {
     /// Its place in the run.
     pub env: Env,
+    /// Whether NCCL shall take it for a host of its own.
+    pub poses_as_host: bool,
     /// Command line behind the program's name.
     pub arguments: Vec<OsString>,
     /// Where its stdout goes.
@@ -59,6 +62,9 @@ impl WorkerSpec {
         command.arg0("lorarun").args(&self.arguments).envs(self.env.to_variables());
         if let Some(threads) = self.env.threads {
             command.env("RAYON_NUM_THREADS", threads.to_string());
+        }
+        if self.poses_as_host {
+            command.envs(nccl_defaults_on_shared_card(rank));
         }
         let (out, stdout) = self.stdout.open()?;
         let (err, stderr) = self.stderr.open()?;

@@ -13,6 +13,7 @@ use collectives::{Author, Env, Segment, exit_code, signals};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
+use crate::cards::Ranks;
 use crate::cli::{Command, Launch};
 use crate::output::{Pumps, RankOutput, Target, tell};
 use crate::spawn::{Channel, WorkerSpec};
@@ -23,6 +24,10 @@ use crate::terminal::copy_size;
 
 /// How long ranks have to end by themselves after a failure, before they are killed.
 const STOP_GRACE: Duration = Duration::from_secs(1);
+/// How long ranks have to follow the call of one of them to stop, when none of them ends.
+const STUCK_GRACE: Duration = Duration::from_secs(20);
+/// How often the launcher looks for such a call.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// How long to read on what ended ranks have still to say.
 const OUTPUT_GRACE: Duration = Duration::from_millis(300);
 
@@ -58,18 +63,20 @@ struct Run {
     kill_at: Option<Instant>,
     /// Signal whose repetition made the launcher kill.
     killed_by: Option<i32>,
+    /// When an abort that no rank has followed was seen.
+    aborted_at: Option<Instant>,
 }
 
 /// Starts the ranks and returns the exit code when the last one has ended.
-pub fn run(launch: &Launch, command: &Command) -> Result<i32> {
+pub fn run(launch: &Launch, ranks: &Ranks, command: &Command) -> Result<i32> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the launcher's event loop")?;
-    runtime.block_on(supervise(launch, command))
+    runtime.block_on(supervise(launch, ranks, command))
 }
 
-async fn supervise(launch: &Launch, command: &Command) -> Result<i32> {
+async fn supervise(launch: &Launch, ranks: &Ranks, command: &Command) -> Result<i32> {
     // Listening comes first: a signal between the start of two ranks must not be lost.
     let mut interrupts = signal(SignalKind::interrupt()).context("cannot listen to SIGINT")?;
     let mut terminations = signal(SignalKind::terminate()).context("cannot listen to SIGTERM")?;
@@ -78,7 +85,8 @@ async fn supervise(launch: &Launch, command: &Command) -> Result<i32> {
     let mut resizes = signal(SignalKind::window_change()).context("cannot listen to SIGWINCH")?;
     let (exits, mut exited) = mpsc::unbounded_channel();
     let mut pumps = Pumps::new();
-    let mut run = start(launch, command, &exits, &mut pumps)?;
+    let mut run = start((launch, ranks), command, &exits, &mut pumps)?;
+    let mut looks = tokio::time::interval(LOOK_INTERVAL);
 
     while run.ranks.iter().any(|rank| !rank.ended) {
         let kill_at = run.kill_at;
@@ -108,6 +116,7 @@ async fn supervise(launch: &Launch, command: &Command) -> Result<i32> {
                 }
             }
             () = deadline => run.kill(),
+            _ = looks.tick() => run.kill_if_stuck(),
         }
     }
     pumps.finish(OUTPUT_GRACE);
@@ -116,12 +125,12 @@ async fn supervise(launch: &Launch, command: &Command) -> Result<i32> {
 
 /// Starts all ranks. When one cannot be started, those before it are killed as their handles drop.
 fn start(
-    launch: &Launch,
+    (launch, places): (&Launch, &Ranks),
     command: &Command,
     exits: &mpsc::UnboundedSender<Exit>,
     pumps: &mut Pumps,
 ) -> Result<Run> {
-    let world_size = launch.num_processes;
+    let world_size = places.count();
     let generation = 1;
     let segment = Segment::create(world_size, generation)?;
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
@@ -148,8 +157,10 @@ fn start(
                 segment_fd: Some(segment.fd()),
                 threads: Some(threads),
                 collective_timeout: Duration::from_secs_f64(launch.collective_timeout),
+                card: places.card(rank),
                 ..Env::single()
             },
+            poses_as_host: places.poses_as_host(rank),
             arguments: command.arguments(),
             stdout,
             stderr,
@@ -191,6 +202,7 @@ fn start(
         asked: None,
         kill_at: None,
         killed_by: None,
+        aborted_at: None,
     })
 }
 
@@ -227,6 +239,22 @@ impl Run {
         self.segment.abort(Author::Launcher, Some(failure.rank), &reason);
         self.tell_all(libc::SIGTERM);
         self.kill_at = Some(Instant::now() + STOP_GRACE);
+    }
+
+    /// Ends ranks that were told to stop by one of them, and of which none has ended: a card that
+    /// does not answer can hold all of them.
+    fn kill_if_stuck(&mut self) {
+        if self.kill_at.is_some() || self.ranks.iter().any(|rank| rank.ended) {
+            return;
+        }
+        let Some(record) = self.segment.abort_record() else { return };
+        if self.aborted_at.get_or_insert_with(Instant::now).elapsed() >= STUCK_GRACE {
+            tell(&format!(
+                "error: no rank has ended {STUCK_GRACE:?} after the stop called by {}: {}",
+                record.by, record.reason
+            ));
+            self.kill();
+        }
     }
 
     /// A signal to the launcher: the first is passed on as a polite request, a second one kills. The

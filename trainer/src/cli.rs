@@ -108,6 +108,12 @@ struct SelftestArgs {
     /// measurements
     #[arg(long)]
     write_model: Option<std::path::PathBuf>,
+    /// Only compare the tensors of two files
+    #[arg(long, num_args = 2, value_names = ["FILE", "FILE"])]
+    compare: Option<Vec<std::path::PathBuf>>,
+    /// How far numbers of `--compare` may differ, as a part of the tensor's largest
+    #[arg(long, default_value = "0", requires = "compare")]
+    tolerance: f64,
 }
 
 /// `lorarun selftest ARGS`.
@@ -130,11 +136,9 @@ fn run_selftest(args: &SelftestArgs) -> Result<i32> {
         selftest::write_random_model(folder)?;
         return Ok(exit_code::DONE);
     }
-    let device = device::open(&args.device)?;
-    let report = match (&args.reference, &args.base) {
-        (Some(case), Some(base)) => selftest::run(case, base, device, args.gradient_checkpointing)
-            .with_context(|| format!("selftest of {}", case.display()))?,
-        _ => selftest::run_embedded(device, args.gradient_checkpointing)?,
+    let report = match &args.compare {
+        Some(files) => selftest::compare_pair(files, args.tolerance)?,
+        None => run_on_device(args)?,
     };
     let failed = report.failed.len();
     console::data(&format!("{} comparisons, {failed} failed", report.compared));
@@ -142,6 +146,15 @@ fn run_selftest(args: &SelftestArgs) -> Result<i32> {
         console::note(&format!("failed: {name}"));
     }
     Ok(if failed == 0 { exit_code::DONE } else { exit_code::FAILURE })
+}
+
+fn run_on_device(args: &SelftestArgs) -> Result<selftest::Report> {
+    let device = device::open(&args.device)?;
+    match (&args.reference, &args.base) {
+        (Some(case), Some(base)) => selftest::run(case, base, device, args.gradient_checkpointing)
+            .with_context(|| format!("selftest of {}", case.display())),
+        _ => selftest::run_embedded(device, args.gradient_checkpointing),
+    }
 }
 
 fn finish(env: &Env, result: Result<i32, Failure>) -> i32 {

@@ -7,6 +7,7 @@ mod compare;
 mod embedded;
 mod random_model;
 mod reference;
+mod two_files;
 
 use std::path::Path;
 
@@ -32,6 +33,7 @@ use compare::{FORWARD, GRADIENT, GRADIENT_NORM, WEIGHTS};
 pub use embedded::run_embedded;
 pub use random_model::write_random_model;
 use reference::{Case, Reference, options_from_json, read, read_integers};
+pub use two_files::compare_pair;
 
 /// The inputs of a reference, in the engine's order of axes.
 struct Inputs {
