@@ -151,9 +151,9 @@ __device__ __forceinline__ float to_f32(bf16 x) {
 // E4M3 has the fields of a float with a smaller bias: 2^120 makes up for it, subnormals included.
 __device__ __forceinline__ float to_f32(f8 x) {
     u32 magnitude = x.x & 0x7fu, sign = static_cast<u32>(x.x & 0x80u) << 24;
-    if (magnitude == 0x7fu) return f32_of_bits(sign | 0x7fc00000u);
     float y = f32_of_bits(magnitude << 20) * f32_of_bits((127u + 120u) << 23);
-    return f32_of_bits(bits_of_f32(y) | sign);
+    u32 bits = magnitude == 0x7fu ? 0x7fc00000u : bits_of_f32(y);
+    return f32_of_bits(bits | sign);
 }
 
 // To the nearest, ties to even; beyond the largest, the largest.
