@@ -355,4 +355,7 @@ pub trait Backend: Sync {
         grad: &Tensor,
         moments: (&mut Tensor, &mut Tensor),
     ) -> Result<()>;
+    /// `flat[offset..offset + x.len()] += x`, both f32, in place: a tensor's gradient into the flat
+    /// gradient of all.
+    fn add_at(&self, flat: &mut Tensor, offset: usize, x: &Tensor) -> Result<()>;
 }

@@ -6,6 +6,7 @@
 //! interleaved in the last axis, linear weights are `[out,in]`, convolution weights `[out,kh,kw,in]`.
 
 pub mod backend;
+pub mod blockwise;
 pub mod cpu;
 pub mod cuda;
 mod device;

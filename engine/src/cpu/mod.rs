@@ -17,6 +17,8 @@ mod optimizer;
 mod simd;
 mod transcendental;
 
+pub(crate) use optimizer::Factors;
+
 use crate::backend::{
     Activation, AdamWStep, AttentionKind, AttentionOut, AttentionSaved, Backend, Conv,
     ConvGeometry, Gemm, GroupNormShape, LossSpec,
@@ -196,5 +198,8 @@ impl Backend for Cpu {
         moments: (&mut Tensor, &mut Tensor),
     ) -> Result<()> {
         optimizer::adamw(p, param, grad, moments)
+    }
+    fn add_at(&self, flat: &mut Tensor, offset: usize, x: &Tensor) -> Result<()> {
+        optimizer::add_at(flat, offset, x)
     }
 }

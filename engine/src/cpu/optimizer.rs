@@ -1,4 +1,5 @@
-//! AdamW in PyTorch's order of operations (Loshchilov & Hutter, arXiv:1711.05101).
+//! AdamW in PyTorch's order of operations (Loshchilov & Hutter, arXiv:1711.05101), and sums into a
+//! flat gradient.
 
 use rayon::prelude::*;
 
@@ -8,32 +9,43 @@ use crate::backend::AdamWStep;
 use crate::{EngineError, Result, Tensor};
 
 /// The scalars of one step, worked out in f64 and rounded once.
-#[derive(Clone, Copy)]
-struct Factors {
-    decay: f32,
-    keep1: f32,
-    take1: f32,
-    keep2: f32,
-    take2: f32,
-    root_correction2: f32,
-    step_size: f32,
-    eps: f32,
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Factors {
+    pub decay: f32,
+    pub keep1: f32,
+    pub take1: f32,
+    pub keep2: f32,
+    pub take2: f32,
+    pub root_correction2: f32,
+    pub step_size: f32,
+    pub eps: f32,
 }
 
 impl Factors {
-    fn new(p: &AdamWStep) -> Self {
-        let correction = |beta: f64| 1. - beta.powi(p.step.min(i32::MAX as u32) as i32);
-        let lr = f64::from(p.lr);
+    /// For learning rate and weight decay, the decay rates of both moments, and the step from 1 on.
+    pub(crate) fn new(
+        (lr, weight_decay): (f32, f64),
+        (beta1, beta2): (f64, f64),
+        eps: f32,
+        step: u32,
+    ) -> Self {
+        let correction = |beta: f64| 1. - beta.powi(step.min(i32::MAX as u32) as i32);
+        let lr = f64::from(lr);
         Self {
-            decay: (1. - lr * f64::from(p.weight_decay)) as f32,
-            keep1: p.beta1 as f32,
-            take1: (1. - p.beta1) as f32,
-            keep2: p.beta2 as f32,
-            take2: (1. - p.beta2) as f32,
-            root_correction2: correction(p.beta2).sqrt() as f32,
-            step_size: (lr / correction(p.beta1)) as f32,
-            eps: p.eps,
+            decay: (1. - lr * weight_decay) as f32,
+            keep1: beta1 as f32,
+            take1: (1. - beta1) as f32,
+            keep2: beta2 as f32,
+            take2: (1. - beta2) as f32,
+            root_correction2: correction(beta2).sqrt() as f32,
+            step_size: (lr / correction(beta1)) as f32,
+            eps,
         }
+    }
+
+    /// Of a step over a range.
+    pub(crate) fn of(p: &AdamWStep) -> Self {
+        Self::new((p.lr, f64::from(p.weight_decay)), (p.beta1, p.beta2), p.eps, p.step)
     }
 }
 
@@ -81,7 +93,7 @@ pub(super) fn adamw(
         );
         return Err(EngineError::shape("adamw", detail));
     }
-    let (factors, range) = (Factors::new(p), p.range.clone());
+    let (factors, range) = (Factors::of(p), p.range.clone());
     param.with_mut::<f32, _>("adamw", |param| {
         m.with_mut::<f32, _>("adamw", |m| {
             v.with_mut::<f32, _>("adamw", |v| {
@@ -94,4 +106,21 @@ pub(super) fn adamw(
             })
         })
     })??
+}
+
+/// `flat[offset..offset + x.len()] += x`, f32, in place.
+pub(super) fn add_at(flat: &mut Tensor, offset: usize, x: &Tensor) -> Result<()> {
+    const OP: &str = "add_at";
+    let end = offset + x.len();
+    if end > flat.len() {
+        return Err(EngineError::shape(OP, format!("{x:?} at {offset} of {flat:?}")));
+    }
+    let x = x.elements::<f32>(OP)?;
+    let x: &[f32] = &x;
+    flat.with_mut::<f32, _>(OP, |flat| {
+        flat[offset..end]
+            .par_chunks_mut(CHUNK)
+            .zip(x.par_chunks(CHUNK))
+            .for_each(|(sum, x)| sum.iter_mut().zip(x).for_each(|(sum, x)| *sum += x));
+    })
 }

@@ -1,8 +1,60 @@
-//! The weighted loss of each sample and its gradient.
+//! The weighted loss of each sample and its gradient: the starts of `kernels/loss.cu`.
 
 use super::card::Card;
-use crate::backend::LossSpec;
-use crate::{EngineError, Result, Tensor};
+use super::driver::{Address, Arg};
+use crate::backend::{ElementLoss, LossSpec};
+use crate::{DType, EngineError, Result, Tensor};
+
+const OP: &str = "loss";
+/// `PART` of the kernel.
+const PART: usize = 2048;
+/// `THREADS` of the kernel.
+const THREADS: u32 = 256;
+
+/// The kernel's number of an element's loss.
+fn number(element: ElementLoss) -> i32 {
+    match element {
+        ElementLoss::L2 => 0,
+        ElementLoss::L1 => 1,
+        ElementLoss::Huber => 2,
+        ElementLoss::SmoothL1 => 3,
+    }
+}
+
+/// Address of an f32 operand on this card.
+fn plain(card: &Card, x: &Tensor) -> Result<Address> {
+    if x.dtype() != DType::F32 {
+        let got = format!("{:?}", x.dtype());
+        return Err(EngineError::DType { op: OP, expected: "f32 targets and weights", got });
+    }
+    if x.device() != card.device() {
+        return Err(EngineError::Device { op: OP, got: x.device() });
+    }
+    x.address(OP)
+}
+
+/// Elements of a sample, when all shapes fit each other.
+fn sample_size(pred: &Tensor, target: &Tensor, spec: &LossSpec) -> Result<(usize, usize)> {
+    let batch = pred.shape().first().copied().unwrap_or(0);
+    let lists = [&spec.delta, &spec.weight, &spec.gradient_weight];
+    let mask_fits = spec.mask.as_ref().is_none_or(|mask| mask.shape() == pred.shape());
+    if pred.shape() != target.shape() || lists.iter().any(|list| list.len() != batch) || !mask_fits
+    {
+        let detail = format!(
+            "prediction {:?}, target {:?}, mask {:?}, deltas and weights {lists:?}",
+            pred.shape(),
+            target.shape(),
+            spec.mask
+        );
+        return Err(EngineError::shape(OP, detail));
+    }
+    match pred.len().checked_div(batch) {
+        None | Some(0) => {
+            Err(EngineError::shape(OP, format!("{:?} has no elements", pred.shape())))
+        }
+        Some(size) => Ok((batch, size)),
+    }
+}
 
 pub(super) fn loss(
     card: &'static Card,
@@ -10,6 +62,41 @@ pub(super) fn loss(
     target: &Tensor,
     spec: &LossSpec,
 ) -> Result<(Tensor, Tensor)> {
-    let _ = (card, pred, target, spec);
-    Err(EngineError::Unsupported("`loss` has no kernel for cards".into()))
+    let (batch, size) = sample_size(pred, target, spec)?;
+    if !matches!(pred.dtype(), DType::F32 | DType::BF16 | DType::F16) {
+        let got = format!("{:?}", pred.dtype());
+        return Err(EngineError::DType { op: OP, expected: "f32, bf16 or f16 predictions", got });
+    }
+    let parts = size.div_ceil(PART);
+    let Ok(blocks) = i32::try_from(batch * parts) else {
+        return Err(EngineError::shape(OP, format!("too large for cards: {pred:?}")));
+    };
+    let mask = spec.mask.as_ref().map_or(Ok(0), |mask| plain(card, mask))?;
+    let gradient = card.empty(pred.shape(), pred.dtype())?;
+    let losses = card.empty(&[batch], DType::F32)?;
+    let sums = card.empty(&[batch, parts], DType::F32)?;
+    let (size, parts) = (Arg::I64(size as i64), Arg::I32(parts as i32));
+    let args = [
+        Arg::Address(gradient.address(OP)?),
+        Arg::Address(sums.address(OP)?),
+        Arg::Address(pred.address(OP)?),
+        Arg::Address(plain(card, target)?),
+        Arg::Address(mask),
+        Arg::Address(plain(card, &spec.delta)?),
+        Arg::Address(plain(card, &spec.gradient_weight)?),
+        size,
+        parts,
+        Arg::I32(number(spec.element)),
+    ];
+    card.launch(("loss", "loss_part"), pred.dtype(), ([blocks as u32, 1, 1], THREADS, 0), &args)?;
+    let args = [
+        Arg::Address(losses.address(OP)?),
+        Arg::Address(sums.address(OP)?),
+        Arg::Address(plain(card, &spec.weight)?),
+        size,
+        parts,
+    ];
+    let grid = ([batch as u32, 1, 1], THREADS, 0);
+    card.launch(("loss", "loss_total"), DType::F32, grid, &args)?;
+    Ok((losses, gradient))
 }

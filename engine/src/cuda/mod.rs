@@ -10,6 +10,7 @@ mod compose;
 mod conv;
 pub mod driver;
 mod elements;
+pub mod flat;
 mod layout;
 mod lifetimes;
 mod loss;

@@ -180,4 +180,7 @@ impl Backend for Card {
     ) -> Result<()> {
         optimizer::adamw(self.itself(), p, param, grad, moments)
     }
+    fn add_at(&self, flat: &mut Tensor, offset: usize, x: &Tensor) -> Result<()> {
+        optimizer::add_at(self.itself(), flat, offset, x)
+    }
 }
