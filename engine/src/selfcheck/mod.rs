@@ -6,7 +6,10 @@
 mod compose;
 mod conv;
 mod layout;
+mod loss;
 mod matmul;
+mod norm;
+mod optimizer;
 mod pointwise;
 
 use half::{bf16, f16};
@@ -54,7 +57,16 @@ impl Check {
 
 /// All checks, small and big.
 pub fn all() -> Vec<Check> {
-    let kinds = [pointwise::checks, layout::checks, matmul::checks, conv::checks, compose::checks];
+    let kinds = [
+        pointwise::checks,
+        layout::checks,
+        matmul::checks,
+        conv::checks,
+        compose::checks,
+        norm::checks,
+        loss::checks,
+        optimizer::checks,
+    ];
     kinds.into_iter().flat_map(|checks| checks()).collect()
 }
 
