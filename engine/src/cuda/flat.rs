@@ -1,5 +1,5 @@
-//! The optimizer's end of a step that is captured: the factor that unscales and clips the flat
-//! gradient, and AdamW over all tensors of it, with full moments or 8-bit ones.
+//! The optimizer's end of a step that is captured: [`clip_factor`] unscales and clips the flat
+//! gradient, [`FlatAdamW`] moves all its tensors, with full moments or 8-bit ones.
 //!
 //! What differs from step to step lies in the card's memory, so that a graph can be replayed: learning
 //! rates and step counts ([`FlatAdamW::set_step`]), which tensors a gradient reached, the loss scale.
@@ -8,67 +8,19 @@
 use std::ops::Range;
 
 use super::card::{Card, CardBuffer};
+pub use super::clip::clip_factor;
 use super::driver::Arg;
-use super::optimizer::{THREADS, changing, grid, plain};
+use super::elements::{int, singles, start_blocks};
+use super::optimizer::changing;
 use crate::blockwise::{BLOCK, Code, Signs};
 use crate::cpu::Factors;
 use crate::{DType, Device, EngineError, Result, Tensor};
 
 /// `CHUNK` of the kernel: elements of a block with full moments.
 const CHUNK: usize = 1024;
-/// Blocks that add up squares at most; the sums of all are added by one more.
-const MOST_BLOCKS: usize = 1024;
 /// Blocks that walk over the pieces in 8 bits at most: each reads the codes first.
 const WALKERS: usize = 2048;
 const OP: &str = "flat_adamw";
-
-/// f32 `[2]`: what to multiply the gradient by, and its norm before clipping. The factor is
-/// `inverse_scale` (f32 `[1]`, 1 by the loss scale), lowered so that the norm is `max_norm` at most
-/// (0 or less: never), as `clip_grad_norm_` does; NaN if the norm is not finite. The norm is summed
-/// in f64, in one order.
-pub fn clip_factor(gradient: &Tensor, inverse_scale: &Tensor, max_norm: f32) -> Result<Tensor> {
-    const OP: &str = "clip_factor";
-    if inverse_scale.len() != 1 {
-        return Err(EngineError::shape(OP, format!("inverse scale {inverse_scale:?}")));
-    }
-    let Some(card) = gradient.device().card() else {
-        return host_clip_factor(gradient, inverse_scale, max_norm);
-    };
-    let (from, scale) = (plain(OP, card, gradient)?, plain(OP, card, inverse_scale)?);
-    let blocks = gradient.len().div_ceil(THREADS * 16).clamp(1, MOST_BLOCKS);
-    // Sums are f64.
-    let sums = card.empty(&[blocks, 2], DType::F32)?;
-    let out = card.empty(&[2], DType::F32)?;
-    let args = [
-        Arg::Address(sums.address(OP)?),
-        Arg::Address(from),
-        Arg::I64(gradient.len() as i64),
-        Arg::I32(i32::from(from.is_multiple_of(16))),
-    ];
-    let squares = ([blocks as u32, 1, 1], THREADS as u32, 0);
-    card.launch(("optimizer", "squares"), DType::F32, squares, &args)?;
-    let args = [
-        Arg::Address(out.address(OP)?),
-        Arg::Address(sums.address(OP)?),
-        Arg::I32(blocks as i32),
-        Arg::Address(scale),
-        Arg::F32(max_norm),
-    ];
-    let one = ([1, 1, 1], THREADS as u32, 0);
-    card.launch(("optimizer", "clip_factor"), DType::F32, one, &args)?;
-    Ok(out)
-}
-
-fn host_clip_factor(gradient: &Tensor, inverse_scale: &Tensor, max_norm: f32) -> Result<Tensor> {
-    const OP: &str = "clip_factor";
-    let inverse = f64::from(inverse_scale.elements::<f32>(OP)?[0]);
-    let squares = gradient.elements::<f32>(OP)?.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
-    let norm = squares.sqrt() * inverse;
-    let wanted = f64::from(max_norm) / (norm + 1e-6);
-    let factor = if max_norm > 0. && wanted < 1. { wanted } else { 1. };
-    let factor = if (norm as f32).is_finite() { (inverse * factor) as f32 } else { f32::NAN };
-    Tensor::from_f32(Device::Cpu, &[2], &[factor, norm as f32], DType::F32)
-}
 
 /// A tensor within the flat buffers.
 #[derive(Clone, Debug, PartialEq)]
@@ -240,10 +192,10 @@ impl FlatAdamW {
             return Err(EngineError::shape(OP, detail));
         }
         let moved =
-            [changing(OP, self.card, params)?, plain(OP, self.card, gradient)?].map(Arg::Address);
+            [changing(OP, self.card, params)?, singles(self.card, OP, gradient)?].map(Arg::Address);
         let inputs = [
-            plain(OP, self.card, touched)?,
-            plain(OP, self.card, clip)?,
+            singles(self.card, OP, touched)?,
+            singles(self.card, OP, clip)?,
             self.rates.address(),
             self.tensors.address(),
         ]
@@ -256,9 +208,6 @@ impl FlatAdamW {
 
     fn step_full(&self, moved: &[Arg; 2], inputs: &[Arg], factors: &[Arg]) -> Result<()> {
         let Group { first, second, pieces, count } = &self.full;
-        if *count == 0 {
-            return Ok(());
-        }
         let aligned = |arg: &Arg| matches!(arg, Arg::Address(a) if a.is_multiple_of(16));
         let mut args = moved.to_vec();
         args.extend([first, second].map(|buffer| Arg::Address(buffer.address())));
@@ -267,26 +216,20 @@ impl FlatAdamW {
         args.extend_from_slice(factors);
         args.push(Arg::I32(i32::from(self.rule.moments != Moments::Full)));
         args.push(Arg::I32(i32::from(moved.iter().all(aligned))));
-        let blocks = grid(OP, count * THREADS, 1)?;
-        self.card.launch(("optimizer", "adamw_full"), DType::F32, blocks, &args)
+        start_blocks(self.card, ("optimizer", "adamw_full_f32"), *count, &args)
     }
 
     fn step_eight(&self, moved: &[Arg; 2], inputs: &[Arg], factors: &[Arg]) -> Result<()> {
         let EightBit { codes, first_scales, second_scales, code } = &self.eight;
-        if codes.count == 0 {
-            return Ok(());
-        }
         let mut args = moved.to_vec();
         let state = [&codes.first, &codes.second, first_scales, second_scales, code];
         args.extend(state.map(|buffer| Arg::Address(buffer.address())));
         args.extend_from_slice(inputs);
         args.push(Arg::Address(codes.pieces.address()));
-        // The pieces fit into 32 bits by far: `grid` looks at them as elements.
-        let (_, threads, _) = grid(OP, codes.count, 1)?;
-        args.push(Arg::I32(codes.count as i32));
+        args.push(int(OP, codes.count)?);
         args.extend_from_slice(factors);
-        let blocks = ([codes.count.min(WALKERS) as u32, 1, 1], threads, 0);
-        self.card.launch(("optimizer", "adamw_eight"), DType::F32, blocks, &args)
+        let blocks = codes.count.min(WALKERS);
+        start_blocks(self.card, ("optimizer", "adamw_eight_f32"), blocks, &args)
     }
 
     /// The moments of each tensor, to be saved; waits for the card.

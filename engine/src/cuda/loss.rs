@@ -1,7 +1,8 @@
 //! The weighted loss of each sample and its gradient: the starts of `kernels/loss.cu`.
 
 use super::card::Card;
-use super::driver::{Address, Arg};
+use super::driver::Arg;
+use super::elements::{floats, int, long, singles};
 use crate::backend::{ElementLoss, LossSpec};
 use crate::{DType, EngineError, Result, Tensor};
 
@@ -19,18 +20,6 @@ fn number(element: ElementLoss) -> i32 {
         ElementLoss::Huber => 2,
         ElementLoss::SmoothL1 => 3,
     }
-}
-
-/// Address of an f32 operand on this card.
-fn plain(card: &Card, x: &Tensor) -> Result<Address> {
-    if x.dtype() != DType::F32 {
-        let got = format!("{:?}", x.dtype());
-        return Err(EngineError::DType { op: OP, expected: "f32 targets and weights", got });
-    }
-    if x.device() != card.device() {
-        return Err(EngineError::Device { op: OP, got: x.device() });
-    }
-    x.address(OP)
 }
 
 /// Elements of a sample, when all shapes fit each other.
@@ -63,27 +52,24 @@ pub(super) fn loss(
     spec: &LossSpec,
 ) -> Result<(Tensor, Tensor)> {
     let (batch, size) = sample_size(pred, target, spec)?;
-    if !matches!(pred.dtype(), DType::F32 | DType::BF16 | DType::F16) {
-        let got = format!("{:?}", pred.dtype());
-        return Err(EngineError::DType { op: OP, expected: "f32, bf16 or f16 predictions", got });
-    }
+    let from = floats(card, OP, pred)?;
     let parts = size.div_ceil(PART);
     let Ok(blocks) = i32::try_from(batch * parts) else {
         return Err(EngineError::shape(OP, format!("too large for cards: {pred:?}")));
     };
-    let mask = spec.mask.as_ref().map_or(Ok(0), |mask| plain(card, mask))?;
+    let mask = spec.mask.as_ref().map_or(Ok(0), |mask| singles(card, OP, mask))?;
     let gradient = card.empty(pred.shape(), pred.dtype())?;
     let losses = card.empty(&[batch], DType::F32)?;
     let sums = card.empty(&[batch, parts], DType::F32)?;
-    let (size, parts) = (Arg::I64(size as i64), Arg::I32(parts as i32));
+    let (size, parts) = (long(size), int(OP, parts)?);
     let args = [
         Arg::Address(gradient.address(OP)?),
         Arg::Address(sums.address(OP)?),
-        Arg::Address(pred.address(OP)?),
-        Arg::Address(plain(card, target)?),
+        Arg::Address(from),
+        Arg::Address(singles(card, OP, target)?),
         Arg::Address(mask),
-        Arg::Address(plain(card, &spec.delta)?),
-        Arg::Address(plain(card, &spec.gradient_weight)?),
+        Arg::Address(singles(card, OP, &spec.delta)?),
+        Arg::Address(singles(card, OP, &spec.gradient_weight)?),
         size,
         parts,
         Arg::I32(number(spec.element)),
@@ -92,7 +78,7 @@ pub(super) fn loss(
     let args = [
         Arg::Address(losses.address(OP)?),
         Arg::Address(sums.address(OP)?),
-        Arg::Address(plain(card, &spec.weight)?),
+        Arg::Address(singles(card, OP, &spec.weight)?),
         size,
         parts,
     ];

@@ -6,6 +6,7 @@
 mod arena;
 mod attention;
 mod card;
+mod clip;
 mod compose;
 mod conv;
 pub mod driver;

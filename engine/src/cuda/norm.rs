@@ -6,6 +6,7 @@
 
 use super::card::Card;
 use super::driver::{Address, Arg};
+use super::elements;
 use crate::backend::GroupNormShape;
 use crate::{DType, EngineError, Result, Tensor};
 
@@ -48,7 +49,7 @@ impl Split {
         // Largest first.
         let tiles: Vec<usize> = (1..=groups)
             .rev()
-            .filter(|tile| groups % tile == 0 && (tile * per_group) % pack == 0)
+            .filter(|tile| groups.is_multiple_of(*tile) && (tile * per_group).is_multiple_of(pack))
             .collect();
         let packs = |tile: usize| tile * per_group / pack;
         let rows = |tile: usize| (THREADS / packs(tile).min(THREADS)).max(1);
@@ -105,34 +106,18 @@ fn whole(op: &'static str, size: usize) -> Result<i32> {
     i32::try_from(size).map_err(|_| EngineError::shape(op, format!("too large for cards: {size}")))
 }
 
-/// Address of an operand, which must be of this type on this card.
-fn operand(op: &'static str, card: &Card, x: &Tensor, dtype: DType) -> Result<Address> {
-    if x.device() != card.device() {
-        return Err(EngineError::Device { op, got: x.device() });
+/// Address of a gradient or an input, of the type of `like`.
+fn operand(op: &'static str, card: &Card, x: &Tensor, like: &Tensor) -> Result<Address> {
+    if x.dtype() != like.dtype() {
+        let got = format!("{:?} and {:?}", x.dtype(), like.dtype());
+        return Err(EngineError::DType { op, expected: "equal types", got });
     }
-    if x.dtype() != dtype {
-        let expected = "f32 scales and statistics, and gradients in the type of the input";
-        return Err(EngineError::DType { op, expected, got: format!("{:?}", x.dtype()) });
-    }
-    x.address(op)
-}
-
-/// The type of the input, if there are kernels for it.
-fn compute_type(op: &'static str, x: &Tensor) -> Result<DType> {
-    match x.dtype() {
-        dtype @ (DType::F32 | DType::BF16 | DType::F16) => Ok(dtype),
-        other => {
-            let (expected, got) = ("f32, bf16 or f16 elements", format!("{other:?}"));
-            Err(EngineError::DType { op, expected, got })
-        }
-    }
+    elements::floats(card, op, x)
 }
 
 /// How many elements may be read at once: 16 bytes, or one.
 fn pack_of(dtype: DType, channels: usize, addresses: &[Address]) -> usize {
-    let pack = 16 / dtype.size();
-    let fits = channels.is_multiple_of(pack) && addresses.iter().all(|a| a.is_multiple_of(16));
-    if fits { pack } else { 1 }
+    if elements::packed(dtype, channels, addresses) { elements::chunk(dtype) } else { 1 }
 }
 
 /// Where the result of a backward kernel goes: over `dy`, unless somebody else still reads that.
@@ -169,10 +154,10 @@ pub(super) fn group_norm(
 ) -> Result<(Tensor, Tensor)> {
     const OP: &str = "group_norm";
     let sizes = image_sizes(OP, x, (gamma, beta), shape.groups)?;
-    let dtype = compute_type(OP, x)?;
-    let from = operand(OP, card, x, dtype)?;
-    let scale = operand(OP, card, gamma, DType::F32)?;
-    let shift = operand(OP, card, beta, DType::F32)?;
+    let dtype = x.dtype();
+    let from = elements::floats(card, OP, x)?;
+    let scale = elements::singles(card, OP, gamma)?;
+    let shift = elements::singles(card, OP, beta)?;
     let pack = pack_of(dtype, sizes.2, &[from, scale, shift]);
     let split = Split::new(sizes, shape.groups, pack);
     let out = card.empty(x.shape(), dtype)?;
@@ -203,12 +188,12 @@ pub(super) fn group_norm_backward(
     if dy.shape() != x.shape() || stats.len() != sizes.0 * shape.groups * 2 {
         return Err(EngineError::shape(OP, format!("{dy:?}, {x:?}, statistics {stats:?}")));
     }
-    let dtype = compute_type(OP, x)?;
-    let of_stats = operand(OP, card, stats, DType::F32)?;
-    let scale = operand(OP, card, affine.0, DType::F32)?;
-    let shift = operand(OP, card, affine.1, DType::F32)?;
-    let input = operand(OP, card, x, dtype)?;
-    let slope = operand(OP, card, &dy, dtype)?;
+    let dtype = x.dtype();
+    let of_stats = elements::singles(card, OP, stats)?;
+    let scale = elements::singles(card, OP, affine.0)?;
+    let shift = elements::singles(card, OP, affine.1)?;
+    let input = elements::floats(card, OP, x)?;
+    let slope = operand(OP, card, &dy, x)?;
     let pack = pack_of(dtype, sizes.2, &[slope, input, scale, shift]);
     let split = Split::new(sizes, shape.groups, pack);
     let (out, _dy) = result_for(card, dy)?;
@@ -249,10 +234,10 @@ pub(super) fn layer_norm(
     const OP: &str = "layer_norm";
     check_layer(OP, x, gamma)?;
     check_layer(OP, x, beta)?;
-    let dtype = compute_type(OP, x)?;
-    let from = operand(OP, card, x, dtype)?;
-    let scale = operand(OP, card, gamma, DType::F32)?;
-    let shift = operand(OP, card, beta, DType::F32)?;
+    let dtype = x.dtype();
+    let from = elements::floats(card, OP, x)?;
+    let scale = elements::singles(card, OP, gamma)?;
+    let shift = elements::singles(card, OP, beta)?;
     let pack = pack_of(dtype, x.last_dim(), &[from, scale, shift]);
     let out = card.empty(x.shape(), dtype)?;
     let stats = card.empty(&[x.rows(), 2], DType::F32)?;
@@ -280,11 +265,11 @@ pub(super) fn layer_norm_backward(
     if dy.shape() != x.shape() || stats.len() != x.rows() * 2 {
         return Err(EngineError::shape(OP, format!("{dy:?}, {x:?}, statistics {stats:?}")));
     }
-    let dtype = compute_type(OP, x)?;
-    let of_stats = operand(OP, card, stats, DType::F32)?;
-    let scale = operand(OP, card, gamma, DType::F32)?;
-    let input = operand(OP, card, x, dtype)?;
-    let slope = operand(OP, card, &dy, dtype)?;
+    let dtype = x.dtype();
+    let of_stats = elements::singles(card, OP, stats)?;
+    let scale = elements::singles(card, OP, gamma)?;
+    let input = elements::floats(card, OP, x)?;
+    let slope = operand(OP, card, &dy, x)?;
     let pack = pack_of(dtype, x.last_dim(), &[slope, input, scale]);
     let (out, _dy) = result_for(card, dy)?;
     let addresses = [out.address(OP)?, slope, input, of_stats, scale];

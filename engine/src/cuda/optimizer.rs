@@ -3,39 +3,17 @@
 
 use super::card::Card;
 use super::driver::{Address, Arg};
+use super::elements::{long, packed, singles, start};
 use crate::backend::AdamWStep;
 use crate::cpu::Factors;
 use crate::{DType, EngineError, Result, Tensor};
 
-/// `THREADS` of the kernels.
-pub(super) const THREADS: usize = 256;
-
-/// Address of an f32 operand on this card.
-pub(super) fn plain(op: &'static str, card: &Card, x: &Tensor) -> Result<Address> {
-    if x.dtype() != DType::F32 {
-        let got = format!("{:?}", x.dtype());
-        return Err(EngineError::DType { op, expected: "f32 elements", got });
-    }
-    if x.device() != card.device() {
-        return Err(EngineError::Device { op, got: x.device() });
-    }
-    x.address(op)
-}
-
-/// The same of an operand that changes in place: nothing else may show its storage.
+/// Address of an f32 operand that changes in place: nothing else may show its storage.
 pub(super) fn changing(op: &'static str, card: &Card, x: &mut Tensor) -> Result<Address> {
     if !x.is_unique() {
         return Err(EngineError::shape(op, format!("{x:?} changes in place, but is shared")));
     }
-    plain(op, card, x)
-}
-
-/// Blocks of [`THREADS`] threads with `each` elements to a thread.
-pub(super) fn grid(op: &'static str, len: usize, each: usize) -> Result<([u32; 3], u32, u32)> {
-    let Ok(blocks) = i32::try_from(len.div_ceil(THREADS * each)) else {
-        return Err(EngineError::shape(op, format!("too large for cards: {len}")));
-    };
-    Ok(([blocks as u32, 1, 1], THREADS as u32, 0))
+    singles(card, op, x)
 }
 
 pub(super) fn adamw(
@@ -61,14 +39,14 @@ pub(super) fn adamw(
     if p.range.is_empty() {
         return Ok(());
     }
-    let start = |address: Address| Arg::Address(address + (p.range.start * 4) as Address);
+    let first = |address: Address| Arg::Address(address + (p.range.start * 4) as Address);
     let f = Factors::of(p);
     let args = [
-        start(changing(OP, card, param)?),
-        start(plain(OP, card, grad)?),
-        start(changing(OP, card, m)?),
-        start(changing(OP, card, v)?),
-        Arg::I64(p.range.len() as i64),
+        first(changing(OP, card, param)?),
+        first(singles(card, OP, grad)?),
+        first(changing(OP, card, m)?),
+        first(changing(OP, card, v)?),
+        long(p.range.len()),
         Arg::F32(f.decay),
         Arg::F32(f.step_size),
         Arg::F32(f.root_correction2),
@@ -78,7 +56,7 @@ pub(super) fn adamw(
         Arg::F32(f.take2),
         Arg::F32(f.eps),
     ];
-    card.launch(("optimizer", "adamw_range"), DType::F32, grid(OP, p.range.len(), 1)?, &args)
+    start(card, ("optimizer", "adamw_range_f32"), p.range.len(), &args)
 }
 
 pub(super) fn add_at(
@@ -95,13 +73,8 @@ pub(super) fn add_at(
         return Ok(());
     }
     let to = changing(OP, card, flat)? + (offset * 4) as Address;
-    let from = plain(OP, card, x)?;
-    let vector = to.is_multiple_of(16) && from.is_multiple_of(16);
-    let args = [
-        Arg::Address(to),
-        Arg::Address(from),
-        Arg::I64(x.len() as i64),
-        Arg::I32(i32::from(vector)),
-    ];
-    card.launch(("optimizer", "add_at"), DType::F32, grid(OP, x.len(), 4)?, &args)
+    let from = singles(card, OP, x)?;
+    let vector = packed(DType::F32, 4, &[to, from]);
+    let args = [Arg::Address(to), Arg::Address(from), long(x.len()), Arg::I32(i32::from(vector))];
+    start(card, ("optimizer", "add_at_f32"), x.len().div_ceil(4), &args)
 }
