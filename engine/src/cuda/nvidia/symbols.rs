@@ -47,7 +47,6 @@ functions! {
     /// The driver.
     CudaApi: cu, CUresult {
         fn cuInit(c_uint);
-        fn cuDriverGetVersion(*mut c_int);
         fn cuDeviceGetCount(*mut c_int);
         fn cuDeviceGet(*mut cu::CUdevice, c_int);
         fn cuDeviceGetName(*mut c_char, c_int, cu::CUdevice);
@@ -94,7 +93,6 @@ functions! {
 functions! {
     /// The compiler of kernels.
     NvrtcApi: rtc, nvrtcResult {
-        fn nvrtcVersion(*mut c_int, *mut c_int);
         fn nvrtcGetNumSupportedArchs(*mut c_int);
         fn nvrtcGetSupportedArchs(*mut c_int);
         fn nvrtcCreateProgram(
@@ -122,11 +120,9 @@ functions! {
         fn cublasLtMatmulDescSetAttribute(
             lt::cublasLtMatmulDesc_t, lt::cublasLtMatmulDescAttributes_t, *const c_void, usize,
         );
-        fn cublasLtMatmulDescDestroy(lt::cublasLtMatmulDesc_t);
         fn cublasLtMatrixLayoutCreate(
             *mut lt::cublasLtMatrixLayout_t, lt::cudaDataType, u64, u64, i64,
         );
-        fn cublasLtMatrixLayoutDestroy(lt::cublasLtMatrixLayout_t);
         fn cublasLtMatmulPreferenceCreate(*mut lt::cublasLtMatmulPreference_t);
         fn cublasLtMatmulPreferenceSetAttribute(
             lt::cublasLtMatmulPreference_t, lt::cublasLtMatmulPreferenceAttributes_t,
