@@ -1,4 +1,8 @@
 //! The operations of a card, run by the emulated one.
 
 #[cfg(test)]
+mod captures;
+#[cfg(test)]
 mod operations;
+#[cfg(test)]
+mod params;
