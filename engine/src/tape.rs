@@ -312,12 +312,36 @@ impl<'m> Tape<'m> {
         loss: &Value,
         ready: &mut dyn FnMut(ParamId, Tensor) -> Result<()>,
     ) -> Result<()> {
+        self.send_back(loss, None, ready)
+    }
+
+    /// As [`Tape::backward`] on a card, with each gradient added to the parameter's place in `flat`,
+    /// f32 and laid out as the store: products add theirs by themselves, so that it is nowhere else.
+    /// `ready` gets the place when it is final.
+    pub fn backward_onto(
+        self,
+        loss: &Value,
+        flat: &Tensor,
+        ready: &mut dyn FnMut(ParamId, Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let params = self.params.filter(|params| params.len() <= flat.len()).ok_or_else(|| {
+            EngineError::Tape(format!("the gradient has no place in {:?}", flat.shape()))
+        })?;
+        self.send_back(loss, Some((params, flat.clone())), ready)
+    }
+
+    fn send_back(
+        self,
+        loss: &Value,
+        places: Option<(&ParamStore, Tensor)>,
+        ready: &mut dyn FnMut(ParamId, Tensor) -> Result<()>,
+    ) -> Result<()> {
         if !loss.is_tracked() {
             return Err(EngineError::Tape("the loss does not depend on any parameter".into()));
         }
         let remaining = std::mem::take(&mut *self.uses.borrow_mut());
         let slots = remaining.iter().map(|_| None).collect();
-        let mut sink = ParamSink { slots, remaining, ready };
+        let mut sink = ParamSink { slots, remaining, places, ready };
         self.run_backward(loss.origin, loss.tensor.clone(), 0, &mut sink)?;
         sink.flush()
     }
@@ -355,6 +379,22 @@ pub(crate) struct Gradients<'g, 'h> {
 }
 
 impl Gradients<'_, '_> {
+    /// Where the gradient of a parameter is summed, if it is to be added there.
+    pub(crate) fn place(&self, of: Origin) -> Result<Option<Tensor>> {
+        match of {
+            Origin::Param(id) => self.sink.place(id),
+            _ => Ok(None),
+        }
+    }
+
+    /// A contribution was added to the place of a parameter.
+    pub(crate) fn placed(&mut self, of: Origin) -> Result<()> {
+        match of {
+            Origin::Param(id) => self.sink.placed(id),
+            _ => Ok(()),
+        }
+    }
+
     /// Adds a contribution to the gradient of a value.
     pub(crate) fn add(&mut self, to: Origin, gradient: Tensor) -> Result<()> {
         match to {
@@ -372,11 +412,38 @@ impl Gradients<'_, '_> {
 struct ParamSink<'h> {
     slots: Vec<Option<Tensor>>,
     remaining: Vec<u32>,
+    /// Where gradients are summed, if not in tensors of their own.
+    places: Option<(&'h ParamStore, Tensor)>,
     ready: &'h mut dyn FnMut(ParamId, Tensor) -> Result<()>,
 }
 
 impl ParamSink<'_> {
+    /// Where the gradient of a parameter is summed.
+    fn place(&self, id: ParamId) -> Result<Option<Tensor>> {
+        let place = |(params, flat): &(&ParamStore, Tensor)| {
+            flat.view(params.range(id).start, params.shape(id))
+        };
+        self.places.as_ref().map(place).transpose()
+    }
+
+    /// A contribution was added to the place of a parameter.
+    fn placed(&mut self, id: ParamId) -> Result<()> {
+        self.remaining[id.0] = self.remaining[id.0].saturating_sub(1);
+        match self.place(id)? {
+            Some(place) if self.remaining[id.0] == 0 => (self.ready)(id, place),
+            place => {
+                self.slots[id.0] = place;
+                Ok(())
+            }
+        }
+    }
+
     fn add(&mut self, id: ParamId, gradient: Tensor) -> Result<()> {
+        if let Some((params, flat)) = &mut self.places {
+            let start = params.range(id).start;
+            flat.device().backend().add_at(flat, start, &gradient)?;
+            return self.placed(id);
+        }
         add_to(&mut self.slots[id.0], gradient)?;
         self.remaining[id.0] = self.remaining[id.0].saturating_sub(1);
         match self.slots[id.0].take() {

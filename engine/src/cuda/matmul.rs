@@ -5,7 +5,7 @@ use super::card::Card;
 use super::driver::{Address, Matmul, Matrix};
 use crate::backend::{Backend, Gemm, LowRank};
 use crate::shapes::{GemmSizes, gemm_sizes};
-use crate::{DType, Result, Tensor};
+use crate::{DType, EngineError, Result, Tensor};
 
 const OP: &str = "gemm";
 
@@ -17,12 +17,33 @@ pub(super) fn in_type(card: &'static Card, t: &Tensor, dtype: DType) -> Result<T
 
 /// See [`Gemm`]; result `[m,n]`.
 pub(super) fn gemm(card: &'static Card, p: &Gemm) -> Result<Tensor> {
+    let GemmSizes { m, n, .. } = gemm_sizes(p)?;
+    let out = card.empty(&[m, n], p.out)?;
+    multiply(card, p, &out)?;
+    Ok(out)
+}
+
+impl Card {
+    /// Adds a product without additions of its own to `onto`, which has the type and as many
+    /// elements as its result.
+    pub(crate) fn gemm_onto(&'static self, p: &Gemm, onto: &Tensor) -> Result<()> {
+        let GemmSizes { m, n, .. } = gemm_sizes(p)?;
+        if onto.len() != m * n || onto.dtype() != p.out || p.residual.is_some() {
+            let detail = format!("a product of [{m}, {n}] cannot be added to {onto:?}");
+            return Err(EngineError::shape(OP, detail));
+        }
+        let onto = onto.reshape(&[m, n])?;
+        multiply(self, &Gemm { residual: Some(&onto), ..*p }, &onto)
+    }
+}
+
+/// Writes a product to `out`, which may be its residual.
+fn multiply(card: &'static Card, p: &Gemm, out: &Tensor) -> Result<()> {
     let GemmSizes { m, n, k } = gemm_sizes(p)?;
     let dtype = p.a.dtype();
     let b = in_type(card, p.b, dtype)?;
     let bias = p.bias.map(|bias| in_type(card, bias, p.out)).transpose()?;
     let residual = p.residual.map(|residual| in_type(card, residual, p.out)).transpose()?;
-    let out = card.empty(&[m, n], p.out)?;
     let address = |t: &Option<Tensor>| t.as_ref().map(|t| t.address(OP)).transpose();
     card.driver().matmul(&Matmul {
         m,
@@ -37,9 +58,9 @@ pub(super) fn gemm(card: &'static Card, p: &Gemm) -> Result<Tensor> {
         d_dtype: p.out,
     })?;
     if let Some(low_rank) = &p.low_rank {
-        add_low_rank(card, low_rank, dtype, (m, n), None, &out)?;
+        add_low_rank(card, low_rank, dtype, (m, n), None, out)?;
     }
-    Ok(out)
+    Ok(())
 }
 
 /// `out[m,n] += left·right + bias`, the factors in type `dtype`.

@@ -6,3 +6,5 @@ mod captures;
 mod operations;
 #[cfg(test)]
 mod params;
+#[cfg(test)]
+mod places;

@@ -88,10 +88,24 @@ impl Active {
         let dh = backend.gemm(&Gemm::new(dy, false, &self.up_scaled, false))?;
         let dh = masked(dh.reshape(self.hidden.shape())?, self.mask.as_ref())?;
         let product = Gemm::new(dy, true, &self.hidden, false);
-        let gradient = backend.gemm(&Gemm { alpha: self.scale, out: DType::F32, ..product })?;
-        grads.add(up.origin(), gradient.reshape(up.shape())?)?;
-        let gradient = down_gradient(&self.x, &dh)?;
-        grads.add(down.origin(), gradient.reshape(down.shape())?)?;
+        add_product(grads, up, &Gemm { alpha: self.scale, out: DType::F32, ..product })?;
+        if down.shape().len() == 2 {
+            let product = Gemm::new(&dh, true, &self.x, false);
+            add_product(grads, down, &Gemm { out: DType::F32, ..product })?;
+        } else {
+            let gradient = down_gradient(&self.x, &dh)?;
+            grads.add(down.origin(), gradient.reshape(down.shape())?)?;
+        }
         Ok(dh)
     }
+}
+
+/// Adds a product to the gradient of a parameter: where that is summed, if it has such a place.
+fn add_product(grads: &mut Gradients<'_, '_>, to: &Value, product: &Gemm) -> Result<()> {
+    if let (Some(place), Some(card)) = (grads.place(to.origin())?, to.tensor().device().card()) {
+        card.gemm_onto(product, &place)?;
+        return grads.placed(to.origin());
+    }
+    let gradient = product.a.device().backend().gemm(product)?;
+    grads.add(to.origin(), gradient.reshape(to.shape())?)
 }
