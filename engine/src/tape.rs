@@ -324,9 +324,10 @@ impl<'m> Tape<'m> {
         flat: &Tensor,
         ready: &mut dyn FnMut(ParamId, Tensor) -> Result<()>,
     ) -> Result<()> {
-        let params = self.params.filter(|params| params.len() <= flat.len()).ok_or_else(|| {
-            EngineError::Tape(format!("the gradient has no place in {:?}", flat.shape()))
-        })?;
+        let fits = |params: &&ParamStore| params.len() <= flat.len();
+        let params = self.params.filter(|_| flat.device().card().is_some()).filter(fits);
+        let params = params
+            .ok_or_else(|| EngineError::Tape(format!("the gradient has no place in {flat:?}")))?;
         self.send_back(loss, Some((params, flat.clone())), ready)
     }
 
@@ -439,9 +440,8 @@ impl ParamSink<'_> {
     }
 
     fn add(&mut self, id: ParamId, gradient: Tensor) -> Result<()> {
-        if let Some((params, flat)) = &mut self.places {
-            let start = params.range(id).start;
-            flat.device().backend().add_at(flat, start, &gradient)?;
+        if let (Some(place), Some(card)) = (self.place(id)?, gradient.device().card()) {
+            card.add_onto(&place, &gradient)?;
             return self.placed(id);
         }
         add_to(&mut self.slots[id.0], gradient)?;

@@ -3,6 +3,7 @@
 
 use super::card::Card;
 use super::driver::{Address, Matmul, Matrix};
+use super::optimizer;
 use crate::backend::{Backend, Gemm, LowRank};
 use crate::shapes::{GemmSizes, gemm_sizes};
 use crate::{DType, EngineError, Result, Tensor};
@@ -24,6 +25,17 @@ pub(super) fn gemm(card: &'static Card, p: &Gemm) -> Result<Tensor> {
 }
 
 impl Card {
+    /// `place += x`, f32, in place whoever shares it: the gradient of a parameter.
+    pub(crate) fn add_onto(&'static self, place: &Tensor, x: &Tensor) -> Result<()> {
+        if place.len() != x.len() {
+            return Err(EngineError::shape(
+                "add_at",
+                format!("{x:?} cannot be added to {place:?}"),
+            ));
+        }
+        optimizer::add_onto(self, place, x)
+    }
+
     /// Adds a product without additions of its own to `onto`, which has the type and as many
     /// elements as its result.
     pub(crate) fn gemm_onto(&'static self, p: &Gemm, onto: &Tensor) -> Result<()> {

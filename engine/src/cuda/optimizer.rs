@@ -69,10 +69,17 @@ pub(super) fn add_at(
     if offset + x.len() > flat.len() {
         return Err(EngineError::shape(OP, format!("{x:?} at {offset} of {flat:?}")));
     }
+    changing(OP, card, flat)?;
+    add_onto(card, &flat.view(offset, x.shape())?, x)
+}
+
+/// `place += x`, f32, where the place belongs to whoever sums there and is written by nobody else.
+pub(super) fn add_onto(card: &'static Card, place: &Tensor, x: &Tensor) -> Result<()> {
+    const OP: &str = "add_at";
     if x.is_empty() {
         return Ok(());
     }
-    let to = changing(OP, card, flat)? + (offset * 4) as Address;
+    let to = singles(card, OP, place)?;
     let from = singles(card, OP, x)?;
     let vector = packed(DType::F32, 4, &[to, from]);
     let args = [Arg::Address(to), Arg::Address(from), long(x.len()), Arg::I32(i32::from(vector))];
