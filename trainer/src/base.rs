@@ -9,7 +9,8 @@ use formats::{BaseModel, Family, OpenOptions, open_base_model};
 use models::lora::{BaseMerge, Part, text_encoder_targets, unet_targets};
 use models::{ClipConfig, ClipTextModel, Preset, Unet, UnetConfig, Vae, VaeConfig, preset};
 
-use crate::options::{MixedPrecision, Options};
+use crate::options::Options;
+use crate::precision::{compute_type, vae_type};
 
 /// An opened base model and the sizes of its parts.
 pub struct Base {
@@ -27,13 +28,15 @@ pub struct Base {
     pub device: Device,
     /// Type of the U-Net's and the text encoder's arithmetic.
     pub dtype: DType,
+    /// Type of the VAE's.
+    pub vae_dtype: DType,
     /// LoRA files that are part of the loaded weights (`base_weights`).
     pub merge: BaseMerge,
 }
 
 impl Base {
     /// Opens the model that the options name.
-    pub fn open(options: &Options) -> Result<Self> {
+    pub fn open(options: &Options, device: Device) -> Result<Self> {
         let name = options.pretrained_model_name_or_path.as_deref().context(
             "`pretrained_model_name_or_path` is missing\nhint: name a `.safetensors` or `.ckpt` \
              file, a diffusers folder or a hub id",
@@ -43,11 +46,10 @@ impl Base {
             variant: None,
             vae: options.vae.as_ref().map(|path| path.display().to_string()),
         };
-        let dtype = match options.mixed_precision {
-            MixedPrecision::Bf16 => DType::BF16,
-            MixedPrecision::No | MixedPrecision::Fp16 => DType::F32,
-        };
-        Self::from_files(open_base_model(name, &open)?, dtype)
+        let files = open_base_model(name, &open)?;
+        let mut base = Self::from_files(files, compute_type(options, device))?;
+        (base.device, base.vae_dtype) = (device, vae_type(options, device));
+        Ok(base)
     }
 
     /// Reads the sizes of an opened model.
@@ -65,6 +67,7 @@ impl Base {
             vae,
             device: Device::Cpu,
             dtype,
+            vae_dtype: DType::F32,
             merge: BaseMerge::default(),
         })
     }
@@ -108,9 +111,9 @@ impl Base {
         model.with_context(|| format!("load the text encoder of {}", self.files.path.display()))
     }
 
-    /// Loads the autoencoder in f32: in half precision some autoencoders overflow.
+    /// Loads the autoencoder in its own type: in half precision some autoencoders overflow.
     pub fn load_vae(&self) -> Result<Vae> {
-        let vae = Vae::load(&*self.files.vae, &self.vae, self.device, DType::F32);
+        let vae = Vae::load(&*self.files.vae, &self.vae, self.device, self.vae_dtype);
         vae.with_context(|| format!("load the VAE of {}", self.files.path.display()))
     }
 

@@ -61,6 +61,18 @@ pub struct Gradients {
     ranges: Vec<std::ops::Range<usize>>,
 }
 
+/// The buckets over a flat tensor of parameters with these ranges, ascending.
+pub fn bucket_ranges(ranges: &[std::ops::Range<usize>]) -> Vec<std::ops::Range<usize>> {
+    let mut buckets: Vec<std::ops::Range<usize>> = Vec::new();
+    for range in ranges {
+        match buckets.last_mut() {
+            Some(bucket) if bucket.len() < BUCKET_ELEMENTS => bucket.end = range.end,
+            _ => buckets.push(range.clone()),
+        }
+    }
+    buckets
+}
+
 /// The reduction of one step in flight.
 pub struct Reduction<'g> {
     gradients: &'g mut Gradients,
@@ -74,18 +86,15 @@ impl Gradients {
     /// Buckets for the parameters of `params`.
     pub fn new(params: &ParamStore) -> Self {
         let ranges: Vec<_> = (0..params.count()).map(|i| params.range(ParamId(i))).collect();
-        let mut buckets: Vec<Bucket> = Vec::new();
+        let mut buckets: Vec<Bucket> = bucket_ranges(&ranges)
+            .into_iter()
+            .map(|range| Bucket { range, params: 0, waiting: 0 })
+            .collect();
         let mut bucket_of = Vec::with_capacity(ranges.len());
         for range in &ranges {
-            let full = buckets.last().is_none_or(|b| b.range.len() >= BUCKET_ELEMENTS);
-            if full {
-                buckets.push(Bucket { range: range.start..range.start, params: 0, waiting: 0 });
-            }
-            bucket_of.push(buckets.len() - 1);
-            if let Some(bucket) = buckets.last_mut() {
-                bucket.range.end = range.end;
-                bucket.params += 1;
-            }
+            let bucket = buckets.partition_point(|bucket| bucket.range.end < range.end);
+            buckets[bucket].params += 1;
+            bucket_of.push(bucket);
         }
         let touched = vec![false; ranges.len()];
         Self { flat: vec![0.; params.len()], touched, non_finite: None, bucket_of, buckets, ranges }

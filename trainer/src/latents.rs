@@ -34,6 +34,15 @@ impl LatentEncoder for VaeEncoder {
     }
 }
 
+/// How a type is named in the fingerprint of a cache.
+fn type_name(dtype: DType) -> &'static str {
+    match dtype {
+        DType::BF16 => "bf16",
+        DType::F16 => "f16",
+        _ => "f32",
+    }
+}
+
 /// A name for the VAE that changes when its weights do: of all shapes and of the start of every
 /// tensor's bytes, so that it is cheap for a large file.
 pub fn vae_fingerprint(base: &Base) -> Result<String> {
@@ -46,5 +55,5 @@ pub fn vae_fingerprint(base: &Base) -> Result<String> {
         hasher.update(&tensor.data[..tensor.data.len().min(4096)]);
     }
     let digest: String = hasher.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect();
-    Ok(format!("{digest}-f32"))
+    Ok(format!("{digest}-{}", type_name(base.vae_dtype)))
 }

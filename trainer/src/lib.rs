@@ -1,6 +1,7 @@
 //! One rank of one training run: options, dataset, objective, optimizer, the loop, checkpoints.
 
 pub mod base;
+pub mod card;
 pub mod checkpoint;
 pub mod cli;
 pub mod config_check;
@@ -11,6 +12,7 @@ pub mod debug_dataset;
 pub mod device;
 pub mod draws;
 pub mod ema;
+pub mod encoded;
 pub mod gradients;
 pub mod inputs;
 pub mod latents;
@@ -27,7 +29,9 @@ pub mod objective;
 pub mod optimizer;
 pub mod options;
 pub mod plan;
+pub mod precision;
 pub mod progress;
+pub mod reduce;
 pub mod reproducible;
 pub mod rng;
 pub mod run;

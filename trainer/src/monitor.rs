@@ -37,6 +37,8 @@ pub struct StepReport {
     pub gradient_norm: f64,
     /// Learning rates of the groups in this step.
     pub rates: Vec<Rate>,
+    /// The loss scale of the step, in fp16.
+    pub loss_scale: Option<f64>,
     /// With `scale_weight_norms`.
     pub key_norms: Option<KeyNorms>,
     /// Wall time in seconds.
@@ -104,6 +106,7 @@ impl Monitor {
             average_loss,
             rates: report.rates.clone(),
             gradient_norm: report.gradient_norm,
+            loss_scale: report.loss_scale,
             key_norms: report.key_norms,
             seconds: report.seconds,
             images: report.images,

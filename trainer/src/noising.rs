@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use anyhow::{Context, Result};
 
 use crate::dataset::{Batch, LatentEncoder, SampleMeta};
+use crate::encoded::Encoded;
 use crate::inputs::{MicroBatch, Prompts};
 use crate::latents::{MOMENTS, VaeEncoder};
 use crate::noise::Draw;
@@ -28,6 +29,8 @@ pub struct Noising {
     pub accumulation: usize,
     /// Encodes the images of a batch; `None` where latents are cached.
     pub vae: Option<RefCell<VaeEncoder>>,
+    /// All captions, where they were encoded before the training.
+    pub encoded: Option<Encoded>,
 }
 
 impl Noising {
@@ -114,7 +117,12 @@ impl Noising {
     }
 
     fn with_prompts(&self, batch: &Batch, noised: Noised) -> Result<MicroBatch> {
-        Ok(MicroBatch { noised, prompts: self.prompts(batch), encoded: None })
+        let prompts = self.prompts(batch);
+        let encoded = match &self.encoded {
+            Some(encoded) => Some(encoded.look_up(&prompts, batch.samples.len())?),
+            None => None,
+        };
+        Ok(MicroBatch { noised, prompts, encoded })
     }
 
     /// The prompts of a batch.

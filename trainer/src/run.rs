@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use collectives::{Comm, Env};
-use engine::ParamStore;
-use models::lora::LoraNetwork;
+use engine::{DType, ParamStore};
+use models::lora::{LoraNetwork, Part};
 
 use crate::base::Base;
+use crate::card::LossScale;
 use crate::checkpoint::check_writable;
 use crate::console;
 use crate::data_plan::{dataset_defaults, dataset_input, missing_masks};
@@ -19,7 +20,9 @@ use crate::dataset::{
     LoaderOptions, LoaderParts, Sampler, TokenLength, cache_latents, plan_datasets, worker_count,
 };
 use crate::debug_dataset::print_batches;
+use crate::device;
 use crate::ema::{Ema, average_path};
+use crate::encoded::{Encoded, constant_captions};
 use crate::latents::{VaeEncoder, vae_fingerprint};
 use crate::logs;
 use crate::lr::Schedule;
@@ -31,6 +34,7 @@ use crate::objective::Objective;
 use crate::optimizer::{Build, Optimize, TensorForm};
 use crate::options::{Options, Parsed};
 use crate::plan::{Plan, choose_seed, describe, estimate_memory};
+use crate::precision::{round_weights, weights_type};
 use crate::progress::format_summary;
 use crate::reproducible;
 use crate::saver::{DatasetNumbers, Saver};
@@ -75,7 +79,8 @@ impl Run {
         for warning in group.warnings.iter().chain(&missing_masks(&options, &group)) {
             console::warn(warning);
         }
-        let mut base = Base::open(&options)?;
+        let device = device::for_rank(&options, env)?;
+        let mut base = Base::open(&options, device)?;
         let merged = base.merge_base_weights(&options)?;
         for note in base.files.notes.iter().chain(&merged) {
             console::note(note);
@@ -198,9 +203,18 @@ impl Run {
         let mut models =
             Models { text_encoder: Some(base.load_text_encoder()?), unet: base.load_unet()? };
         engine::release_pool();
-        let params = prepared.parameters(&base)?;
+        release_idle(&base);
+        let mut params = prepared.parameters(&base)?;
+        let weights_type = weights_type(&options);
+        if let Some(dtype) = weights_type {
+            round_weights(&mut params, dtype)?;
+        }
+        let loss_scale = LossScale::new(base.dtype == DType::F16);
         let network = prepared.network;
         models.install(&network)?;
+        if base.device.card().is_some() {
+            params.keep_working(base.dtype, &network.factors(1.))?;
+        }
         let has_latents = latents.is_some();
         let (parts, loading) = loader_parts(&options, env, &base, (group, latents), &plan)?;
         let loading = LoaderOptions {
@@ -208,6 +222,15 @@ impl Run {
             first_step: start.data_of(start.step) as u64,
             ..loading
         };
+        let untrained = network.module_count(Part::TextEncoder) == 0;
+        let encoded = match base.device.card().is_some() && untrained {
+            true => encode_captions(&options, &models, (&parts, &loading), held_out.as_ref())?,
+            false => None,
+        };
+        if encoded.is_some() {
+            models.text_encoder = None;
+            release_idle(&base);
+        }
         let mut loader = Loader::start(parts, loading)?;
         let validation = held_out
             .map(|held_out| prepare_validation(&options, env, &base, held_out, &plan))
@@ -217,6 +240,7 @@ impl Run {
             seed: plan.seed,
             scaling: base.vae.scaling,
             accumulation: options.gradient_accumulation_steps,
+            encoded,
             vae: if has_latents { None } else { Some(RefCell::new(VaeEncoder::load(&base)?)) },
         };
         let ema = options.ema_decay.map(|decay| Ema::new(decay, &params)).transpose()?;
@@ -233,6 +257,8 @@ impl Run {
             noising,
             ema,
             watch: Watch::new(options.max_skipped_steps),
+            loss_scale,
+            weights_type,
             validation,
             saver,
             monitor,
@@ -249,6 +275,37 @@ impl Run {
             console::note(&format!("peak memory of rank 0: {}", show_bytes(peak)));
         }
         Ok(ending)
+    }
+}
+
+/// All captions encoded, if each image has one that stays the same.
+fn encode_captions(
+    options: &Options,
+    models: &Models,
+    (parts, loading): (&LoaderParts, &LoaderOptions),
+    held_out: Option<&Cached>,
+) -> Result<Option<Encoded>> {
+    let Some(text_encoder) = &models.text_encoder else { return Ok(None) };
+    let Some(mut captions) = constant_captions(&parts.group) else { return Ok(None) };
+    if let Some((group, _)) = held_out {
+        match constant_captions(group) {
+            Some(more) => captions.extend(more),
+            None => return Ok(None),
+        }
+    }
+    let encoded = Encoded::new(text_encoder, options.clip_skip, (parts, loading), &captions)?;
+    let (count, bytes) = encoded.size();
+    console::note(&format!(
+        "{count} captions are encoded ({} of main memory); the text encoder leaves the card",
+        show_bytes(bytes)
+    ));
+    Ok(Some(encoded))
+}
+
+/// Memory of models that are gone goes back to the card.
+fn release_idle(base: &Base) {
+    if let Some(card) = base.device.card() {
+        card.release_idle();
     }
 }
 

@@ -53,6 +53,7 @@ pub fn forward_backward(
     inputs: &StepInputs,
     ready: &mut dyn FnMut(ParamId, Tensor) -> engine::Result<()>,
 ) -> Result<Forward> {
+    params.refresh()?;
     let random = setting.draws.is_some();
     let tape = Tape::new(params, setting.checkpointing).with_draws(setting.draws);
     let text_encoder = models.text_encoder.as_ref();
@@ -79,6 +80,7 @@ pub fn evaluate(
     clip_skip: Option<usize>,
     inputs: &StepInputs,
 ) -> Result<Vec<f32>> {
+    params.refresh()?;
     let tape = Tape::inference(Some(params));
     let text_encoder = models.text_encoder.as_ref();
     let context = encode_text(&tape, text_encoder, clip_skip, &inputs.text)?;

@@ -7,9 +7,10 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use collectives::{Comm, signals};
-use engine::ParamStore;
+use engine::{DType, ParamId, ParamStore};
 use models::lora::{LoraNetwork, ParamGroup};
 
+use crate::card::{CardWork, LossScale, Trained};
 use crate::checkpoint::SavePoint;
 use crate::console;
 use crate::dataset::{Batch, Loader};
@@ -26,6 +27,7 @@ use crate::noising::Noising;
 use crate::optimizer::{Optimize, StepInput, TensorStep};
 use crate::options::Options;
 use crate::plan::Plan;
+use crate::precision::round_weights;
 use crate::reproducible::{self, Ready};
 use crate::saver::Saver;
 use crate::state::{Carried, Keeper, Loaded, Start};
@@ -56,6 +58,10 @@ pub struct Trainer<'a> {
     /// With `ema_decay`.
     pub ema: Option<Ema>,
     pub watch: Watch,
+    /// Of fp16.
+    pub loss_scale: LossScale,
+    /// With `full_fp16` and `full_bf16`: what the weights are rounded to after each step.
+    pub weights_type: Option<DType>,
     /// Where images are held out.
     pub validation: Option<Validation>,
     /// Rank 0 only.
@@ -65,6 +71,12 @@ pub struct Trainer<'a> {
     pub start: Start,
     /// Rank 0 only.
     pub keeper: Option<Keeper>,
+}
+
+/// Where a step is computed, and what is kept there from step to step.
+enum Work {
+    Host(Gradients),
+    Card(Box<CardWork>),
 }
 
 /// What comes with the gradient of a step.
@@ -81,7 +93,7 @@ struct Summed {
 impl Trainer<'_> {
     /// Runs all epochs.
     pub fn run(mut self, loader: &mut Loader) -> Result<Ending> {
-        let mut gradients = Gradients::new(&self.params);
+        let mut work = self.begin_work()?;
         self.monitor.start(self.comm, self.start.step)?;
         for step in self.start.step..self.plan.steps {
             let moment = Moment {
@@ -89,7 +101,10 @@ impl Trainer<'_> {
                 epoch: step / self.plan.steps_per_epoch + 1,
                 step_in_epoch: step % self.plan.steps_per_epoch,
             };
-            let (report, stop) = self.step(step, loader, &mut gradients)?;
+            let (report, stop) = match &mut work {
+                Work::Host(gradients) => self.step(step, loader, gradients)?,
+                Work::Card(work) => self.card_step(step, loader, work)?,
+            };
             self.monitor.step(self.comm, moment, &report)?;
             let epoch_ends = moment.step_in_epoch + 1 == self.plan.steps_per_epoch;
             self.validate_if_due(moment, epoch_ends || step + 1 == self.plan.steps)?;
@@ -107,6 +122,16 @@ impl Trainer<'_> {
         self.save(SavePoint::Last, self.plan.steps, self.plan.epochs)?;
         self.comm.barrier().context("wait for the last file")?;
         Ok(Ending::Complete)
+    }
+
+    /// `reproducible` adds gradients up in an order of its own, which is the host's work.
+    fn begin_work(&mut self) -> Result<Work> {
+        if self.params.device().card().is_none() || self.options.reproducible {
+            return Ok(Work::Host(Gradients::new(&self.params)));
+        }
+        let (network, params) = (&self.network, &self.params);
+        let trained = Trained { network, params, optimizer: &mut *self.optimizer };
+        Ok(Work::Card(Box::new(CardWork::new(self.options, self.comm, trained)?)))
     }
 
     /// One optimizer step, on all ranks.
@@ -128,12 +153,15 @@ impl Trainer<'_> {
             samples,
             gradient_norm: norm,
             rates: self.rates(step),
+            loss_scale: None,
             key_norms: None,
             seconds: 0.,
             images,
         };
         if !Watch::is_good(agreed, norm) {
-            self.leave_out(step, &report.samples, gradients)?;
+            let own = gradients.first_non_finite();
+            let own = Sighting::new(&report.samples, &self.network, own);
+            self.leave_out(step, &own, gradients.first_non_finite_sum())?;
             report.seconds = started.elapsed().as_secs_f64();
             return Ok((report, stop));
         }
@@ -145,13 +173,31 @@ impl Trainer<'_> {
             schedule_factor: self.schedule.factor(self.start.schedule_of(step)),
         };
         self.optimizer.step(&mut self.params, &input)?;
-        report.key_norms = limit_norms(self.options, &self.network, &mut self.params)?;
-        if let Some(ema) = &mut self.ema {
-            ema.update(&self.params.flat().to_vec_f32()?);
-        }
+        self.round_weights()?;
+        self.settle(&mut report)?;
         report.loss = Some(f64::from(agreed.loss));
         report.seconds = started.elapsed().as_secs_f64();
         Ok((report, stop))
+    }
+
+    /// Rounds the weights where they are to be of half precision.
+    pub(crate) fn round_weights(&mut self) -> Result<()> {
+        match self.weights_type {
+            Some(dtype) => round_weights(&mut self.params, dtype),
+            None => Ok(()),
+        }
+    }
+
+    /// What follows a step that moved the weights: limits to their norms, their average.
+    pub(crate) fn settle(&mut self, report: &mut StepReport) -> Result<()> {
+        report.key_norms = limit_norms(self.options, &self.network, &mut self.params)?;
+        if report.key_norms.is_some() {
+            self.round_weights()?;
+        }
+        if let Some(ema) = &mut self.ema {
+            ema.update(&self.params.flat().to_vec_f32()?);
+        }
+        Ok(())
     }
 
     /// The gradient of a step, summed over micro-steps and ranks.
@@ -228,16 +274,15 @@ impl Trainer<'_> {
     }
 
     /// A step that is not finite changes nothing; too many of them end the run on all ranks.
-    fn leave_out(
+    pub(crate) fn leave_out(
         &mut self,
         step: usize,
-        samples: &[SampleLoss],
-        gradients: &Gradients,
+        own: &Sighting,
+        sum: Option<ParamId>,
     ) -> Result<()> {
         require_finite(&self.network, &self.params, step)?;
-        let own = Sighting::new(samples, &self.network, gradients);
-        let sum = gradients.first_non_finite_sum().map(|id| self.network.key(id));
-        self.watch.skip(self.comm, step + 1, &own, sum)
+        let sum = sum.map(|id| self.network.key(id));
+        self.watch.skip(self.comm, step + 1, own, sum)
     }
 
     /// Forward and backward of this rank's part of a batch; its share of the global loss. Adds the
@@ -254,25 +299,39 @@ impl Trainer<'_> {
         }
         let micro = self.noising.micro_batch(batch)?;
         let inputs = StepInputs::new(self.params.device(), &self.models.unet, &micro)?;
-        let setting = Setting {
-            clip_skip: self.options.clip_skip,
-            checkpointing: self.options.gradient_checkpointing.into(),
-            draws: draws_for(&self.network, self.plan.seed, batch),
-        };
+        let setting = self.setting(batch);
         let models = (&self.models, &self.params);
         let forward = forward_backward(models, setting, &inputs, ready)?;
         let losses = forward.losses.to_vec_f32()?;
-        let share = (batch.global_count * self.options.gradient_accumulation_steps) as f32;
-        samples.extend(batch.samples.iter().zip(&losses).map(|(sample, loss)| SampleLoss {
-            global_index: sample.global_index,
-            image: sample.image_path.clone(),
-            loss: loss * share,
-        }));
+        samples.extend(self.sample_losses(batch, &losses));
         Ok(losses.iter().sum())
     }
 
+    /// How the models are run on a batch.
+    pub(crate) fn setting(&self, batch: &Batch) -> Setting {
+        Setting {
+            clip_skip: self.options.clip_skip,
+            checkpointing: self.options.gradient_checkpointing.into(),
+            draws: draws_for(&self.network, self.plan.seed, batch),
+        }
+    }
+
+    /// The loss of each sample of this rank's part of a batch, from its share in the total.
+    pub(crate) fn sample_losses<'b>(
+        &self,
+        batch: &'b Batch,
+        losses: &'b [f32],
+    ) -> impl Iterator<Item = SampleLoss> + use<'b> {
+        let share = (batch.global_count * self.options.gradient_accumulation_steps) as f32;
+        batch.samples.iter().zip(losses).map(move |(sample, loss)| SampleLoss {
+            global_index: sample.global_index,
+            image: sample.image_path.clone(),
+            loss: loss * share,
+        })
+    }
+
     /// Learning rates of the groups in a step, for the logs.
-    fn rates(&self, step: usize) -> Vec<Rate> {
+    pub(crate) fn rates(&self, step: usize) -> Vec<Rate> {
         let estimate = self.optimizer.effective_scale();
         let step = self.start.schedule_of(step);
         let rate = |group: &ParamGroup| {
@@ -286,7 +345,7 @@ impl Trainer<'_> {
 
     /// The tensors that move: those that a gradient reached, with their learning rates. (PyTorch
     /// leaves parameters without a gradient alone: no weight decay.)
-    fn tensor_steps(&self, step: usize, touched: &[bool]) -> Vec<TensorStep> {
+    pub(crate) fn tensor_steps(&self, step: usize, touched: &[bool]) -> Vec<TensorStep> {
         let step = self.start.schedule_of(step);
         let mut steps: Vec<TensorStep> = Vec::new();
         for group in self.network.groups() {
@@ -330,6 +389,9 @@ impl Trainer<'_> {
             ("watch", self.watch.state()),
             ("monitor", self.monitor.state()?),
         ]);
+        if self.loss_scale.is_needed() {
+            carried.insert("loss_scale", self.loss_scale.state());
+        }
         if let Some(ema) = &self.ema {
             carried.insert("ema", ema.state()?);
         }
@@ -346,6 +408,9 @@ impl Trainer<'_> {
         }
         if let Some(state) = loaded.take("monitor")? {
             self.monitor.load_state(state)?;
+        }
+        if let Some(state) = loaded.take("loss_scale")? {
+            self.loss_scale.load_state(state)?;
         }
         if let Some(ema) = &mut self.ema {
             // The average begins at the weights, which are the state's.

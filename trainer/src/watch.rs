@@ -14,7 +14,7 @@ use models::lora::LoraNetwork;
 use serde::{Deserialize, Serialize};
 
 use crate::console;
-use crate::gradients::{Control, Gradients};
+use crate::gradients::Control;
 use crate::loss_history::SampleLoss;
 use crate::optimizer::OptimizerState;
 use crate::optimizer::state::{Reader, Writer};
@@ -42,13 +42,14 @@ pub struct Sighting {
 }
 
 impl Sighting {
-    /// What this rank has to tell about its samples and its own part of the gradient.
-    pub fn new(samples: &[SampleLoss], network: &LoraNetwork, gradients: &Gradients) -> Self {
+    /// What this rank has to tell about its samples and its own part of the gradient, whose first
+    /// tensor that is not finite is `first`.
+    pub fn new(samples: &[SampleLoss], network: &LoraNetwork, first: Option<ParamId>) -> Self {
         let bad: Vec<&SampleLoss> = samples.iter().filter(|s| !s.loss.is_finite()).collect();
         let name = |sample: &SampleLoss| sample.image.display().to_string();
         Self {
             loss: !bad.is_empty(),
-            tensor: gradients.first_non_finite().map(|id| network.key(id)),
+            tensor: first.map(|id| network.key(id)),
             images: match bad.is_empty() {
                 true => samples.iter().map(name).collect(),
                 false => bad.into_iter().map(name).collect(),

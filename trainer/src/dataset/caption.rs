@@ -15,6 +15,20 @@ pub struct CaptionMoment {
     pub max_train_steps: u64,
 }
 
+/// Whether the captions of a subset are the same each time.
+pub fn is_constant(options: &SubsetOptions) -> bool {
+    !options.enable_wildcard
+        && options.caption_dropout_rate == 0.
+        && options.caption_dropout_every_n_epochs == 0
+        && !changes_tags(options)
+}
+
+fn changes_tags(options: &SubsetOptions) -> bool {
+    options.shuffle_caption
+        || options.token_warmup_step > 0.0
+        || options.caption_tag_dropout_rate > 0.0
+}
+
 /// The caption that the text encoder is given for one use of a sample.
 pub fn caption_at(
     caption: &str,
@@ -41,10 +55,7 @@ pub fn caption_at(
     } else {
         caption.split('\n').next().unwrap_or_default().to_owned()
     };
-    let changes_tags = options.shuffle_caption
-        || options.token_warmup_step > 0.0
-        || options.caption_tag_dropout_rate > 0.0;
-    if changes_tags {
+    if changes_tags(options) {
         caption = change_tags(&caption, options, moment, rng);
     }
     if let Some(secondary) = options.secondary_separator.as_ref().filter(|s| !s.is_empty()) {

@@ -33,6 +33,27 @@ pub struct LoaderParts {
     pub latents: Option<Arc<LatentStore>>,
 }
 
+impl LoaderParts {
+    /// The ids of a caption, `[chunks, 77]`, and with `weighted_captions` their weights.
+    ///
+    /// # Errors
+    /// As [`ClipTokenizer::encode`].
+    pub fn tokens(
+        &self,
+        caption: &str,
+        options: &LoaderOptions,
+    ) -> Result<(Vec<u32>, Option<Vec<f32>>), DatasetError> {
+        let (tokenizer, length) = (&self.tokenizer, options.token_length);
+        if !options.weighted_captions {
+            let ids = tokenizer.input_ids(caption, length)?;
+            return Ok((ids.into_iter().flatten().collect(), None));
+        }
+        let weighted = tokenizer.weighted_input_ids(caption, length)?;
+        let weights = weighted.weights.into_iter().flatten().collect();
+        Ok((weighted.ids.into_iter().flatten().collect(), Some(weights)))
+    }
+}
+
 /// How a loader works.
 #[derive(Debug, Clone)]
 pub struct LoaderOptions {
@@ -298,17 +319,10 @@ impl BatchMaker {
     }
 
     fn add_tokens(&self, batch: &mut Batch, caption: &str) -> Result<(), DatasetError> {
-        let (tokenizer, length) = (&self.parts.tokenizer, self.options.token_length);
-        match &mut batch.token_weights {
-            Some(weights) => {
-                let weighted = tokenizer.weighted_input_ids(caption, length)?;
-                batch.input_ids.extend(weighted.ids.iter().flatten());
-                weights.extend(weighted.weights.iter().flatten());
-            }
-            None => {
-                let ids = tokenizer.input_ids(caption, length)?;
-                batch.input_ids.extend(ids.iter().flatten());
-            }
+        let (ids, weights) = self.parts.tokens(caption, &self.options)?;
+        batch.input_ids.extend(ids);
+        if let Some(all) = &mut batch.token_weights {
+            all.extend(weights.into_iter().flatten());
         }
         Ok(())
     }

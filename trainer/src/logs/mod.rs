@@ -63,6 +63,8 @@ pub struct StepLog {
     pub rates: Vec<Rate>,
     /// Norm of all gradients before clipping; not finite in a step that was left out.
     pub gradient_norm: f64,
+    /// The loss scale, in fp16.
+    pub loss_scale: Option<f64>,
     /// With `scale_weight_norms`.
     pub key_norms: Option<KeyNorms>,
     /// Wall time of the step in seconds.
@@ -96,6 +98,9 @@ impl StepLog {
             add("norm/avg_key_norm".to_owned(), norms.mean);
         }
         add("grad_norm".to_owned(), self.gradient_norm);
+        if let Some(scale) = self.loss_scale {
+            add("loss_scale".to_owned(), scale);
+        }
         add("time/step_seconds".to_owned(), self.seconds);
         add("time/images_per_second".to_owned(), self.images as f64 / self.seconds);
         all
@@ -124,6 +129,9 @@ impl StepLog {
             "peak_memory": peak_resident(),
         });
         if let Value::Object(line) = &mut line {
+            if let Some(scale) = self.loss_scale {
+                line.insert("loss_scale".to_owned(), scale.into());
+            }
             if !scaled.is_empty() {
                 line.insert("d*lr".to_owned(), Value::Object(scaled));
             }

@@ -13,6 +13,7 @@ fn values(step: usize, loss: Option<f64>) -> StepLog {
             Rate { label: "unet".into(), lr: 1.0, scaled: Some(1e-4) },
         ],
         gradient_norm: if loss.is_some() { 2.0 } else { f64::NAN },
+        loss_scale: None,
         key_norms: Some(KeyNorms { scaled: 3, mean: 0.25, max: 1.0 }),
         seconds: 0.5,
         images: 4,

@@ -3,9 +3,11 @@
 
 use anyhow::Result;
 use engine::backend::AdamWStep;
+use engine::cuda::flat::{AdamWRule, Moments};
 use engine::{DType, Device, ParamStore, Tensor};
 
 use super::adam::AdamSettings;
+use super::on_card::CardAdamW;
 use super::settings::settings;
 use super::state::{Reader, Writer};
 use super::{Build, Optimize, OptimizerState, Recipe, StepInput, TensorForm};
@@ -32,7 +34,13 @@ settings! {
 
 impl Recipe for AdamWSettings {
     fn build(&self, build: &Build) -> Result<Box<dyn Optimize>> {
-        if !self.amsgrad && !self.maximize {
+        let plain = !self.amsgrad && !self.maximize;
+        if plain && build.params.device().card().is_some() {
+            let Self { betas, eps, weight_decay, .. } = *self;
+            let rule = AdamWRule { betas, eps, weight_decay, moments: Moments::Full };
+            return Ok(Box::new(CardAdamW::new(rule, build)?));
+        }
+        if plain {
             return Ok(Box::new(AdamW::new(*self, build.params, build.forms)?));
         }
         let adam = AdamSettings {

@@ -1,7 +1,9 @@
 //! AdamW with both moments in 8 bits, as bitsandbytes' `AdamW8bit` and `Adam8bit`.
 
 use anyhow::Result;
+use engine::cuda::flat::{AdamWRule, Moments as Kept};
 
+use super::on_card::CardAdamW;
 use super::blockwise::{BLOCK, Moment, Signs};
 use super::settings::settings;
 use super::tensors::{EachTensor, Item, Order, Rule, slot};
@@ -25,6 +27,12 @@ settings! {
 
 impl Recipe for AdamW8bitSettings {
     fn build(&self, build: &Build) -> Result<Box<dyn Optimize>> {
+        if build.params.device().card().is_some() {
+            let Self { betas, eps, weight_decay, min_8bit_size: min_size } = *self;
+            let moments = Kept::Eight { min_size };
+            let rule = AdamWRule { betas, eps, weight_decay, moments };
+            return Ok(Box::new(CardAdamW::new(rule, build)?));
+        }
         Ok(Box::new(EachTensor::new(AdamW8bit(*self), build.forms)))
     }
 

@@ -20,6 +20,7 @@ mod distance;
 mod factored;
 mod lion;
 mod lion_8bit;
+mod on_card;
 mod prodigy;
 mod radam;
 pub mod registry;
@@ -35,7 +36,7 @@ mod tests;
 use std::ops::Range;
 
 use anyhow::Result;
-use engine::{ParamId, ParamStore};
+use engine::{ParamId, ParamStore, Tensor};
 use models::lora::LoraNetwork;
 
 pub use adamw::AdamWSettings;
@@ -121,10 +122,34 @@ pub trait Optimize: Send {
         None
     }
 
+    /// The same step as work for a card alone, where the optimizer has it.
+    fn on_card(&mut self) -> Option<&mut dyn CardStep> {
+        None
+    }
+
     /// The flat weights to save and to validate with, where they differ from those trained on.
     fn evaluation_weights(&self, _params: &ParamStore) -> Result<Option<Vec<f32>>> {
         Ok(None)
     }
+}
+
+/// An optimizer's step whose gradient never leaves the card, and that can be captured.
+pub trait CardStep {
+    /// Before the work of a step is given: the learning rates of the tensors that move in it.
+    fn prepare(&mut self, tensors: &[TensorStep]) -> Result<()>;
+
+    /// Gives the card the work: moves the tensors whose `touched` (f32, one each) is above 0 against
+    /// `gradient` times the first number of `clip`. If that is NaN nothing moves.
+    fn give(
+        &mut self,
+        params: &mut ParamStore,
+        gradient: &Tensor,
+        touched: &Tensor,
+        clip: &Tensor,
+    ) -> engine::Result<()>;
+
+    /// The step has happened, to these tensors.
+    fn confirm(&mut self, touched: &[bool]);
 }
 
 /// What an optimizer is built for.
