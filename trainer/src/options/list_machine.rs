@@ -10,6 +10,9 @@ macro_rules! performance_options {
         sdpa: bool = false, NoEffect("attention is always memory-efficient");
         /// Memory-efficient attention.
         mem_eff_attn: bool = false, NoEffect("attention is always memory-efficient");
+        /// Give the steps to the card piece by piece. Without this the second step of each image size
+        /// is captured (as a CUDA graph) and then repeated as one piece, which is faster.
+        no_cuda_graph: bool = false, Supported;
         /// Compile the model with PyTorch.
         torch_compile: bool = false, NoEffect("there is no PyTorch to compile for");
         /// Compiler of `--torch_compile`. Default `inductor`.

@@ -29,12 +29,17 @@ macro_rules! training_options {
         /// time where a process has more than one sample; see `benches/README.md`.
         reproducible: bool = false, Supported;
         /// Precision of the frozen model's arithmetic: `no` (float32), `bf16` (half the memory), or
-        /// `fp16`, which the CPU computes in float32. LoRA weights are always float32. Default `no`.
+        /// `fp16` (the same, for cards without bf16: the loss is scaled so that small gradients do not
+        /// vanish; a CPU computes it in float32). LoRA weights stay float32. Default `no`.
         mixed_precision: MixedPrecision = MixedPrecision::No, Supported;
-        /// Gradients and weights in float16 too.
-        full_fp16: bool = false, NoEffect("the LoRA and its gradients stay in float32, which is more exact; they are small");
-        /// Gradients and weights in bfloat16 too.
-        full_bf16: bool = false, NoEffect("the LoRA and its gradients stay in float32, which is more exact; they are small");
+        /// Round the LoRA's weights to float16 after each step, as if they were kept in it. Small
+        /// updates are lost that way; gradients and the optimizer's state stay float32. Needs
+        /// `mixed_precision = "fp16"`.
+        full_fp16: bool = false, Supported;
+        /// Round the LoRA's weights to bfloat16 after each step, as if they were kept in it. Updates
+        /// below a 256th of a weight are lost that way; gradients and the optimizer's state stay
+        /// float32. Needs `mixed_precision = "bf16"`.
+        full_bf16: bool = false, Supported;
         /// Keep the base model in 8-bit floats.
         fp8_base: bool = false, NoEffect("the base model is kept in the precision of `mixed_precision`, which is more exact and takes more memory");
         /// Keep the U-Net in 8-bit floats.
@@ -44,8 +49,9 @@ macro_rules! training_options {
         gradient_checkpointing: bool = false, Supported;
         /// Move checkpointed tensors to main memory.
         cpu_offload_checkpointing: bool = false, NoEffect("the CPU computes, so tensors are in main memory already");
-        /// Keep the VAE in float32 under mixed precision.
-        no_half_vae: bool = false, NoEffect("the VAE always computes in float32");
+        /// Keep the VAE in float32 under mixed precision; some autoencoders overflow in float16. On
+        /// the CPU it always is.
+        no_half_vae: bool = false, Supported;
     } } };
 }
 

@@ -13,6 +13,7 @@ const OWN: &[&str] = &[
     "dry_run",
     "ema_decay",
     "max_skipped_steps",
+    "no_cuda_graph",
     "reproducible",
     "strict_data",
     "threads",
@@ -277,6 +278,10 @@ fn options_that_are_not_built_are_refused_unless_default() {
     {
         run_with(&[default]).unwrap();
     }
+    assert!(
+        fault(&["--full_bf16"]).contains("`full_bf16` needs `mixed_precision = \"bf16\"`")
+    );
+    run_with(&["--full_fp16", "--mixed_precision=fp16"]).unwrap();
     let note = run_with(&["--xformers"]).unwrap().notes.join("\n");
     assert!(note.contains("`--xformers` has no effect here: attention is always memory-efficient"));
 }

@@ -15,7 +15,7 @@ mod scheduler;
 mod values;
 
 use super::front_ends::is_nothing;
-use super::{OPTIONS, Options, Origin, Support};
+use super::{MixedPrecision, OPTIONS, Options, Origin, Support};
 use anyhow::{Result, bail};
 
 /// What the rules say about a set of options.
@@ -87,6 +87,19 @@ fn complete(options: &mut Options, notes: &mut Vec<String>) -> Result<()> {
         // As in the reference, where the end is otherwise not included.
         options.max_timestep = Some(high + 1);
         notes.push(format!("only timestep {low} is trained"));
+    }
+    for (set, option, needed) in [
+        (options.full_fp16, "full_fp16", MixedPrecision::Fp16),
+        (options.full_bf16, "full_bf16", MixedPrecision::Bf16),
+    ] {
+        if set && options.mixed_precision != needed {
+            let word = needed.as_str();
+            bail!(
+                "`{option}` needs `mixed_precision = \"{word}\"`, which is: `{}`\nhint: set it, or \
+                 take `{option}` out",
+                options.mixed_precision.as_str()
+            );
+        }
     }
     neutral::unset_neutral(options, notes);
     Ok(())
