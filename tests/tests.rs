@@ -2,6 +2,7 @@
 //!
 //! - `harness`: small runs on drawn pictures
 //! - `layering`: direction of dependencies, size and promise of files
+//! - `card_runs`: whole runs on an emulated card beside the CPU's
 //! - `equality`: world sizes agree, runs repeat to the byte, checkpointing changes nothing
 //! - `examples`: the example configs run as they are
 //! - `hostile_input`: every kind of bad input gives one clear error and no partial file
@@ -16,6 +17,7 @@
 //! - `validation`: it changes nothing and is the same on any number of ranks; logs
 //! - `watch`: steps that are not finite are left out; the average of the weights
 
+mod card_runs;
 mod equality;
 mod examples;
 mod harness;

@@ -15,6 +15,7 @@ pub mod ema;
 pub mod encoded;
 pub mod gradients;
 pub mod inputs;
+mod keeping;
 pub mod latents;
 pub mod logs;
 pub mod loss_history;

@@ -78,7 +78,10 @@ impl LossScale {
         let scale = reader.number("loss_scale", "")? as f32;
         let good = reader.count("good_steps", "")?;
         reader.finish()?;
-        anyhow::ensure!(scale > 0. && scale.is_finite(), "the saved loss scale is not one: {scale}");
+        anyhow::ensure!(
+            scale > 0. && scale.is_finite(),
+            "the saved loss scale is not one: {scale}"
+        );
         if self.is_needed() {
             (self.scale, self.good) = (Some(scale), good);
         }

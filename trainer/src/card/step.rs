@@ -187,8 +187,7 @@ impl Trainer<'_> {
             rounded: self.weights_type,
         });
         let (models, inputs) = (&self.models, &buffers.inputs);
-        let mut pass =
-            Pass { models, setting, inputs, params: &mut self.params, gradient, update };
+        let mut pass = Pass { models, setting, inputs, params: &mut self.params, gradient, update };
         let outcome = runner.run(&shape, &mut || pass.give())?;
         let clip = outcome.clip.context("the step has no update")?;
         if step + 1 < self.plan.steps {

@@ -3,8 +3,8 @@
 use anyhow::Result;
 use engine::cuda::flat::{AdamWRule, Moments as Kept};
 
-use super::on_card::CardAdamW;
 use super::blockwise::{BLOCK, Moment, Signs};
+use super::on_card::CardAdamW;
 use super::settings::settings;
 use super::tensors::{EachTensor, Item, Order, Rule, slot};
 use super::{Build, Optimize, Recipe, TensorForm};

@@ -20,7 +20,7 @@ macro_rules! config_options {
         /// Ignore unknown names in the config file and on the command line, with a warning, instead
         /// of refusing them. A mistyped option is then not trained with.
         allow_unknown: bool = false, Supported;
-        /// Device that computes: only `cpu` for now.
+        /// Device that computes: `cpu`, or `cuda`, an NVIDIA card for each rank. Default `cpu`.
         device: Device = Device::Cpu, Supported;
         /// CPU threads of each rank. Default: the cores of this machine divided by its ranks.
         /// More threads than cores make every step slower.

@@ -1,7 +1,6 @@
 //! Rules of the base model, precision and device.
 
 use super::Check;
-use crate::options::Device;
 
 impl Check<'_> {
     /// Base model, precision and device.
@@ -12,12 +11,6 @@ impl Check<'_> {
                 "`pretrained_model_name_or_path` is missing\nhint: name the base model: a .safetensors or .ckpt file, a diffusers folder or a hub id".to_owned(),
             );
         }
-        self.forbid(
-            o.device == Device::Cuda,
-            "device",
-            "is not supported yet: `cuda`",
-            "use `cpu`",
-        );
         if let Some(length) = o.max_token_length.filter(|length| ![150, 225].contains(length)) {
             let fault = format!("must be 75, 150 or 225, not: `{length}`");
             self.problem("max_token_length", &fault, "");

@@ -1,0 +1,252 @@
+//! Whole runs on an emulated card beside the CPU's: weights, captures, resuming, ranks, fp16.
+//!
+//! They run within this process, one at a time, as a card that captures takes no other work.
+
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use collectives::{Env, Segment};
+use engine::Device;
+use formats::lora_file::{self, LoraFile};
+use trainer::options;
+use trainer::run::Run;
+use trainer::train::Ending;
+
+use crate::equality::distance;
+use crate::harness::{Scene, quoted};
+
+/// Bytes of an emulated card.
+const MEMORY: usize = 2 << 30;
+
+/// The cards of ranks 0 and 1, for one test at a time.
+fn cards() -> MutexGuard<'static, Vec<Device>> {
+    static CARDS: OnceLock<Mutex<Vec<Device>>> = OnceLock::new();
+    let cards = CARDS.get_or_init(|| {
+        let open = |rank: usize| {
+            let device = emulator::open(MEMORY).expect("an emulated card");
+            trainer::device::register(&format!("cuda:{rank}"), device);
+            device
+        };
+        Mutex::new((0..2).map(open).collect())
+    });
+    cards.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A run of two samples a step on the small model.
+fn scene() -> Scene {
+    let mut scene = Scene::new();
+    scene.set("train_batch_size", "2").set("max_train_steps", "4");
+    scene
+}
+
+/// Trains as the rank that `env` says, on its card or on the CPU.
+fn train(config: &Path, device: &str, env: &Env) {
+    let words = [config.as_os_str().to_owned(), "--device".into(), device.into()];
+    let parsed = options::parse(&words).unwrap_or_else(|error| panic!("{error:#}"));
+    let run = Run::prepare(&parsed, env).unwrap_or_else(|error| panic!("{error:#}"));
+    let ending = run.train(env).unwrap_or_else(|error| panic!("{error:#}"));
+    assert_eq!(ending, Ending::Complete);
+}
+
+fn trained(scene: &Scene, device: &str) -> LoraFile {
+    train(&scene.write_config(), device, &Env::single());
+    read(&scene.output_dir())
+}
+
+fn read(folder: &Path) -> LoraFile {
+    lora_file::read(&folder.join("small.safetensors")).expect("a LoRA file")
+}
+
+fn on_card(scene: &Scene) -> LoraFile {
+    trained(scene, "cuda")
+}
+
+fn on_cpu(scene: &Scene) -> LoraFile {
+    trained(scene, "cpu")
+}
+
+/// The trained file's bytes.
+fn bytes(scene: &Scene) -> Vec<u8> {
+    std::fs::read(scene.output_dir().join("small.safetensors")).expect("a file")
+}
+
+/// Cosine of the angle between the ways that two files went from zero.
+fn cosine(a: &LoraFile, b: &LoraFile) -> f64 {
+    let (mut dot, mut of_a, mut of_b) = (0., 0., 0.);
+    for key in a.tensors.keys().filter(|key| key.ends_with("lora_up.weight")) {
+        let values = |file: &LoraFile| {
+            let mut out = Vec::new();
+            let tensor = &file.tensors[key];
+            formats::extend_f32(tensor.dtype, &tensor.data, &mut out);
+            out
+        };
+        for (x, y) in values(a).into_iter().zip(values(b)) {
+            let (x, y) = (f64::from(x), f64::from(y));
+            (dot, of_a, of_b) = (dot + x * y, of_a + x * x, of_b + y * y);
+        }
+    }
+    dot / (of_a * of_b).sqrt()
+}
+
+#[test]
+fn ten_steps_on_a_card_are_those_of_the_cpu() {
+    let _cards = cards();
+    let mut scene = scene();
+    scene.set("max_train_steps", "10");
+    let (card, cpu) = (on_card(&scene), on_cpu(&scene));
+    let (error, key) = distance(&card, &cpu);
+    println!("relative distance {error:.2e} at {key}");
+    assert!(error < 1e-3, "{error} at {key}");
+}
+
+#[test]
+fn half_precision_on_a_card_learns_the_same_direction() {
+    let _cards = cards();
+    let plain = on_cpu(&scene());
+    for precision in ["bf16", "fp16"] {
+        let mut scene = scene();
+        scene.set("mixed_precision", quoted(precision));
+        let cosine = cosine(&on_card(&scene), &plain);
+        println!("{precision}: cosine {cosine:.4}");
+        assert!(cosine > 0.9, "{precision}: {cosine}");
+    }
+}
+
+#[test]
+fn captured_steps_are_those_that_are_not_to_the_bit() {
+    let _cards = cards();
+    let mut scene = scene();
+    // Two image sizes take turns: each has a capture of its own, in the same memory.
+    let tall = image::RgbImage::from_fn(64, 192, |x, y| image::Rgb([x as u8 * 3, y as u8, 90]));
+    for index in 0..2 {
+        tall.save(scene.images().join(format!("tall{index}.png"))).expect("a saved picture");
+    }
+    for (key, value) in [
+        ("enable_bucket", "true"),
+        ("min_bucket_reso", "64"),
+        ("max_bucket_reso", "256"),
+        ("max_train_steps", "8"),
+    ] {
+        scene.set(key, value);
+    }
+    on_card(&scene);
+    let captured = bytes(&scene);
+    scene.set("no_cuda_graph", "true");
+    on_card(&scene);
+    assert!(captured == bytes(&scene), "captured steps differ");
+}
+
+#[test]
+fn accumulated_and_host_optimised_steps_are_those_of_the_cpu() {
+    let _cards = cards();
+    for (key, value) in [
+        ("gradient_accumulation_steps", "2"),
+        ("optimizer_type", "'Lion'"),
+        ("optimizer_type", "'AdamW8bit'"),
+        ("network_dropout", "0.2"),
+    ] {
+        let mut scene = scene();
+        scene.set(key, value);
+        let (error, name) = distance(&on_card(&scene), &on_cpu(&scene));
+        println!("{key} {value}: relative distance {error:.2e} at {name}");
+        assert!(error < 1e-2, "{key} {value}: {error} at {name}");
+    }
+}
+
+#[test]
+fn a_run_resumed_on_a_card_never_stopped() {
+    let _cards = cards();
+    for optimizer in ["AdamW", "AdamW8bit"] {
+        let mut scene = scene();
+        scene
+            .set("optimizer_type", quoted(optimizer))
+            .set("save_every_n_steps", "2")
+            .set("save_state", "true")
+            .set("network_train_unet_only", "true");
+        on_card(&scene);
+        let whole = bytes(&scene);
+        std::fs::remove_file(scene.output_dir().join("small.safetensors")).expect("removed");
+        let state = scene.output_dir().join("small-step00000002-state");
+        scene.set("resume", quoted(&state.display().to_string()));
+        on_card(&scene);
+        assert!(whole == bytes(&scene), "{optimizer}: resumed on the card");
+        // What a card saved is what the CPU saves: it goes on from there.
+        let card = read(&scene.output_dir());
+        let (error, key) = distance(&on_cpu(&scene), &card);
+        assert!(error < 1e-2, "{optimizer} resumed on the CPU: {error} at {key}");
+    }
+}
+
+#[test]
+fn two_ranks_with_a_card_each_are_one_with_twice_the_batch() {
+    let _cards = cards();
+    let one = on_card(&scene());
+    let mut scene = scene();
+    scene.set("train_batch_size", "1");
+    let segment = Segment::create(2, 0).expect("a segment");
+    let env = |rank: usize| Env {
+        rank,
+        local_rank: rank,
+        world_size: 2,
+        local_world_size: 2,
+        segment_fd: Some(segment.fd()),
+        ..Env::single()
+    };
+    let config = scene.write_config();
+    std::thread::scope(|scope| {
+        for rank in 0..2 {
+            let (config, env) = (&config, env(rank));
+            scope.spawn(move || train(config, "cuda", &env));
+        }
+    });
+    let (error, key) = distance(&read(&scene.output_dir()), &one);
+    println!("two ranks: relative distance {error:.2e} at {key}");
+    assert!(error < 1e-3, "{error} at {key}");
+}
+
+#[test]
+fn an_overflow_of_fp16_halves_the_scale_and_is_no_failure() {
+    let _cards = cards();
+    let mut scene = scene();
+    let logs = scene.folder.path().join("logs");
+    for (key, value) in [
+        ("mixed_precision", "'fp16'".to_owned()),
+        // Losses ten thousand times as large: at the first scale their gradients overflow.
+        ("v_pred_like_loss", "10000.0".to_owned()),
+        ("max_train_steps", "12".to_owned()),
+        ("max_skipped_steps", "0".to_owned()),
+        ("logging_dir", quoted(&logs.display().to_string())),
+    ] {
+        scene.set(key, value);
+    }
+    let file = on_card(&scene);
+    let run = std::fs::read_dir(&logs).expect("logs").flatten().next().expect("a run's folder");
+    let text = std::fs::read_to_string(run.path().join("steps.jsonl")).expect("the steps");
+    let scales: Vec<f64> = text
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"))
+        .map(|line| line["loss_scale"].as_f64().expect("a scale"))
+        .collect();
+    println!("{scales:?}");
+    assert_eq!(scales[..2], [65536., 32768.], "{text}");
+    assert!(scales.windows(2).all(|pair| pair[1] == pair[0] || pair[1] == pair[0] / 2.), "{text}");
+    assert_eq!(scales[10], scales[11], "it has found a scale that holds: {text}");
+    let moved = |key: &&String| key.ends_with("lora_up.weight");
+    let values = file.tensors.keys().filter(moved).flat_map(|key| &file.tensors[key].data);
+    assert!(values.into_iter().any(|byte| *byte != 0), "nothing was learned");
+}
+
+#[test]
+fn weights_of_half_precision_are_rounded_on_both_devices() {
+    let _cards = cards();
+    let mut scene = scene();
+    scene.set("mixed_precision", "'bf16'").set("full_bf16", "true");
+    for file in [on_card(&scene), on_cpu(&scene)] {
+        for (key, tensor) in file.tensors.iter().filter(|(key, _)| key.ends_with(".weight")) {
+            let mut values = Vec::new();
+            formats::extend_f32(tensor.dtype, &tensor.data, &mut values);
+            let exact = values.iter().all(|x| x.to_bits() & 0xffff == 0);
+            assert!(exact, "{key} is not bf16");
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! What a run keeps: files of the LoRA and states, when they are due, and how a state is gone on from.
+
+use anyhow::{Context, Result};
+use engine::ParamStore;
+
+use crate::checkpoint::SavePoint;
+use crate::ema::Ema;
+use crate::state::{Carried, Loaded};
+use crate::train::Trainer;
+use crate::watch::require_finite;
+
+impl Trainer<'_> {
+    /// The weights to save and to validate with, where the optimizer keeps others than it trains.
+    pub(crate) fn averaged_params(&self) -> Result<Option<ParamStore>> {
+        let weights = self.optimizer.evaluation_weights(&self.params)?;
+        Ok(weights.map(|weights| self.params.with_values(&weights)).transpose()?)
+    }
+
+    pub(crate) fn save_what_is_due(
+        &self,
+        step: usize,
+        epoch: usize,
+        epoch_ends: bool,
+    ) -> Result<()> {
+        let saving = &self.plan.saving;
+        if self.watch.is_alarmed() {
+            // Nobody knows yet whether the weights are to blame: good files must not make way.
+            return Ok(());
+        }
+        if saving.due_after_step(step) {
+            self.save(SavePoint::Step(step), step, epoch)?;
+        }
+        if epoch_ends && saving.due_after_epoch(epoch, self.plan.epochs) {
+            self.save(SavePoint::Epoch(epoch), step, epoch)?;
+        }
+        Ok(())
+    }
+
+    /// What this run carries from step to step beside the weights.
+    fn carried(&self) -> Result<Carried> {
+        let mut carried = Carried::from([
+            ("optimizer", self.optimizer.state()?),
+            ("watch", self.watch.state()),
+            ("monitor", self.monitor.state()?),
+        ]);
+        if self.loss_scale.is_needed() {
+            carried.insert("loss_scale", self.loss_scale.state());
+        }
+        if let Some(ema) = &self.ema {
+            carried.insert("ema", ema.state()?);
+        }
+        Ok(carried)
+    }
+
+    /// Goes on from what another run carried.
+    pub fn restore(&mut self, mut loaded: Loaded) -> Result<()> {
+        if let Some(state) = loaded.take("optimizer")? {
+            self.optimizer.load_state(state).context("the state's optimizer does not fit")?;
+        }
+        if let Some(state) = loaded.take("watch")? {
+            self.watch.load_state(state)?;
+        }
+        if let Some(state) = loaded.take("monitor")? {
+            self.monitor.load_state(state)?;
+        }
+        if let Some(state) = loaded.take("loss_scale")? {
+            self.loss_scale.load_state(state)?;
+        }
+        if let Some(ema) = &mut self.ema {
+            // The average begins at the weights, which are the state's.
+            *ema = Ema::new(self.options.ema_decay.unwrap_or_default(), &self.params)?;
+            if let Some(state) = loaded.take("ema")? {
+                ema.load_state(state)?;
+            }
+        }
+        loaded.finish();
+        Ok(())
+    }
+
+    /// Writes the LoRA of `point`, and the state where one is due.
+    pub(crate) fn save(&self, point: SavePoint, step: usize, epoch: usize) -> Result<()> {
+        self.save_file(point, step, epoch)?;
+        match &self.keeper {
+            Some(keeper) if keeper.is_due(point) => self.save_state(point, step, epoch),
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn save_state(&self, point: SavePoint, step: usize, epoch: usize) -> Result<()> {
+        let Some(keeper) = &self.keeper else { return Ok(()) };
+        keeper.save(point, (step, epoch), (&self.network, &self.params), &self.carried()?)
+    }
+
+    pub(crate) fn save_file(&self, point: SavePoint, step: usize, epoch: usize) -> Result<()> {
+        require_finite(&self.network, &self.params, step)?;
+        let Some(saver) = &self.saver else { return Ok(()) };
+        let averaged = self.averaged_params()?;
+        let params = averaged.as_ref().unwrap_or(&self.params);
+        saver.save(&self.network, params, point, (step, epoch))?;
+        if let Some(ema) = &self.ema {
+            let average = self.params.with_values(ema.average())?;
+            saver.save_average(&self.network, &average, point, (step, epoch))?;
+        }
+        Ok(())
+    }
+}
