@@ -154,6 +154,12 @@ impl ParamStore {
         Ok(result)
     }
 
+    /// The same parameters on another device.
+    pub fn to_device(&self, device: Device) -> Result<Self> {
+        let flat = Tensor::from_f32(device, &[self.len()], &self.flat.to_vec_f32()?, DType::F32)?;
+        Ok(Self { flat, places: self.places.clone(), working: None })
+    }
+
     /// Parameters of the same shapes with other values.
     pub fn with_values(&self, values: &[f32]) -> Result<Self> {
         let flat = Tensor::from_f32(self.device(), &[self.len()], values, DType::F32)?;

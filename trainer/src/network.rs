@@ -1,7 +1,7 @@
 //! The LoRA of a run: from the options to modules, values and learning rates.
 
 use anyhow::{Context, Result, bail};
-use engine::ParamStore;
+use engine::{Device, ParamStore};
 use formats::lora_file;
 use models::lora::{
     BlockLayout, FileRanks, LoraNetwork, NormReport, ParamGroup, Part, Rank, RankRule, RootRanks,
@@ -177,6 +177,20 @@ pub fn limit_norms(
 ) -> Result<Option<KeyNorms>> {
     let limit = options.scale_weight_norms.filter(|limit| *limit > 0. && !options.is_dylora());
     let Some(limit) = limit else { return Ok(None) };
-    let NormReport { scaled, mean, max } = network.limit_norms(params, limit)?;
-    Ok(Some(KeyNorms { scaled, mean, max }))
+    if params.device() == Device::Cpu {
+        return Ok(Some(key_norms(network.limit_norms(params, limit)?)));
+    }
+    // One way to the host and back: on a card each norm would be waited for.
+    let mut host = params.to_device(Device::Cpu)?;
+    let report = network.limit_norms(&mut host, limit)?;
+    if report.scaled > 0 {
+        let values = host.flat().to_vec_f32()?;
+        params.update(|flat| flat.copy_from_slice(&values))?;
+    }
+    Ok(Some(key_norms(report)))
+}
+
+fn key_norms(report: NormReport) -> KeyNorms {
+    let NormReport { scaled, mean, max } = report;
+    KeyNorms { scaled, mean, max }
 }

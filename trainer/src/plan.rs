@@ -175,7 +175,11 @@ pub fn describe(
     let schedule = options.lr_schedule_name();
     add("learning rate", format!("{}, {schedule}{warmup}", rates.join(", ")));
     add("optimizer", plan.optimizer.describe());
-    let precision = if base.dtype == DType::BF16 { "bf16" } else { "float32" };
+    let precision = match base.dtype {
+        DType::BF16 => "bf16",
+        DType::F16 => "float16",
+        _ => "float32",
+    };
     add("arithmetic", format!("{precision} on {}", base.device));
     let memory = estimate_memory(options, group, base, prepared);
     add(

@@ -178,6 +178,7 @@ impl Run {
         let (mut facts, mut start) = (self.facts, self.start);
         let groups: Vec<DatasetGroup> = [group].into_iter().chain(held_out).collect();
         let mut cached = cache(&options, &comm, &base, groups)?.into_iter();
+        release_idle(&base);
         let (group, latents) = cached.next().context("the training images are gone")?;
         let held_out = cached.next();
         // Damaged images were left out: the plan must count what is there.
@@ -203,7 +204,6 @@ impl Run {
         let mut models =
             Models { text_encoder: Some(base.load_text_encoder()?), unet: base.load_unet()? };
         engine::release_pool();
-        release_idle(&base);
         let mut params = prepared.parameters(&base)?;
         let weights_type = weights_type(&options);
         if let Some(dtype) = weights_type {

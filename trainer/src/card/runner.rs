@@ -11,10 +11,14 @@ use std::rc::Rc;
 use anyhow::Result;
 use engine::cuda::driver::Graph;
 use engine::cuda::{Arena, Card, Layout};
-use engine::{EngineError, Tensor};
+use engine::{DType, EngineError, Tensor};
 
 use super::buffers::StepShape;
 use crate::console;
+
+/// Numbers of the smallest block of a card's memory, and how many of them a step leaves behind.
+const SMALL: usize = 64;
+const OUTLIVING: usize = 4;
 
 /// What the device work of a step leaves behind: the same tensors each time it is replayed.
 #[derive(Clone)]
@@ -78,6 +82,7 @@ impl Runner {
             }
             Some(Stage::Traced(layout)) => layout.clone(),
             None => {
+                self.make_room();
                 let (trace, outcome) = self.card.trace(|| inside(work))?;
                 self.stages.insert(shape.clone(), Stage::Traced(trace.layout()));
                 return Ok(outcome);
@@ -90,18 +95,14 @@ impl Runner {
                 self.card.driver().replay(graph)?;
                 Ok(outcome)
             }
-            Err(
-                error @ (EngineError::NotCapturable(_)
-                | EngineError::PlanMismatch(_)
-                | EngineError::OutOfMemory { .. }),
-            ) => {
+            // Nothing was done yet: what is wrong with the work itself shows when it is done.
+            Err(error) => {
                 let why = error.to_string();
                 say_eager(why.lines().next().unwrap_or_default());
                 self.forget();
                 self.eager = true;
                 work()
             }
-            Err(error) => Err(error.into()),
         }
     }
 
@@ -118,10 +119,24 @@ impl Runner {
             card.release_idle();
             self.arena = Some(Arena::new(card, layout.total())?);
         }
+        // What outlives the step comes from the pool, which should not ask the card for memory while
+        // a capture goes on.
+        let small = |_| Tensor::zeros(card.device(), &[SMALL], DType::F32);
+        drop((0..OUTLIVING).map(small).collect::<engine::Result<Vec<_>>>()?);
         let Some(arena) = &self.arena else {
             return Err(EngineError::Unsupported("a step has no arena".into()));
         };
         card.capture(|| card.within(arena, layout, || inside(work)))
+    }
+
+    /// A shape that runs for the first time takes its memory beside the arena. Where that could be too
+    /// little the arena is given up: the others are captured again when their turn comes.
+    fn make_room(&mut self) {
+        let Some(arena) = &self.arena else { return };
+        let memory = self.card.memory_stats();
+        if memory.limit.saturating_sub(memory.live) < arena.bytes() + arena.bytes() / 4 {
+            self.forget();
+        }
     }
 
     /// Drops all captured sequences and their memory; the shapes are still known.
