@@ -18,7 +18,7 @@ fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("set by cargo"));
     let kernels = root.join("../engine/kernels");
     println!("cargo:rerun-if-changed={}", kernels.display());
-    for name in ["host.h", "machine.h", "fibers.cpp", "collectives.cpp"] {
+    for name in ["host.h", "machine.h", "fibers.cpp", "collectives.cpp", "watch.cpp"] {
         println!("cargo:rerun-if-changed={name}");
     }
     let modules = modules(&[&kernels, &root.join("kernels")]);
@@ -38,7 +38,13 @@ fn main() {
         std::process::exit(1);
     }
     let mut around = build.clone();
-    around.flag("-fsanitize=alignment");
+    // Alignment and every access are checked; fibers.cpp and watch.cpp hold what is called.
+    around.flag("-fsanitize=alignment,kernel-address");
+    for parameter in
+        ["asan-instrumentation-with-call-threshold=0", "asan-stack=0", "asan-globals=0"]
+    {
+        around.flag("--param").flag(parameter);
+    }
     for module in &modules {
         let file = out.join(format!("{module}.cpp"));
         write_changed(&file, &AROUND.replace("MODULE", module));
@@ -47,7 +53,7 @@ fn main() {
     write_changed(&out.join("modules.rs"), &table(&modules));
     // In this order: modules call what runs them.
     around.compile("lorarun_emulated_modules");
-    build.file("fibers.cpp").file("collectives.cpp").compile("lorarun_emulator");
+    build.file("fibers.cpp").file("collectives.cpp").file("watch.cpp").compile("lorarun_emulator");
 }
 
 /// Names of the `.cu` files of `folders`, sorted.

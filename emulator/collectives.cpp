@@ -28,6 +28,7 @@ static const char* load(void* const* requests, int count, bool transposed) {
             const void* from = static_cast<Load*>(requests[8 * matrix + row])->row;
             if (reinterpret_cast<size_t>(from) % 16)
                 return "`ldmatrix` from an address that is not a multiple of 16";
+            touch("reads", from, 16);
             std::memcpy(rows[row], from, 16);
         }
         for (int lane = 0; lane < 32; lane++) {

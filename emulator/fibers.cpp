@@ -3,7 +3,7 @@
 // A thread runs until it ends or must wait for others of its warp or block; one that never waits
 // costs two switches. Everything that would hang or be undefined on a card ends the launch with an
 // error: threads that wait for ones that never come, collectives that not all lanes take part in,
-// vector access to addresses that are not multiples of its size. Dynamic shared memory is filled
+// access to what is not a tensor's (watch.cpp) or not a multiple of its own size. Dynamic shared memory is filled
 // with NaN before each block and the targets of asynchronous copies until they are waited for.
 #include "prelude.cuh"
 #include "machine.h"
@@ -66,6 +66,7 @@ struct Machine {
     bool failed;
     char why[512];
     unsigned char* shared;
+    size_t shared_bytes;
     Machine* next;
 };
 
@@ -190,11 +191,14 @@ void barrier() {
 }
 
 void* dynamic_shared() { return machine->shared; }
+size_t shared_bytes() { return machine->shared_bytes; }
 
 void copy_later(void* shared, const void* global, bool valid) {
     Fiber& fiber = machine->fibers[machine->running];
     if (reinterpret_cast<size_t>(shared) % 16 || (valid && reinterpret_cast<size_t>(global) % 16))
         fail("an asynchronous copy between addresses that are not multiples of 16");
+    touch("writes", shared, 16);
+    if (valid) touch("reads", global, 16);
     if (fiber.copy_count == fiber.copy_room) {
         fiber.copy_room = fiber.copy_room ? 2 * fiber.copy_room : 32;
         fiber.copies =
@@ -310,6 +314,7 @@ extern "C" int emulated_run(const emulated::Kernel* kernel, void** arguments, co
     m->call = kernel->call;
     m->arguments = arguments;
     m->failed = false;
+    m->shared_bytes = shared;
     blockDim = {block, 1, 1};
     gridDim = {grid[0], grid[1], grid[2]};
     threadIdx = {0, 0, 0};

@@ -7,6 +7,12 @@ namespace emulated {
 // that are supported.
 constexpr u32 SHARED_MEMORY = 99 << 10;
 
+// Bytes of the running block's dynamic shared memory.
+size_t shared_bytes();
+
+// Ends the launch if the running thread may not access this.
+void touch(const char* how, const void* address, size_t bytes);
+
 // Does what the 32 lanes asked for; null, or what is wrong with it.
 const char* perform(Collective what, void* const* requests);
 

@@ -33,12 +33,32 @@ impl OwnedLaunch {
 
 /// One piece of work.
 pub(crate) enum Call {
-    Upload { to: Address, bytes: Vec<u8> },
-    Copy { to: Address, from: Address, bytes: usize },
-    Zero { to: Address, bytes: usize },
+    Upload {
+        to: Address,
+        bytes: Vec<u8>,
+    },
+    Copy {
+        to: Address,
+        from: Address,
+        bytes: usize,
+    },
+    Zero {
+        to: Address,
+        bytes: usize,
+    },
     Launch(OwnedLaunch),
     Matmul(Matmul),
     Convolve(Convolution),
+    /// A tensor begins to live.
+    Begin {
+        address: Address,
+        bytes: usize,
+    },
+    /// A tensor is gone.
+    End {
+        address: Address,
+        bytes: usize,
+    },
 }
 
 impl Call {
@@ -59,6 +79,7 @@ impl Call {
             }),
             Call::Matmul(p) => matmul::check(p, blocks),
             Call::Convolve(p) => convolve::check(p, blocks),
+            Call::Begin { .. } | Call::End { .. } => Ok(()),
         }
     }
 
@@ -94,6 +115,8 @@ impl Call {
                 launches.convolutions += 1;
                 convolve::run(p, blocks)?;
             }
+            Call::Begin { address, bytes } => blocks.begin(*address, *bytes)?,
+            Call::End { address, bytes } => blocks.end(*address, *bytes)?,
         }
         Ok(())
     }

@@ -133,6 +133,26 @@ impl Driver for Emulated {
         }
     }
 
+    fn begin_tensor(&self, address: Address, bytes: usize) -> Result<()> {
+        let state = &mut *self.state();
+        if !state.graphs.captures(Stream::Compute) {
+            return state.blocks.begin(address, bytes);
+        }
+        // Each replay loses what was there; now only the checks of what follows must know.
+        state.graphs.note(Call::Begin { address, bytes });
+        state.blocks.claim(address, bytes)
+    }
+
+    fn end_tensor(&self, address: Address, bytes: usize) {
+        let state = &mut *self.state();
+        if state.graphs.captures(Stream::Compute) {
+            state.graphs.note(Call::End { address, bytes });
+        }
+        if let Err(error) = state.blocks.end(address, bytes) {
+            state.broken.get_or_insert(error);
+        }
+    }
+
     fn upload(&self, stream: Stream, to: Address, from: &[u8]) -> Result<()> {
         self.give(stream, Call::Upload { to, bytes: from.to_vec() })
     }

@@ -1,19 +1,123 @@
-//! The emulated card's memory: blocks of the host's, fenced and filled with NaN.
+//! The emulated card's memory: addresses of one region, with a count of what belongs to a tensor.
+//!
+//! New memory, and memory that a tensor gets anew, is NaN. What lies beside tensors, or belonged to
+//! one that is gone, can neither be read nor written: by the host's calls nor by kernels
+//! (watch.cpp).
 
-use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use engine::cuda::Address;
 use engine::{EngineError, Result};
 
-/// Addresses are multiples of this, and so much before and after each block is watched.
-const FENCE: usize = 256;
-/// In the fences.
-const WATCHED: u8 = 0xa5;
+/// Addresses are multiples of this, and so much after each block is nobody's.
+const GRANULE: usize = 256;
+/// Addresses that all emulated cards of a process share; memory is taken when it is touched.
+const REGION: usize = 1 << 36;
 /// In new memory: NaN in every type.
 const UNSET: u8 = 0xff;
+/// A block that is freed gives whole pages of at least so much back.
+const LARGE: usize = 1 << 16;
 
-/// Live blocks by address.
+unsafe extern "C" {
+    fn emulated_watch(start: usize, bytes: usize, counts: *const u16);
+}
+
+/// All addresses.
+struct Region {
+    start: usize,
+    /// For each granule, how many of its bytes belong to a tensor, from the first on.
+    counts: usize,
+    /// Parts that no block has, by start; neighbours are joined.
+    idle: Mutex<BTreeMap<usize, usize>>,
+}
+
+static REGIONS: OnceLock<Option<Region>> = OnceLock::new();
+
+impl Region {
+    fn new() -> Option<Self> {
+        let counts = REGION / GRANULE * size_of::<u16>();
+        let (start, counts) = (reserve(REGION)?, reserve(counts)?);
+        // SAFETY: both stay reserved until the process ends.
+        unsafe { emulated_watch(start, REGION, counts as *const u16) };
+        Some(Self { start, counts, idle: Mutex::new(BTreeMap::from([(start, REGION)])) })
+    }
+
+    fn of_process() -> Result<&'static Self> {
+        REGIONS.get_or_init(Self::new).as_ref().ok_or_else(|| full(REGION))
+    }
+
+    fn take(&self, bytes: usize) -> Result<usize> {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = idle.iter().find(|(_, size)| **size >= bytes).map(|(at, size)| (*at, *size));
+        let (at, size) = found.ok_or_else(|| full(bytes))?;
+        idle.remove(&at);
+        if size > bytes {
+            idle.insert(at + bytes, size - bytes);
+        }
+        Ok(at)
+    }
+
+    fn give(&self, mut at: usize, mut bytes: usize) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(size) = idle.remove(&(at + bytes)) {
+            bytes += size;
+        }
+        if let Some((before, size)) = idle.range(..at).next_back().map(|(at, size)| (*at, *size))
+            && before + size == at
+        {
+            at = before;
+            bytes += size;
+        }
+        idle.insert(at, bytes);
+    }
+
+    /// Counts of the granules that `bytes` from `address` on lie in.
+    fn counts(&self, address: usize, bytes: usize) -> &mut [u16] {
+        let first = (address - self.start) / GRANULE;
+        let len = (address - self.start + bytes).div_ceil(GRANULE) - first;
+        // SAFETY: reserved for the whole region. Granules of a block are only looked at by its card,
+        // under the lock of the card's state.
+        unsafe { std::slice::from_raw_parts_mut((self.counts as *mut u16).add(first), len) }
+    }
+
+    /// Says that the first `held` of `bytes` from `address`, the start of a granule, are a tensor's.
+    fn mark(&self, address: usize, bytes: usize, held: usize) {
+        for (i, count) in self.counts(address, bytes).iter_mut().enumerate() {
+            *count = held.saturating_sub(i * GRANULE).min(GRANULE) as u16;
+        }
+    }
+
+    /// Whether all of `bytes` from `address` on are a tensor's.
+    fn holds(&self, address: usize, bytes: usize) -> bool {
+        let end = address.checked_add(bytes);
+        if address < self.start || end.is_none_or(|end| end > self.start + REGION) {
+            return false;
+        }
+        let counts = self.counts(address, bytes.max(1));
+        let Some((last, before)) = counts.split_last() else { return false };
+        let rest = (address + bytes.max(1) - 1) % GRANULE;
+        before.iter().all(|count| usize::from(*count) == GRANULE) && usize::from(*last) > rest
+    }
+}
+
+/// Addresses without memory behind them yet.
+fn reserve(bytes: usize) -> Option<usize> {
+    let (protection, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+    );
+    // SAFETY: a new mapping that replaces none.
+    let at = unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, flags, -1, 0) };
+    (at != libc::MAP_FAILED).then_some(at as usize)
+}
+
+fn full(bytes: usize) -> EngineError {
+    let why = format!("no {bytes} bytes for the emulated card");
+    EngineError::Card { what: "memory of the host".into(), why }
+}
+
+/// Live blocks of one card by address.
 #[derive(Default)]
 pub(crate) struct Blocks {
     sizes: BTreeMap<Address, usize>,
@@ -26,65 +130,82 @@ impl Blocks {
         self.used
     }
 
-    /// A new block of `bytes`.
+    /// A new block of `bytes`, all of which belong to one tensor until told otherwise.
     pub(crate) fn allocate(&mut self, bytes: usize) -> Result<Address> {
-        let full = || EngineError::Card {
-            what: "memory of the host".into(),
-            why: format!("no {bytes} bytes for the emulated card"),
-        };
-        let layout = layout(bytes).ok_or_else(full)?;
-        // SAFETY: the layout is not empty.
-        let start = unsafe { alloc(layout) };
-        if start.is_null() {
-            return Err(full());
-        }
-        // SAFETY: `start` has the room of both fences and `bytes` between them.
-        unsafe {
-            start.write_bytes(WATCHED, FENCE);
-            start.add(FENCE).write_bytes(UNSET, bytes);
-            start.add(FENCE + bytes).write_bytes(WATCHED, FENCE);
-        }
-        let address = start as Address + FENCE as Address;
+        let region = Region::of_process()?;
+        let start = region.take(with_fence(bytes).ok_or_else(|| full(bytes))?)?;
+        let address = start as Address;
         self.sizes.insert(address, bytes);
         self.used += bytes;
+        self.begin(address, bytes)?;
         Ok(address)
     }
 
-    /// Gives a block back; what was written beside it, or that it is none, is an error.
+    /// Gives a block back.
     pub(crate) fn free(&mut self, address: Address) -> Result<()> {
         let Some(bytes) = self.sizes.remove(&address) else {
             return Err(outside("free", address, 0));
         };
         self.used -= bytes;
-        let start = (address - FENCE as Address) as *mut u8;
-        let intact = [0, FENCE + bytes].into_iter().all(|at| {
-            // SAFETY: both fences belong to the block that `allocate` made.
-            let fence = unsafe { std::slice::from_raw_parts(start.add(at), FENCE) };
-            fence.iter().all(|byte| *byte == WATCHED)
-        });
-        if let Some(layout) = layout(bytes) {
-            // SAFETY: made by `allocate` with this layout, and forgotten above.
-            unsafe { dealloc(start, layout) };
+        let (region, start) = (Region::of_process()?, address as usize);
+        region.mark(start, bytes, 0);
+        let (first, last) = (start.next_multiple_of(4096), (start + bytes) / 4096 * 4096);
+        if last > first && last - first >= LARGE {
+            // SAFETY: whole pages of a block that nobody has any more.
+            unsafe { libc::madvise(first as *mut libc::c_void, last - first, libc::MADV_DONTNEED) };
         }
-        if intact {
-            return Ok(());
+        if let Some(size) = with_fence(bytes) {
+            region.give(start, size);
         }
-        let why =
-            format!("something was written beside the block at {address:#x} of {bytes} bytes");
-        Err(EngineError::Card { what: "the emulated card's memory".into(), why })
+        Ok(())
     }
 
-    /// Fails unless `bytes` from `address` on lie within one block.
-    pub(crate) fn check(&self, what: &str, address: Address, bytes: usize) -> Result<()> {
+    /// From now on `bytes` from `address` on are a tensor.
+    pub(crate) fn claim(&mut self, address: Address, bytes: usize) -> Result<()> {
+        self.check_block("begin_tensor", address, bytes)?;
+        Region::of_process()?.mark(address as usize, bytes, bytes);
+        Ok(())
+    }
+
+    /// The same, and what was in them is lost.
+    pub(crate) fn begin(&mut self, address: Address, bytes: usize) -> Result<()> {
+        self.claim(address, bytes)?;
+        self.write("begin_tensor", address, bytes)?.fill(UNSET);
+        Ok(())
+    }
+
+    /// From now on they are nobody's.
+    pub(crate) fn end(&mut self, address: Address, bytes: usize) -> Result<()> {
+        self.check_block("end_tensor", address, bytes)?;
+        Region::of_process()?.mark(address as usize, bytes, 0);
+        Ok(())
+    }
+
+    /// Fails unless `bytes` from `address` on lie in one block and begin a granule.
+    fn check_block(&self, what: &str, address: Address, bytes: usize) -> Result<()> {
         let block = self.sizes.range(..=address).next_back();
         let end = address.checked_add(bytes as Address);
         match (block, end) {
-            (Some((start, size)), Some(end)) if end <= start + *size as Address => Ok(()),
+            (Some((start, size)), Some(end))
+                if end <= start + *size as Address && address % GRANULE as Address == 0 =>
+            {
+                Ok(())
+            }
             _ => Err(outside(what, address, bytes)),
         }
     }
 
-    /// The bytes from `address` on, which [`Blocks::check`] has let pass.
+    /// Fails unless `bytes` from `address` on belong to a tensor.
+    pub(crate) fn check(&self, what: &str, address: Address, bytes: usize) -> Result<()> {
+        let block = self.sizes.range(..=address).next_back();
+        let own = block.is_some_and(|(start, size)| address <= start + *size as Address);
+        if bytes == 0 && own || own && Region::of_process()?.holds(address as usize, bytes) {
+            return Ok(());
+        }
+        Err(outside(what, address, bytes))
+    }
+
+    /// The bytes from `address` on.
     pub(crate) fn read(&self, what: &str, address: Address, bytes: usize) -> Result<&[u8]> {
         self.check(what, address, bytes)?;
         // SAFETY: within a live block, whose bytes are all initialised.
@@ -104,11 +225,12 @@ impl Blocks {
     }
 }
 
-fn layout(bytes: usize) -> Option<Layout> {
-    Layout::from_size_align(bytes.checked_add(2 * FENCE)?, FENCE).ok()
+/// What a block of `bytes` takes of the region.
+fn with_fence(bytes: usize) -> Option<usize> {
+    bytes.checked_add(GRANULE)?.checked_next_multiple_of(GRANULE)
 }
 
 fn outside(what: &str, address: Address, bytes: usize) -> EngineError {
-    let why = format!("{bytes} bytes at {address:#x} do not lie within an allocated block");
+    let why = format!("{bytes} bytes at {address:#x} do not lie within a tensor");
     EngineError::Card { what: format!("`{what}`"), why }
 }

@@ -161,6 +161,16 @@ pub trait Driver: Send + Sync {
     fn allocate(&self, bytes: usize) -> Result<Address>;
     /// Gives memory of [`Driver::allocate`] back; waits for work that may use it.
     fn free(&self, address: Address);
+    /// Says that `bytes` from `address` on, within what was allocated, are a tensor from now on, and
+    /// what they held is lost; for drivers that look after what is read and written.
+    fn begin_tensor(&self, address: Address, bytes: usize) -> Result<()> {
+        let _ = (address, bytes);
+        Ok(())
+    }
+    /// Says that they are nobody's from now on.
+    fn end_tensor(&self, address: Address, bytes: usize) {
+        let _ = (address, bytes);
+    }
     /// Copies host bytes to the card; `from` may be changed as soon as this returns. Within a capture
     /// the bytes are kept and copied again by each replay.
     fn upload(&self, stream: Stream, to: Address, from: &[u8]) -> Result<()>;
