@@ -192,6 +192,7 @@ void barrier() {
 
 void* dynamic_shared() { return machine->shared; }
 size_t shared_bytes() { return machine->shared_bytes; }
+bool running() { return machine != nullptr; }
 
 void copy_later(void* shared, const void* global, bool valid) {
     Fiber& fiber = machine->fibers[machine->running];

@@ -7,6 +7,9 @@ namespace emulated {
 // that are supported.
 constexpr u32 SHARED_MEMORY = 99 << 10;
 
+// Whether a launch is under way on this thread of the host.
+bool running();
+
 // Bytes of the running block's dynamic shared memory.
 size_t shared_bytes();
 

@@ -28,6 +28,8 @@ static void refuse(const char* how, size_t address, size_t bytes, const char* wh
 }
 
 void touch(const char* how, const void* pointer, size_t bytes) {
+    // Before `main` the modules' lists are made.
+    if (!running()) return;
     size_t address = reinterpret_cast<size_t>(pointer);
     if (address - region < region_bytes) {
         if (!holds(address) || !holds(address + bytes - 1))

@@ -157,7 +157,9 @@ pub(crate) struct CardBuffer {
 impl CardBuffer {
     pub(crate) fn new(card: &'static Card, len: usize, dtype: DType) -> Result<Self> {
         let block = card.memory().take(card.driver(), len * dtype.size())?;
-        Ok(Self { card, block, len, dtype, scale: 1. })
+        let buffer = Self { card, block, len, dtype, scale: 1. };
+        card.driver.begin_tensor(buffer.address(), len * dtype.size())?;
+        Ok(buffer)
     }
 
     pub(crate) fn device(&self) -> Device {
@@ -195,6 +197,7 @@ impl CardBuffer {
 
 impl Drop for CardBuffer {
     fn drop(&mut self) {
+        self.card.driver.end_tensor(self.block.address, self.len * self.dtype.size());
         self.card.take_back(&mut self.block);
     }
 }

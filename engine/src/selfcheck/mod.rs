@@ -11,6 +11,7 @@ mod matmul;
 mod norm;
 mod optimizer;
 mod pointwise;
+mod segment;
 
 use half::{bf16, f16};
 
@@ -66,6 +67,7 @@ pub fn all() -> Vec<Check> {
         norm::checks,
         loss::checks,
         optimizer::checks,
+        segment::checks,
     ];
     kinds.into_iter().flat_map(|checks| checks()).collect()
 }
