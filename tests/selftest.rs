@@ -55,3 +55,10 @@ fn one_changed_reference_value_is_named() {
     assert!(!output.status.success(), "{}", text(&output));
     assert!(text(&output).contains(name), "{}", text(&output));
 }
+
+#[test]
+fn operations_are_those_of_a_card() {
+    let output = lorarun().args(["selftest", "--operations"]).output().expect("lorarun runs");
+    assert!(!output.status.success(), "{}", text(&output));
+    assert!(text(&output).contains("only a card's operations are compared"), "{}", text(&output));
+}

@@ -104,6 +104,9 @@ struct SelftestArgs {
     /// Recompute blocks in the backward pass
     #[arg(long)]
     gradient_checkpointing: bool,
+    /// Compare each operation of a card with the CPU's instead of a model with PyTorch's
+    #[arg(long, conflicts_with = "reference")]
+    operations: bool,
     /// Only write a full-size Stable Diffusion 1.5 with random weights to this folder, 2 GB, for
     /// measurements
     #[arg(long)]
@@ -151,6 +154,7 @@ fn run_selftest(args: &SelftestArgs) -> Result<i32> {
 fn run_on_device(args: &SelftestArgs) -> Result<selftest::Report> {
     let device = device::open(&args.device)?;
     match (&args.reference, &args.base) {
+        _ if args.operations => selftest::run_operations(device),
         (Some(case), Some(base)) => selftest::run(case, base, device, args.gradient_checkpointing)
             .with_context(|| format!("selftest of {}", case.display())),
         _ => selftest::run_embedded(device, args.gradient_checkpointing),

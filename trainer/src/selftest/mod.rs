@@ -5,6 +5,7 @@
 
 mod compare;
 mod embedded;
+mod operations;
 mod random_model;
 mod reference;
 mod two_files;
@@ -31,6 +32,7 @@ use crate::step::{Models, Setting, encode_text, forward_backward};
 pub use compare::Report;
 use compare::{FORWARD, GRADIENT, GRADIENT_NORM, WEIGHTS};
 pub use embedded::run_embedded;
+pub use operations::run_operations;
 pub use random_model::write_random_model;
 use reference::{Case, Reference, options_from_json, read, read_integers};
 pub use two_files::compare_pair;
