@@ -100,8 +100,8 @@ fn kernels_stay_within_tensors() {
     refused(run(-4), "vector_f32", "where there is no tensor");
     // A smaller tensor in the same block.
     driver.begin_tensor(block + 256, 520).unwrap();
-    run(192).unwrap();
-    refused(run(196), "vector_f32", "where there is no tensor");
+    run(188).unwrap();
+    refused(run(192), "vector_f32", "where there is no tensor");
     driver.end_tensor(block + 256, 520);
     refused(run(64), "vector_f32", "where there is no tensor");
     // What is written is watched as well, and so is shared memory.
