@@ -32,7 +32,7 @@ fn main() {
     }
     build.flag("-ftls-model=initial-exec").flag("-Wall").flag("-Wno-unknown-pragmas");
     build.flag("-Wno-unused-function").flag("-Wno-unused-variable");
-    if let Err(error) = build.try_get_compiler() {
+    if let Err(error) = try_compiler(&build) {
         eprintln!("a C++ compiler is needed to compile the kernels for the host: {error}");
         eprintln!("hint: install `g++`, or name one in the environment variable `CXX`");
         std::process::exit(1);
@@ -54,6 +54,13 @@ fn main() {
     // In this order: modules call what runs them.
     around.compile("lorarun_emulated_modules");
     build.file("fibers.cpp").file("collectives.cpp").file("watch.cpp").compile("lorarun_emulator");
+}
+
+/// Fails unless there is a compiler that starts.
+fn try_compiler(build: &cc::Build) -> Result<(), String> {
+    let compiler = build.try_get_compiler().map_err(|error| error.to_string())?;
+    let output = compiler.to_command().arg("--version").output();
+    output.map(|_| ()).map_err(|error| format!("`{}`: {error}", compiler.path().display()))
 }
 
 /// Names of the `.cu` files of `folders`, sorted.

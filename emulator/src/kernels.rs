@@ -107,7 +107,8 @@ impl Found {
             return Err(failed(launch, why));
         }
         let [x, y, z] = launch.grid;
-        let fits = x >= 1 && x < 1 << 31 && (1..=65535).contains(&y) && (1..=65535).contains(&z);
+        let fits =
+            (1..1 << 31).contains(&x) && (1..=65535).contains(&y) && (1..=65535).contains(&z);
         if !fits || !(1..=1024).contains(&launch.block) {
             let why = format!("no such grid and block: {:?}, {}", launch.grid, launch.block);
             return Err(failed(launch, why));

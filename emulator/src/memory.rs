@@ -72,19 +72,20 @@ impl Region {
         idle.insert(at, bytes);
     }
 
-    /// Counts of the granules that `bytes` from `address` on lie in.
-    fn counts(&self, address: usize, bytes: usize) -> &mut [u16] {
+    /// The first and the number of the granules that `bytes` from `address` on lie in.
+    fn granules(&self, address: usize, bytes: usize) -> (usize, usize) {
         let first = (address - self.start) / GRANULE;
-        let len = (address - self.start + bytes).div_ceil(GRANULE) - first;
-        // SAFETY: reserved for the whole region. Granules of a block are only looked at by its card,
-        // under the lock of the card's state.
-        unsafe { std::slice::from_raw_parts_mut((self.counts as *mut u16).add(first), len) }
+        (first, (address - self.start + bytes).div_ceil(GRANULE) - first)
     }
 
     /// Says that the first `held` of `bytes` from `address`, the start of a granule, are a tensor's.
     fn mark(&self, address: usize, bytes: usize, held: usize) {
-        for (i, count) in self.counts(address, bytes).iter_mut().enumerate() {
-            *count = held.saturating_sub(i * GRANULE).min(GRANULE) as u16;
+        let (first, len) = self.granules(address, bytes);
+        for i in 0..len {
+            let count = held.saturating_sub(i * GRANULE).min(GRANULE) as u16;
+            // SAFETY: reserved for the whole region. Granules of a block are only looked at by its
+            // card, under the lock of the card's state.
+            unsafe { (self.counts as *mut u16).add(first + i).write(count) };
         }
     }
 
@@ -94,9 +95,12 @@ impl Region {
         if address < self.start || end.is_none_or(|end| end > self.start + REGION) {
             return false;
         }
-        let counts = self.counts(address, bytes.max(1));
+        let (first, len) = self.granules(address, bytes);
+        // SAFETY: as in `mark`.
+        let counts =
+            unsafe { std::slice::from_raw_parts((self.counts as *const u16).add(first), len) };
         let Some((last, before)) = counts.split_last() else { return false };
-        let rest = (address + bytes.max(1) - 1) % GRANULE;
+        let rest = (address + bytes - 1) % GRANULE;
         before.iter().all(|count| usize::from(*count) == GRANULE) && usize::from(*last) > rest
     }
 }
@@ -187,7 +191,8 @@ impl Blocks {
         let end = address.checked_add(bytes as Address);
         match (block, end) {
             (Some((start, size)), Some(end))
-                if end <= start + *size as Address && address % GRANULE as Address == 0 =>
+                if end <= start + *size as Address
+                    && address.is_multiple_of(GRANULE as Address) =>
             {
                 Ok(())
             }
@@ -199,7 +204,7 @@ impl Blocks {
     pub(crate) fn check(&self, what: &str, address: Address, bytes: usize) -> Result<()> {
         let block = self.sizes.range(..=address).next_back();
         let own = block.is_some_and(|(start, size)| address <= start + *size as Address);
-        if bytes == 0 && own || own && Region::of_process()?.holds(address as usize, bytes) {
+        if own && (bytes == 0 || Region::of_process()?.holds(address as usize, bytes)) {
             return Ok(());
         }
         Err(outside(what, address, bytes))
