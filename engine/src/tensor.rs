@@ -285,7 +285,7 @@ impl Tensor {
     }
 
     /// Where the first element lies in the card's memory.
-    pub(crate) fn address(&self, op: &'static str) -> Result<Address> {
+    pub fn address(&self, op: &'static str) -> Result<Address> {
         match &*self.storage {
             Storage::Card(buffer) => {
                 Ok(buffer.address() + (self.offset * self.dtype().size()) as Address)

@@ -38,6 +38,6 @@ pub fn open(name: &str) -> Result<Device> {
 pub fn for_rank(options: &Options, env: &Env) -> Result<Device> {
     match options.device {
         options::Device::Cpu => Ok(Device::Cpu),
-        options::Device::Cuda => open(&format!("cuda:{}", env.local_rank)),
+        options::Device::Cuda => open(&format!("cuda:{}", env.card_index())),
     }
 }

@@ -251,6 +251,7 @@ impl Run {
             options: &options,
             plan: &plan,
             comm: &comm,
+            ways: env.into(),
             models,
             network,
             params,

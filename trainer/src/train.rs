@@ -28,6 +28,7 @@ use crate::optimizer::{Optimize, StepInput, TensorStep};
 use crate::options::Options;
 use crate::plan::Plan;
 use crate::precision::round_weights;
+use crate::reduce::Ways;
 use crate::reproducible::{self, Ready};
 use crate::saver::Saver;
 use crate::state::{Keeper, Start};
@@ -49,6 +50,8 @@ pub struct Trainer<'a> {
     pub options: &'a Options,
     pub plan: &'a Plan,
     pub comm: &'a Comm,
+    /// How gradients go from card to card.
+    pub ways: Ways,
     pub models: Models,
     pub network: LoraNetwork,
     pub params: ParamStore,
@@ -131,7 +134,7 @@ impl Trainer<'_> {
         }
         let (network, params) = (&self.network, &self.params);
         let trained = Trained { network, params, optimizer: &mut *self.optimizer };
-        Ok(Work::Card(Box::new(CardWork::new(self.options, self.comm, trained)?)))
+        Ok(Work::Card(Box::new(CardWork::new(self.options, (self.comm, self.ways), trained)?)))
     }
 
     /// One optimizer step, on all ranks.

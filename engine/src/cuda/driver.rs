@@ -155,6 +155,11 @@ pub struct Graph(pub u64);
 pub trait Driver: Send + Sync {
     /// What it is.
     fn facts(&self) -> &CardFacts;
+    /// A name that no other card has, whatever process sees it and under which number: its UUID. `None`
+    /// for what is no card of NVIDIA's.
+    fn identity(&self) -> Option<String> {
+        None
+    }
     /// Bytes of memory that nobody uses now, other processes included.
     fn free_memory(&self) -> Result<usize>;
     /// `bytes` of memory, aligned to 256, contents unspecified.

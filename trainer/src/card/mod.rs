@@ -32,7 +32,7 @@ use crate::memory::show_bytes;
 use crate::network::learning_rate;
 use crate::optimizer::Optimize;
 use crate::options::Options;
-use crate::reduce::Reducer;
+use crate::reduce::{Reducer, Ways};
 use crate::step::Models;
 
 /// What a rank keeps on its card for the steps of a run.
@@ -67,7 +67,11 @@ pub struct Trained<'a> {
 
 impl CardWork {
     /// For the card that holds the parameters.
-    pub fn new(options: &Options, comm: &Comm, trained: Trained<'_>) -> Result<Self> {
+    pub fn new(
+        options: &Options,
+        (comm, ways): (&Comm, Ways),
+        trained: Trained<'_>,
+    ) -> Result<Self> {
         let Trained { network, params, optimizer } = trained;
         let device = params.device();
         let card: &'static Card = device.card().context("the parameters are not on a card")?;
@@ -98,7 +102,7 @@ impl CardWork {
             gradient: CardGradient::new(params, moving)?,
             inverse_scale: Tensor::zeros(device, &[1], DType::F32)?,
             runner: Runner::new(card, eager),
-            reducer: Reducer::new(comm),
+            reducer: Reducer::connect(comm, card, ways)?,
             ahead: None,
         })
     }

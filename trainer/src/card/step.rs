@@ -116,9 +116,11 @@ impl Trainer<'_> {
             true => self.give_whole(step, loader, work)?,
             false => self.give_in_parts((step, micro_steps), loader, work)?,
         };
-        let clip = clip.to_vec_f32()?;
-        let results = Results { agreed: work.gradient.agreed()?, clip };
-        let samples = self.read_losses(&given)?;
+        let (results, samples) = work.reducer.watched(self.comm, || {
+            let clip = clip.to_vec_f32()?;
+            let results = Results { agreed: work.gradient.agreed()?, clip };
+            Ok((results, self.read_losses(&given)?))
+        })?;
         let images = given.iter().map(|given| given.batch.global_count).sum();
         let mut report = StepReport {
             loss: None,
