@@ -2,7 +2,7 @@
 //!
 //! All ranks take the same way. NCCL sums on a stream of its own, behind what the card has been given
 //! so far; the host waits only where it reads results, and a watchdog ends that wait when a rank is
-//! lost ([`Reducer::watched`]). Over the host, the numbers go from the card through the ranks' shared
+//! lost ([`Reducer::arm`]). Over the host, the numbers go from the card through the ranks' shared
 //! memory and back.
 
 use std::collections::HashMap;
@@ -139,15 +139,32 @@ impl Reducer {
         Ok(())
     }
 
-    /// Runs `wait`, in which the host waits for what the card was given, sums included. With NCCL the
-    /// wait ends with an error at the deadline of `comm`, or when a rank is lost.
-    pub fn watched<T>(&self, comm: &Comm, wait: impl FnOnce() -> Result<T>) -> Result<T> {
-        let Self::Nccl(OnCards { nccl, .. }) = self else { return wait() };
-        nccl.arm(comm.deadline());
-        let result = wait();
-        // What the wait has given means nothing if it was ended.
-        nccl.disarm().context("gradient all-reduce")?;
-        result
+    /// Whether sums are work of the card like any other: the host waits for none of them, and they
+    /// can be captured.
+    pub fn is_on_cards(&self) -> bool {
+        !matches!(self, Self::Staged(_))
+    }
+
+    /// From now on the host may wait for sums. With NCCL such a wait ends with an error at the
+    /// deadline of `comm`, or when a rank is lost; see [`Reducer::conclude`].
+    pub fn arm(&self, comm: &Comm) {
+        if let Self::Nccl(OnCards { nccl, .. }) = self {
+            nccl.arm(comm.deadline());
+        }
+    }
+
+    /// The end of what [`Reducer::arm`] began: its result, or why the sums were ended, without which
+    /// the result means nothing.
+    pub fn conclude<T>(&self, result: Result<T>) -> Result<T> {
+        let Self::Nccl(OnCards { nccl, .. }) = self else { return result };
+        match result {
+            Ok(value) => nccl.disarm().map(|()| value).context("gradient all-reduce"),
+            // Sums that are under way will not be waited for: it stays armed, and ends by an abort.
+            Err(error) => Err(match nccl.check() {
+                Ok(()) => error,
+                Err(cause) => anyhow::Error::new(cause).context("gradient all-reduce"),
+            }),
+        }
     }
 }
 

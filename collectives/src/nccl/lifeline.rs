@@ -136,9 +136,12 @@ impl Lifeline {
     }
 
     pub(super) fn disarm(&self) -> Result<()> {
-        let mut state = self.state();
-        state.armed = None;
-        match &state.failed {
+        self.state().armed = None;
+        self.check()
+    }
+
+    pub(super) fn check(&self) -> Result<()> {
+        match &self.state().failed {
             None => Ok(()),
             Some(error) => Err(error.clone()),
         }

@@ -137,6 +137,11 @@ impl Nccl {
         self.lifeline.arm(deadline);
     }
 
+    /// The failure that ended the sums, if there was one.
+    pub fn check(&self) -> Result<()> {
+        self.lifeline.check()
+    }
+
     /// The host has what it waited for; an error if it was ended instead.
     pub fn disarm(&self) -> Result<()> {
         self.lifeline.disarm()

@@ -9,7 +9,8 @@ use std::ops::Range;
 use anyhow::Result;
 use engine::{DType, ParamId, ParamStore, Tensor};
 
-use crate::gradients::{Control, bucket_ranges};
+use super::departure::Departure;
+use crate::gradients::Control;
 
 const LOSS: usize = 0;
 const STOP: usize = 2;
@@ -21,6 +22,9 @@ pub struct CardGradient {
     /// Elements of all parameters.
     len: usize,
     ranges: Vec<Range<usize>>,
+    departure: Departure,
+    /// f32 `[1]`: 1 where this rank was asked to stop.
+    wish: Tensor,
     /// Which parameters the update may move at all.
     moving: Vec<bool>,
 }
@@ -39,13 +43,17 @@ impl CardGradient {
     pub fn new(params: &ParamStore, moving: Vec<bool>) -> Result<Self> {
         let count = params.count();
         let flat = Tensor::zeros(params.device(), &[params.len() + WORDS + count], DType::F32)?;
-        let ranges = (0..count).map(|id| params.range(ParamId(id))).collect();
-        Ok(Self { flat, len: params.len(), ranges, moving })
+        let ranges: Vec<_> = (0..count).map(|id| params.range(ParamId(id))).collect();
+        let wish = Tensor::zeros(params.device(), &[1], DType::F32)?;
+        let departure = Departure::new(&ranges);
+        Ok(Self { flat, len: params.len(), ranges, departure, wish, moving })
     }
 
-    /// Forgets the last step.
+    /// Forgets the last step, and takes the wish to stop into this one.
     pub fn clear(&mut self) -> engine::Result<()> {
-        self.flat.clear()
+        self.departure.begin();
+        self.flat.clear()?;
+        self.flat.view(self.len + STOP, &[1])?.copy_from(&self.wish)
     }
 
     /// Adds a gradient.
@@ -69,9 +77,9 @@ impl CardGradient {
         self.touched()?.refill_constant(&flags)
     }
 
-    /// Says that this rank was asked to stop.
-    pub fn ask_to_stop(&mut self) -> Result<()> {
-        Ok(self.flat.view(self.len + STOP, &[1])?.refill(&[1.])?)
+    /// Notes before a step whether this rank was asked to stop, for [`CardGradient::clear`].
+    pub fn wish_to_stop(&self, stop: bool) -> Result<()> {
+        Ok(self.wish.refill(&[f32::from(u8::from(stop))])?)
     }
 
     /// The gradient.
@@ -84,13 +92,22 @@ impl CardGradient {
         self.flat.view(self.len + WORDS, &[self.ranges.len()])
     }
 
-    /// Everything, and the pieces in which it is reduced: those of the CPU's gradient, the last to
-    /// leave with the words.
-    pub fn flat(&self) -> (&Tensor, Vec<Range<usize>>) {
-        let mut pieces: Vec<Range<usize>> = bucket_ranges(&self.ranges);
-        pieces.reverse();
-        pieces.push(self.len..self.flat.len());
-        (&self.flat, pieces)
+    /// Everything.
+    pub fn whole(&self) -> &Tensor {
+        &self.flat
+    }
+
+    /// The gradient of `id` was added and is final: the pieces of the whole that no gradient of this
+    /// step changes any more and that did not leave yet.
+    pub fn leaving(&mut self, id: ParamId) -> Vec<Range<usize>> {
+        self.departure.arrived(id)
+    }
+
+    /// The pieces that did not leave, the last of them with the words.
+    pub fn rest(&mut self) -> Vec<Range<usize>> {
+        let mut rest = self.departure.rest();
+        rest.push(self.len..self.flat.len());
+        rest
     }
 
     /// The words, when the card is done.

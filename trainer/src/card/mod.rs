@@ -6,6 +6,7 @@
 //! nothing by then, as its update multiplies by NaN nowhere.
 
 mod buffers;
+mod departure;
 mod gradient;
 mod runner;
 mod scale;

@@ -1,10 +1,11 @@
 //! One optimizer step on a card, as a list of verbs beside that of the CPU in `train.rs`.
 
+use std::ops::Range;
 use std::rc::Rc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use collectives::signals;
+use collectives::{Comm, signals};
 use engine::cuda::flat::clip_factor;
 use engine::{DType, ParamStore, Tensor};
 
@@ -17,6 +18,7 @@ use crate::inputs::StepInputs;
 use crate::loss_history::SampleLoss;
 use crate::monitor::StepReport;
 use crate::optimizer::{CardStep, StepInput};
+use crate::reduce::Reducer;
 use crate::step::{Models, Setting, forward_backward};
 use crate::train::Trainer;
 use crate::watch::{Sighting, Watch};
@@ -29,10 +31,22 @@ struct Pass<'a> {
     params: &'a mut ParamStore,
     gradient: &'a mut CardGradient,
     /// Where the micro-step is the whole step.
-    update: Option<Update<'a>>,
+    end: Option<End<'a>>,
 }
 
-/// The end of a step.
+/// The sum over the ranks, as part of the work.
+struct Sum<'a> {
+    reducer: &'a mut Reducer,
+    comm: &'a Comm,
+}
+
+/// What ends a step.
+struct End<'a> {
+    sum: Sum<'a>,
+    update: Update<'a>,
+}
+
+/// The update of the weights.
 struct Update<'a> {
     optimizer: &'a mut dyn CardStep,
     inverse_scale: &'a Tensor,
@@ -54,27 +68,57 @@ struct Results {
     clip: Vec<f32>,
 }
 
+impl Sum<'_> {
+    /// Sends pieces that are ready.
+    fn send(&mut self, gradient: &CardGradient, pieces: Vec<Range<usize>>) -> Result<()> {
+        for piece in pieces {
+            self.reducer.start(self.comm, gradient.whole(), piece)?;
+        }
+        Ok(())
+    }
+
+    /// Sends the rest; what the card is given from now on sees the sums.
+    fn finish(&mut self, gradient: &mut CardGradient) -> Result<()> {
+        let rest = gradient.rest();
+        self.send(gradient, rest)?;
+        self.reducer.finish(gradient.whole())
+    }
+}
+
+impl End<'_> {
+    fn give(
+        &mut self,
+        params: &mut ParamStore,
+        gradient: &mut CardGradient,
+        reached: &[bool],
+    ) -> Result<Tensor> {
+        gradient.close(reached)?;
+        self.sum.finish(gradient)?;
+        self.update.give(params, gradient)
+    }
+}
+
 impl Pass<'_> {
     fn give(&mut self) -> Result<Outcome> {
-        let whole = self.update.is_some();
-        if whole {
+        if self.end.is_some() {
             self.gradient.clear()?;
         }
         let mut reached = vec![false; self.params.count()];
-        let gradient = &mut *self.gradient;
+        let (gradient, end) = (&mut *self.gradient, &mut self.end);
         let models = (self.models, &*self.params);
         let forward = forward_backward(models, self.setting.clone(), self.inputs, &mut |id, g| {
             reached[id.0] = true;
-            gradient.add(id, &g)
+            gradient.add(id, &g)?;
+            let Some(End { sum, .. }) = end else { return Ok(()) };
+            let pieces = gradient.leaving(id);
+            sum.send(gradient, pieces)
+                .map_err(|error| engine::EngineError::Tape(format!("{error:#}")))
         })?;
         let losses = forward.losses.clone();
         drop(forward);
         self.gradient.add_losses(&losses)?;
-        let clip = match &mut self.update {
-            Some(update) => {
-                self.gradient.close(&reached)?;
-                Some(update.give(self.params, self.gradient)?)
-            }
+        let clip = match &mut self.end {
+            Some(end) => Some(end.give(self.params, self.gradient, &reached)?),
             None => None,
         };
         Ok(Outcome { losses, reached: Rc::from(reached), clip })
@@ -110,17 +154,10 @@ impl Trainer<'_> {
             optimizer.prepare(&moving)?;
         }
         work.inverse_scale.refill(&[1. / self.loss_scale.factor()])?;
-        let on_card = self.optimizer.on_card().is_some();
-        let alone = work.reducer.is_alone() && self.options.gradient_accumulation_steps == 1;
-        let (given, clip) = match alone && on_card {
-            true => self.give_whole(step, loader, work)?,
-            false => self.give_in_parts((step, micro_steps), loader, work)?,
-        };
-        let (results, samples) = work.reducer.watched(self.comm, || {
-            let clip = clip.to_vec_f32()?;
-            let results = Results { agreed: work.gradient.agreed()?, clip };
-            Ok((results, self.read_losses(&given)?))
-        })?;
+        work.gradient.wish_to_stop(signals::stop_requested())?;
+        work.reducer.arm(self.comm);
+        let result = self.give_and_read((step, micro_steps), loader, work);
+        let (given, results, samples) = work.reducer.conclude(result)?;
         let images = given.iter().map(|given| given.batch.global_count).sum();
         let mut report = StepReport {
             loss: None,
@@ -139,6 +176,28 @@ impl Trainer<'_> {
         self.conclude(step, work, &results, &mut report)?;
         report.seconds = started.elapsed().as_secs_f64();
         Ok((report, stop))
+    }
+
+    /// Gives the card the work of a step and reads what it leaves, all of which may wait for other
+    /// ranks.
+    fn give_and_read(
+        &mut self,
+        (step, micro_steps): (usize, usize),
+        loader: &mut Loader,
+        work: &mut CardWork,
+    ) -> Result<(Vec<Given>, Results, Vec<SampleLoss>)> {
+        let on_card = self.optimizer.on_card().is_some();
+        // Sums over the host cannot be captured; without captures they can be part of the work, too.
+        let sums_in_work = work.reducer.is_on_cards() || self.options.no_cuda_graph;
+        let in_one = self.options.gradient_accumulation_steps == 1 && sums_in_work;
+        let (given, clip) = match in_one && on_card {
+            true => self.give_whole(step, loader, work)?,
+            false => self.give_in_parts((step, micro_steps), loader, work)?,
+        };
+        let clip = clip.to_vec_f32()?;
+        let results = Results { agreed: work.gradient.agreed()?, clip };
+        let samples = self.read_losses(&given)?;
+        Ok((given, results, samples))
     }
 
     /// What the host does when it knows loss and norm.
@@ -177,25 +236,36 @@ impl Trainer<'_> {
         work: &mut CardWork,
     ) -> Result<(Vec<Given>, Tensor)> {
         let Ahead { batch, input } = self.next(loader, work)?;
-        let (shape, micro) = input.context("a rank on its own has a part in every batch")?;
         let setting = self.setting(&batch);
-        let CardWork { buffers, gradient, inverse_scale, runner, .. } = work;
-        let buffers = buffers.get(&shape).context("the batch was not sent to the card")?;
-        buffers.take(&micro, self.loss_scale.factor())?;
-        let update = self.optimizer.on_card().map(|optimizer| Update {
-            optimizer,
+        let CardWork { buffers, gradient, inverse_scale, runner, reducer, .. } = &mut *work;
+        let update = Update {
+            optimizer: self.optimizer.on_card().context("the optimizer is not on the card")?,
             inverse_scale,
             max_norm: self.options.max_grad_norm as f32,
             rounded: self.weights_type,
-        });
-        let (models, inputs) = (&self.models, &buffers.inputs);
-        let mut pass = Pass { models, setting, inputs, params: &mut self.params, gradient, update };
-        let outcome = runner.run(&shape, &mut || pass.give())?;
-        let clip = outcome.clip.context("the step has no update")?;
+        };
+        let mut end = End { sum: Sum { reducer, comm: self.comm }, update };
+        let params = &mut self.params;
+        let (losses, clip) = match input {
+            Some((shape, micro)) => {
+                let buffers = buffers.get(&shape).context("the batch was not sent to the card")?;
+                buffers.take(&micro, self.loss_scale.factor())?;
+                let (models, inputs) = (&self.models, &buffers.inputs);
+                let mut pass = Pass { models, setting, inputs, params, gradient, end: Some(end) };
+                let outcome = runner.run(&shape, &mut || pass.give())?;
+                (Some(outcome.losses), outcome.clip.context("the step has no update")?)
+            }
+            // The last batch of a bucket can be smaller than the number of ranks.
+            None => {
+                gradient.clear()?;
+                let reached = vec![false; params.count()];
+                (None, end.give(params, gradient, &reached)?)
+            }
+        };
         if step + 1 < self.plan.steps {
             self.fetch(loader, work)?;
         }
-        Ok((vec![Given { batch, losses: Some(outcome.losses) }], clip))
+        Ok((vec![Given { batch, losses }], clip))
     }
 
     /// Micro-steps, the reduction over the ranks, and the update, one after the other.
@@ -218,7 +288,7 @@ impl Trainer<'_> {
                 buffers.take(&micro, self.loss_scale.factor())?;
                 let (models, inputs) = (&self.models, &buffers.inputs);
                 let params = &mut self.params;
-                let mut pass = Pass { models, setting, inputs, params, gradient, update: None };
+                let mut pass = Pass { models, setting, inputs, params, gradient, end: None };
                 let outcome = runner.run(&shape, &mut || pass.give())?;
                 reached.iter_mut().zip(&*outcome.reached).for_each(|(all, one)| *all |= one);
                 // The next replay writes to the same place.
@@ -232,21 +302,10 @@ impl Trainer<'_> {
             }
         }
         work.gradient.close(&reached)?;
-        if signals::stop_requested() {
-            work.gradient.ask_to_stop()?;
-        }
-        self.reduce(work)?;
+        let CardWork { gradient, reducer, .. } = &mut *work;
+        Sum { reducer, comm: self.comm }.finish(gradient)?;
         let clip = self.update_on_card(work)?;
         Ok((given, clip))
-    }
-
-    /// Sums gradient and control words over the ranks.
-    fn reduce(&self, work: &mut CardWork) -> Result<()> {
-        let (flat, pieces) = work.gradient.flat();
-        for piece in pieces {
-            work.reducer.start(self.comm, flat, piece)?;
-        }
-        work.reducer.finish(flat)
     }
 
     /// Clips, and moves the weights where the optimizer is built for cards; gives factor and norm.
