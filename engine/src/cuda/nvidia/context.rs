@@ -134,6 +134,7 @@ pub fn cards() -> Result<Vec<CardFacts>> {
 pub(super) struct Context {
     pub(super) cuda: &'static Cuda,
     raw: cu::CUcontext,
+    device: cu::CUdevice,
     /// The kernel that was started last.
     last_kernel: Mutex<String>,
     /// What the card stopped at.
@@ -152,7 +153,18 @@ impl Context {
         let status = unsafe { (cuda.api.cuDevicePrimaryCtxRetain)(&raw mut raw, device) };
         cuda.check("opening the card", status)?;
         let (last_kernel, stopped) = (Mutex::new(String::new()), OnceLock::new());
-        Ok(Self { cuda, raw, last_kernel, stopped })
+        Ok(Self { cuda, raw, device, last_kernel, stopped })
+    }
+
+    /// The card's UUID (that of the slice, for a slice of a card).
+    pub(super) fn identity(&self) -> Option<String> {
+        let mut uuid = cu::CUuuid { bytes: [0; 16] };
+        // SAFETY: sixteen bytes go where they are told.
+        let status = unsafe { (self.cuda.api.cuDeviceGetUuid_v2)(&raw mut uuid, self.device) };
+        (status == 0).then(|| {
+            let bytes = uuid.bytes.iter().map(|byte| format!("{:02x}", *byte as u8));
+            format!("GPU-{}", bytes.collect::<String>())
+        })
     }
 
     /// Makes this card the one that the calling thread talks to. Cheap; done at each call since

@@ -173,6 +173,10 @@ impl Driver for Nvidia {
         &self.facts
     }
 
+    fn identity(&self) -> Option<String> {
+        self.context.identity()
+    }
+
     fn free_memory(&self) -> Result<usize> {
         Ok(self.context.memory()?.0)
     }

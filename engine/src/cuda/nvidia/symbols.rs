@@ -50,6 +50,7 @@ functions! {
         fn cuDeviceGetCount(*mut c_int);
         fn cuDeviceGet(*mut cu::CUdevice, c_int);
         fn cuDeviceGetName(*mut c_char, c_int, cu::CUdevice);
+        fn cuDeviceGetUuid_v2(*mut cu::CUuuid, cu::CUdevice);
         fn cuDeviceTotalMem_v2(*mut usize, cu::CUdevice);
         fn cuDeviceGetAttribute(*mut c_int, cu::CUdevice_attribute, cu::CUdevice);
         fn cuDevicePrimaryCtxRetain(*mut cu::CUcontext, cu::CUdevice);
