@@ -2,6 +2,7 @@
 
 pub mod base;
 pub mod card;
+pub mod card_reach;
 pub mod checkpoint;
 pub mod cli;
 pub mod config_check;
