@@ -1,39 +1,12 @@
-// Group and layer normalisation over the last axis, forward and the gradient of the input.
+// Group normalisation of NHWC maps, forward and the gradient of the input.
 //
-// A group norm takes two kernels each way: blocks sum up parts of an image, and the kernel that
-// writes the result joins the sums of all parts again, in one order (Chan et al., 1983). Means are
+// It takes two kernels each way: blocks sum up parts of an image, and the kernel that writes the
+// result joins the sums of all parts again, in one order (Chan et al., 1983). Means are
 // taken around a value of the data, so that no precision is lost to a large mean. A fused SiLU is
 // computed again in the backward pass instead of saved.
 #include "prelude.cuh"
 
 #define THREADS 256
-#define WARPS (THREADS / 32)
-
-template <class T, int N>
-__device__ __forceinline__ void widen(float (&out)[N], const Pack<T, N>& pack) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) out[i] = to_f32(pack.v[i]);
-}
-
-template <class T, int N>
-__device__ __forceinline__ Pack<T, N> narrow(const float (&values)[N]) {
-    Pack<T, N> pack;
-#pragma unroll
-    for (int i = 0; i < N; ++i) pack.v[i] = from_f32<T>(values[i]);
-    return pack;
-}
-
-// N floats, by 16 bytes at most.
-template <int N>
-__device__ __forceinline__ void load_floats(float (&out)[N], const float* from) {
-    constexpr int at_once = N < 4 ? N : 4;
-#pragma unroll
-    for (int start = 0; start < N; start += at_once) {
-        Pack<float, at_once> pack = *reinterpret_cast<const Pack<float, at_once>*>(from + start);
-#pragma unroll
-        for (int i = 0; i < at_once; ++i) out[start + i] = pack.v[i];
-    }
-}
 
 // 1/(1 + exp(-z)); with the card's short forms where the result is rounded to 16 bits anyway.
 template <class T>
@@ -50,8 +23,6 @@ __device__ __forceinline__ float silu_slope(float z) {
     float s = sigmoid<T>(z);
     return s * (1.f + z * (1.f - s));
 }
-
-// ---- group norm
 
 // How images `[area, channels]` are cut: a block takes `chunk` consecutive pixels of an image
 // (blockIdx.x: image and chunk) of the channels of `tile` whole groups (blockIdx.y).
@@ -83,10 +54,6 @@ struct Place {
     __device__ __forceinline__ bool works() const { return row < rows && row < pixels; }
     // Rows that have a pixel.
     __device__ __forceinline__ int live() const { return min(rows, pixels); }
-    // Pixels of a row.
-    __device__ __forceinline__ int count(int of_row) const {
-        return (pixels - of_row + rows - 1) / rows;
-    }
 };
 
 // Where the two sums of a part and group lie: `[image, group, part, 2]`.
@@ -94,6 +61,50 @@ __device__ __forceinline__ i64 sums_at(const Split& s, int image, int group, int
     int groups = s.channels / s.per_group;
     return ((static_cast<i64>(image) * groups + group) * s.chunks + part) * 2;
 }
+
+// Neighbouring lanes that join the numbers of one group: so few that a block's threads take all
+// groups of a tile at once, if they can.
+struct Team {
+    int lanes, lane, number, teams;
+    __device__ __forceinline__ explicit Team(int groups) {
+        lanes = 32;
+        while (lanes > 4 && lanes * groups > THREADS) lanes >>= 1;
+        lane = static_cast<int>(threadIdx.x) % lanes;
+        number = static_cast<int>(threadIdx.x) / lanes;
+        teams = THREADS / lanes;
+    }
+    // All lanes of the warp must call it.
+    __device__ __forceinline__ float sum(float x) const {
+        for (int other = lanes >> 1; other > 0; other >>= 1)
+            x += __shfl_xor_sync(0xffffffffu, x, other);
+        return x;
+    }
+};
+
+// Means and sums of squares of several sets of numbers become those of all together; means are seen
+// from one of them, since sums of squares around a far point would lose what matters.
+struct Joint {
+    float reference, sum, spread, square;
+    __device__ __forceinline__ explicit Joint(float a_mean) : reference(a_mean) {
+        sum = spread = square = 0.f;
+    }
+    __device__ __forceinline__ void add(float count, float mean, float squares) {
+        float d = mean - reference;
+        sum += count * d;
+        spread += count * d * d;
+        square += squares;
+    }
+    __device__ __forceinline__ void join(const Team& team) {
+        sum = team.sum(sum);
+        spread = team.sum(spread);
+        square = team.sum(square);
+    }
+    // `all`: the sum of the counts.
+    __device__ __forceinline__ float mean(float all) const { return reference + sum / all; }
+    __device__ __forceinline__ float squares(float all) const {
+        return square + fmaxf(spread - sum * (sum / all), 0.f);
+    }
+};
 
 // Mean and sum of squares around it of each group of this block's part.
 template <class T, int N>
@@ -121,66 +132,70 @@ __device__ __forceinline__ void group_stats(const T* x, float* sums, const Split
                     square[i] += d * d;
                 }
             }
-            float inverse = 1.f / static_cast<float>(at.count(at.row));
-            int to = at.row * at.width + pack * N;
+            // Pixels of this row.
+            float inverse =
+                1.f / static_cast<float>((at.pixels - at.row + at.rows - 1) / at.rows);
 #pragma unroll
             for (int i = 0; i < N; ++i) {
                 float rest = sum[i] * inverse;
-                means[to + i] = shift[i] + rest;
-                squares[to + i] = fmaxf(square[i] - sum[i] * rest, 0.f);
+                shift[i] += rest;
+                square[i] = fmaxf(square[i] - sum[i] * rest, 0.f);
             }
+            store_floats(means + at.row * at.width + pack * N, shift);
+            store_floats(squares + at.row * at.width + pack * N, square);
         }
     }
     __syncthreads();
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int entries = at.live() * s.per_group;
-    for (int group = warp; group < s.tile; group += WARPS) {
-        int first = group * s.per_group;
-        float reference = means[first], sum = 0.f, square = 0.f;
-        for (int entry = lane; entry < entries; entry += 32) {
-            int row = entry / s.per_group, place = first + entry % s.per_group;
-            float count = static_cast<float>(at.count(row));
-            sum += count * (means[row * at.width + place] - reference);
+    // The rows of a channel, to the place of the first.
+    const float pixels = static_cast<float>(at.pixels);
+    const int live = at.live(), few = at.pixels / at.rows, longer = at.pixels % at.rows;
+    for (int channel = threadIdx.x; channel < at.width; channel += THREADS) {
+        Joint joint(means[channel]);
+        for (int row = 0; row < live; ++row) {
+            float count = static_cast<float>(row < longer ? few + 1 : few);
+            joint.add(count, means[row * at.width + channel], squares[row * at.width + channel]);
         }
-        float all = static_cast<float>(at.pixels) * static_cast<float>(s.per_group);
-        float mean = reference + warp_sum(sum) / all;
-        for (int entry = lane; entry < entries; entry += 32) {
-            int row = entry / s.per_group, place = first + entry % s.per_group;
-            float d = means[row * at.width + place] - mean;
-            square += squares[row * at.width + place] + static_cast<float>(at.count(row)) * d * d;
-        }
-        square = warp_sum(square);
-        if (lane == 0) {
+        means[channel] = joint.mean(pixels);
+        squares[channel] = joint.squares(pixels);
+    }
+    __syncthreads();
+    const Team team(s.tile);
+    const float width = static_cast<float>(s.per_group);
+    for (int base = 0; base < s.tile; base += team.teams) {
+        int group = base + team.number;
+        bool real = group < s.tile;
+        int first = real ? group * s.per_group : 0;
+        Joint joint(means[first]);
+        for (int channel = team.lane; channel < s.per_group; channel += team.lanes)
+            joint.add(pixels, means[first + channel], squares[first + channel]);
+        joint.join(team);
+        if (real && team.lane == 0) {
             i64 to = sums_at(s, at.image, static_cast<int>(blockIdx.y) * s.tile + group, at.part);
-            sums[to] = mean;
-            sums[to + 1] = square;
+            sums[to] = joint.mean(pixels * width);
+            sums[to + 1] = joint.squares(pixels * width);
         }
     }
 }
 
-// Mean and 1/deviation of each group of the tile, from the sums of all parts, to `shared`; the first
-// part's block writes them to `stats`.
+// Mean and 1/deviation of each group of the tile, from the sums of all parts, to `shared`; the
+// first part's block writes them to `stats`.
 __device__ __forceinline__ void join_stats(const float* sums, float* stats, float* shared,
                                            const Split& s, int image, int part, float eps) {
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    float area = static_cast<float>(s.area), width = static_cast<float>(s.per_group);
-    for (int group = warp; group < s.tile; group += WARPS) {
-        int number = static_cast<int>(blockIdx.y) * s.tile + group;
+    const Team team(s.tile);
+    const int last = s.chunks - 1;
+    const float width = static_cast<float>(s.per_group), whole = width * s.chunk;
+    const float rest = width * (s.area - last * s.chunk), all = width * s.area;
+    for (int base = 0; base < s.tile; base += team.teams) {
+        int group = base + team.number;
+        bool real = group < s.tile;
+        int number = static_cast<int>(blockIdx.y) * s.tile + (real ? group : 0);
         const float* from = sums + sums_at(s, image, number, 0);
-        float reference = from[0], sum = 0.f, square = 0.f;
-        for (int chunk = lane; chunk < s.chunks; chunk += 32) {
-            float count = static_cast<float>(min(s.chunk, s.area - chunk * s.chunk));
-            sum += count * (from[chunk * 2] - reference);
-        }
-        float mean = reference + warp_sum(sum) / area;
-        for (int chunk = lane; chunk < s.chunks; chunk += 32) {
-            float count = static_cast<float>(min(s.chunk, s.area - chunk * s.chunk));
-            float d = from[chunk * 2] - mean;
-            square += from[chunk * 2 + 1] + count * width * d * d;
-        }
-        float variance = warp_sum(square) / area / width;
-        float inverse = 1.f / sqrtf(variance + eps);
-        if (lane == 0) {
+        Joint joint(from[0]);
+        for (int chunk = team.lane; chunk < s.chunks; chunk += team.lanes)
+            joint.add(chunk == last ? rest : whole, from[chunk * 2], from[chunk * 2 + 1]);
+        joint.join(team);
+        if (real && team.lane == 0) {
+            float mean = joint.mean(all), inverse = 1.f / sqrtf(joint.squares(all) / all + eps);
             shared[group * 2] = mean;
             shared[group * 2 + 1] = inverse;
             if (part == 0) {
@@ -261,7 +276,7 @@ __device__ __forceinline__ void group_slopes(const T* dy, const T* x, const floa
                                              const Split& s, int silu) {
     DYNAMIC_SHARED(float, shared);
     Place<N> at(s);
-    float* plains = shared + s.tile * 2;
+    float* plains = shared + (s.tile * 2 + 3) / 4 * 4;
     float* moments = plains + at.rows * at.width;
     tile_stats(stats, shared, s, at.image);
     if (at.works()) {
@@ -285,27 +300,40 @@ __device__ __forceinline__ void group_slopes(const T* dy, const T* x, const floa
                 }
             }
             load_floats(weight, gamma + static_cast<i64>(blockIdx.y) * at.width + pack * N);
-            int to = at.row * at.width + pack * N;
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-                plains[to + i] = plain[i] * weight[i];
-                moments[to + i] = moment[i] * weight[i];
+                plain[i] *= weight[i];
+                moment[i] *= weight[i];
             }
+            store_floats(plains + at.row * at.width + pack * N, plain);
+            store_floats(moments + at.row * at.width + pack * N, moment);
         }
     }
     __syncthreads();
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int entries = at.live() * s.per_group;
-    for (int group = warp; group < s.tile; group += WARPS) {
+    const int live = at.live();
+    for (int channel = threadIdx.x; channel < at.width; channel += THREADS) {
         float plain = 0.f, moment = 0.f;
-        for (int entry = lane; entry < entries; entry += 32) {
-            int place = entry / s.per_group * at.width + group * s.per_group + entry % s.per_group;
-            plain += plains[place];
-            moment += moments[place];
+        for (int row = 0; row < live; ++row) {
+            plain += plains[row * at.width + channel];
+            moment += moments[row * at.width + channel];
         }
-        plain = warp_sum(plain);
-        moment = warp_sum(moment);
-        if (lane == 0) {
+        plains[channel] = plain;
+        moments[channel] = moment;
+    }
+    __syncthreads();
+    const Team team(s.tile);
+    for (int base = 0; base < s.tile; base += team.teams) {
+        int group = base + team.number;
+        bool real = group < s.tile;
+        int first = real ? group * s.per_group : 0;
+        float plain = 0.f, moment = 0.f;
+        for (int channel = team.lane; channel < s.per_group; channel += team.lanes) {
+            plain += plains[first + channel];
+            moment += moments[first + channel];
+        }
+        plain = team.sum(plain);
+        moment = team.sum(moment);
+        if (real && team.lane == 0) {
             i64 to = sums_at(s, at.image, static_cast<int>(blockIdx.y) * s.tile + group, at.part);
             sums[to] = plain;
             sums[to + 1] = moment;
@@ -323,22 +351,24 @@ __device__ __forceinline__ void group_backward(T* out, const T* dy, const T* x, 
     Place<N> at(s);
     float* lines = shared + s.tile * 2;
     tile_stats(stats, shared, s, at.image);
-    int lane32 = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    for (int group = warp; group < s.tile; group += WARPS) {
-        const float* from =
-            sums + sums_at(s, at.image, static_cast<int>(blockIdx.y) * s.tile + group, 0);
+    const Team team(s.tile);
+    const float count = static_cast<float>(s.area) * static_cast<float>(s.per_group);
+    for (int base = 0; base < s.tile; base += team.teams) {
+        int group = base + team.number;
+        bool real = group < s.tile;
+        int number = static_cast<int>(blockIdx.y) * s.tile + (real ? group : 0);
+        const float* from = sums + sums_at(s, at.image, number, 0);
         float plain = 0.f, moment = 0.f;
-        for (int chunk = lane32; chunk < s.chunks; chunk += 32) {
+        for (int chunk = team.lane; chunk < s.chunks; chunk += team.lanes) {
             plain += from[chunk * 2];
             moment += from[chunk * 2 + 1];
         }
-        float inverse = shared[group * 2 + 1];
-        float scale = inverse / (static_cast<float>(s.area) * static_cast<float>(s.per_group));
-        plain = warp_sum(plain) * scale;
-        moment = warp_sum(moment) * scale * inverse * inverse;
-        if (lane32 == 0) {
-            lines[group * 2] = plain;
-            lines[group * 2 + 1] = moment;
+        plain = team.sum(plain);
+        moment = team.sum(moment);
+        if (real && team.lane == 0) {
+            float inverse = shared[group * 2 + 1], scale = inverse / count;
+            lines[group * 2] = plain * scale;
+            lines[group * 2 + 1] = moment * scale * inverse * inverse;
         }
     }
     __syncthreads();
@@ -389,131 +419,6 @@ __device__ __forceinline__ void group_backward(T* out, const T* dy, const T* x, 
     }
 }
 
-// ---- layer norm: a warp for each row
-
-// A row, read once and kept in registers (P packs in each lane), or read again each time (P = 0).
-template <class T, int N, int P>
-struct Row {
-    const T* from;
-    int packs, lane;
-    Pack<T, N> kept[P > 0 ? P : 1];
-
-    __device__ __forceinline__ Row(const T* row, int width) : from(row), packs(width / N) {
-        lane = threadIdx.x & 31;
-        if (P > 0) {
-#pragma unroll
-            for (int p = 0; p < P; ++p) {
-                if (has(p)) kept[p] = at(p);
-            }
-        }
-    }
-    __device__ __forceinline__ int column(int p) const { return p * 32 + lane; }
-    __device__ __forceinline__ bool has(int p) const { return column(p) < packs; }
-    __device__ __forceinline__ Pack<T, N> at(int p) const {
-        return *reinterpret_cast<const Pack<T, N>*>(from + static_cast<i64>(column(p)) * N);
-    }
-    __device__ __forceinline__ int steps() const { return P > 0 ? P : (packs + 31) / 32; }
-    __device__ __forceinline__ void get(float (&out)[N], int p) const {
-        if (P > 0) {
-            widen(out, kept[P > 0 ? p : 0]);
-        } else {
-            widen(out, at(p));
-        }
-    }
-};
-
-template <class T, int N, int P>
-__device__ __forceinline__ void layer_row(T* out, const T* x, float* stats, const float* gamma,
-                                          const float* beta, int width, float eps) {
-    Row<T, N, P> row(x, width);
-    const int steps = row.steps();
-    float scale = 1.f / static_cast<float>(width), v[N];
-    float sum = 0.f;
-#pragma unroll
-    for (int p = 0; p < steps; ++p) {
-        if (!row.has(p)) continue;
-        row.get(v, p);
-#pragma unroll
-        for (int i = 0; i < N; ++i) sum += v[i];
-    }
-    float rough = warp_sum(sum) * scale;
-    sum = 0.f;
-#pragma unroll
-    for (int p = 0; p < steps; ++p) {
-        if (!row.has(p)) continue;
-        row.get(v, p);
-#pragma unroll
-        for (int i = 0; i < N; ++i) sum += v[i] - rough;
-    }
-    float mean = rough + warp_sum(sum) * scale;
-    sum = 0.f;
-#pragma unroll
-    for (int p = 0; p < steps; ++p) {
-        if (!row.has(p)) continue;
-        row.get(v, p);
-#pragma unroll
-        for (int i = 0; i < N; ++i) sum += (v[i] - mean) * (v[i] - mean);
-    }
-    float inverse = 1.f / sqrtf(warp_sum(sum) * scale + eps);
-    if (row.lane == 0) {
-        stats[0] = mean;
-        stats[1] = inverse;
-    }
-#pragma unroll
-    for (int p = 0; p < steps; ++p) {
-        if (!row.has(p)) continue;
-        int first = row.column(p) * N;
-        float weight[N], bias[N];
-        load_floats(weight, gamma + first);
-        load_floats(bias, beta + first);
-        row.get(v, p);
-#pragma unroll
-        for (int i = 0; i < N; ++i) v[i] = (v[i] - mean) * inverse * weight[i] + bias[i];
-        *reinterpret_cast<Pack<T, N>*>(out + first) = narrow<T>(v);
-    }
-}
-
-// `out` may be `dy`: a lane reads a pack for the last time before it writes it.
-template <class T, int N, int P>
-__device__ __forceinline__ void layer_row_backward(T* out, const T* dy, const T* x,
-                                                   const float* stats, const float* gamma,
-                                                   int width) {
-    Row<T, N, P> inputs(x, width), slopes(dy, width);
-    const int steps = inputs.steps();
-    float mean = stats[0], inverse = stats[1];
-    float plain = 0.f, moment = 0.f, d[N], dz[N], weight[N];
-#pragma unroll
-    for (int p = 0; p < steps; ++p) {
-        if (!inputs.has(p)) continue;
-        load_floats(weight, gamma + inputs.column(p) * N);
-        inputs.get(d, p);
-        slopes.get(dz, p);
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            plain += dz[i] * weight[i];
-            moment += dz[i] * weight[i] * (d[i] - mean);
-        }
-    }
-    float scale = inverse / static_cast<float>(width);
-    plain = warp_sum(plain) * scale;
-    float slope = warp_sum(moment) * scale * inverse * inverse;
-#pragma unroll
-    for (int p = 0; p < steps; ++p) {
-        if (!inputs.has(p)) continue;
-        int first = inputs.column(p) * N;
-        load_floats(weight, gamma + first);
-        inputs.get(d, p);
-        slopes.get(dz, p);
-#pragma unroll
-        for (int i = 0; i < N; ++i)
-            dz[i] = dz[i] * weight[i] * inverse - plain - (d[i] - mean) * slope;
-        *reinterpret_cast<Pack<T, N>*>(out + first) = narrow<T>(dz);
-    }
-}
-
-// Packs of a row that each lane keeps: rows of 2560 bytes, 1280 numbers of 16 bits.
-#define KEPT 5
-
 // ---- `vector`: all addresses and channels allow accesses of 16 bytes
 
 #define NORM(T, suffix)                                                                         \
@@ -554,35 +459,7 @@ __device__ __forceinline__ void layer_row_backward(T* out, const T* dy, const T*
             group_backward<T, 16 / sizeof(T)>(out, dy, x, stats, gamma, beta, sums, s, silu);   \
         else group_backward<T, 1>(out, dy, x, stats, gamma, beta, sums, s, silu);               \
     }                                                                                           \
-    REGISTER(group_norm_backward_##suffix)                                                      \
-    extern "C" __global__ void __launch_bounds__(THREADS, 3) layer_norm_##suffix(                  \
-        T* out, const T* x, float* stats, const float* gamma, const float* beta,                \
-        long long rows, int width, int vector, float eps) {                                     \
-        constexpr int N = 16 / sizeof(T);                                                       \
-        i64 row = static_cast<i64>(blockIdx.x) * WARPS + (threadIdx.x >> 5);                    \
-        if (row >= rows) return;                                                                \
-        i64 at = row * width;                                                                   \
-        float* to = stats + row * 2;                                                            \
-        if (!vector) layer_row<T, 1, 0>(out + at, x + at, to, gamma, beta, width, eps);         \
-        else if (width <= KEPT * 32 * N)                                                        \
-            layer_row<T, N, KEPT>(out + at, x + at, to, gamma, beta, width, eps);               \
-        else layer_row<T, N, 0>(out + at, x + at, to, gamma, beta, width, eps);                 \
-    }                                                                                           \
-    REGISTER(layer_norm_##suffix)                                                               \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) layer_norm_backward_##suffix(         \
-        T* out, const T* dy, const T* x, const float* stats, const float* gamma,                \
-        long long rows, int width, int vector) {                                                \
-        constexpr int N = 16 / sizeof(T);                                                       \
-        i64 row = static_cast<i64>(blockIdx.x) * WARPS + (threadIdx.x >> 5);                    \
-        if (row >= rows) return;                                                                \
-        i64 at = row * width;                                                                   \
-        const float* of = stats + row * 2;                                                      \
-        if (!vector) layer_row_backward<T, 1, 0>(out + at, dy + at, x + at, of, gamma, width);  \
-        else if (width <= KEPT * 32 * N)                                                        \
-            layer_row_backward<T, N, KEPT>(out + at, dy + at, x + at, of, gamma, width);        \
-        else layer_row_backward<T, N, 0>(out + at, dy + at, x + at, of, gamma, width);          \
-    }                                                                                           \
-    REGISTER(layer_norm_backward_##suffix)
+    REGISTER(group_norm_backward_##suffix)
 
 NORM(float, f32)
 NORM(bf16, bf16)

@@ -199,6 +199,48 @@ __device__ __forceinline__ bool isfinite_f(float x) {
     return (bits_of_f32(x) & 0x7f800000u) != 0x7f800000u;
 }
 
+// ---- packs in registers
+
+template <class T, int N>
+__device__ __forceinline__ void widen(float (&out)[N], const Pack<T, N>& pack) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) out[i] = to_f32(pack.v[i]);
+}
+
+template <class T, int N>
+__device__ __forceinline__ Pack<T, N> narrow(const float (&values)[N]) {
+    Pack<T, N> pack;
+#pragma unroll
+    for (int i = 0; i < N; ++i) pack.v[i] = from_f32<T>(values[i]);
+    return pack;
+}
+
+// N floats, by 16 bytes at most.
+template <int N>
+__device__ __forceinline__ void load_floats(float (&out)[N], const float* from) {
+    constexpr int at_once = N < 4 ? N : 4;
+#pragma unroll
+    for (int start = 0; start < N; start += at_once) {
+        Pack<float, at_once> pack = *reinterpret_cast<const Pack<float, at_once>*>(from + start);
+#pragma unroll
+        for (int i = 0; i < at_once; ++i) out[start + i] = pack.v[i];
+    }
+}
+
+template <int N>
+__device__ __forceinline__ void store_floats(float* to, const float (&values)[N]) {
+    constexpr int at_once = N < 4 ? N : 4;
+#pragma unroll
+    for (int start = 0; start < N; start += at_once) {
+        Pack<float, at_once> pack;
+#pragma unroll
+        for (int i = 0; i < at_once; ++i) pack.v[i] = values[start + i];
+        *reinterpret_cast<Pack<float, at_once>*>(to + start) = pack;
+    }
+}
+
+// ---- threads together
+
 // All lanes of a warp, all with the same result.
 __device__ __forceinline__ float warp_sum(float x) {
     for (int lane = 16; lane > 0; lane >>= 1) x += __shfl_xor_sync(0xffffffffu, x, lane);

@@ -1,4 +1,5 @@
-//! Group and layer normalisation: how the work is cut, and the starts of `kernels/norm.cu`.
+//! Group and layer normalisation: how the work is cut, and the starts of `kernels/norm.cu` and
+//! `kernels/layer_norm.cu`.
 //!
 //! A group norm is cut into chunks of pixels by tiles of channels, so that small maps with many
 //! channels fill a card as well as large ones with few. The cut depends on shapes alone: results and
@@ -77,7 +78,7 @@ impl Split {
         let width = self.tile * self.per_group;
         let rows = THREADS / (width / self.pack).min(THREADS);
         let floats = if sums { 2 * rows * width } else { 2 * self.tile };
-        (floats + 2 * self.tile) * 4
+        (floats + (2 * self.tile).next_multiple_of(4)) * 4
     }
 
     fn grid(&self, op: &'static str, sums: bool) -> Result<([u32; 3], u32, u32)> {
@@ -249,7 +250,7 @@ pub(super) fn layer_norm(
         Arg::I32(i32::from(pack > 1)),
         Arg::F32(eps),
     ]);
-    card.launch(("norm", OP), dtype, row_grid(OP, x.rows())?, &args)?;
+    card.launch(("layer_norm", OP), dtype, row_grid(OP, x.rows())?, &args)?;
     Ok((out, stats))
 }
 
@@ -279,7 +280,7 @@ pub(super) fn layer_norm_backward(
         Arg::I32(whole(OP, x.last_dim())?),
         Arg::I32(i32::from(pack > 1)),
     ]);
-    card.launch(("norm", OP), dtype, row_grid(OP, x.rows())?, &args)?;
+    card.launch(("layer_norm", OP), dtype, row_grid(OP, x.rows())?, &args)?;
     Ok(out)
 }
 
