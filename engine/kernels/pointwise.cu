@@ -118,16 +118,26 @@ __device__ __forceinline__ void largest(float* out, const T* x, i64 n)
     if (threadIdx.x == 0) out[blockIdx.x] = most;
 }
 
-// ---- Functions of one element, with their slopes.
+// ---- Functions of one element, with their slopes, for a result of type T.
 
-// Divisions within 2 units of the last place: exact ones branch, one element after the other.
+// Divisions within 2 units of the last place: exact ones branch, one element after the other. So is
+// the exponential, where the result has 16 bits.
 
+template <class T>
+__device__ __forceinline__ float exponential(float x)
+{
+    if constexpr (sizeof(T) == 2) return __expf(x);
+    else return expf(x);
+}
+
+template <class T>
 __device__ __forceinline__ float sigmoid(float x)
 {
-    return __fdividef(1.f, 1.f + expf(-x));
+    return __fdividef(1.f, 1.f + exponential<T>(-x));
 }
 
 // The normal distribution function at x, and e^(-x^2/2): the approximation of cpu/transcendental.rs.
+template <class T>
 __device__ __forceinline__ float normal(float x, float& bell)
 {
     const float u = fabsf(x);
@@ -142,39 +152,42 @@ __device__ __forceinline__ float normal(float x, float& bell)
     p = p * t + 0.08903966f;
     p = p * t + 0.095843315f;
     p = p * t + 0.09574287f;
-    bell = expf(-0.5f * u * u);
+    bell = exponential<T>(-0.5f * u * u);
     const float tail = p * t * bell;
     return x > 0.f ? 1.f - tail : tail;
 }
 
+template <class T>
 struct Silu {
-    static __device__ __forceinline__ float value(float x) { return x * sigmoid(x); }
+    static __device__ __forceinline__ float value(float x) { return x * sigmoid<T>(x); }
     static __device__ __forceinline__ float slope(float x)
     {
-        const float s = sigmoid(x);
+        const float s = sigmoid<T>(x);
         return s * (1.f + x * (1.f - s));
     }
 };
 
+template <class T>
 struct QuickGelu {
-    static __device__ __forceinline__ float value(float x) { return x * sigmoid(1.702f * x); }
+    static __device__ __forceinline__ float value(float x) { return x * sigmoid<T>(1.702f * x); }
     static __device__ __forceinline__ float slope(float x)
     {
-        const float s = sigmoid(1.702f * x);
+        const float s = sigmoid<T>(1.702f * x);
         return s * (1.f + 1.702f * x * (1.f - s));
     }
 };
 
+template <class T>
 struct Gelu {
     static __device__ __forceinline__ float value(float x)
     {
         float bell;
-        return x * normal(x, bell);
+        return x * normal<T>(x, bell);
     }
     static __device__ __forceinline__ float slope(float x)
     {
         float bell;
-        const float phi = normal(x, bell);
+        const float phi = normal<T>(x, bell);
         return x * DENSITY * bell + phi;
     }
 };
@@ -222,7 +235,7 @@ __device__ __forceinline__ void gate(T* out, const T* x, i64 chunks, i64 width)
     read<N>(v, value, N, N > 1);
     read<N>(g, value + width, N, N > 1);
 #pragma unroll
-    for (int k = 0; k < N; k++) v[k] *= Gelu::value(g[k]);
+    for (int k = 0; k < N; k++) v[k] *= Gelu<T>::value(g[k]);
     write<N>(out + chunk * N, v, N, N > 1);
 }
 
@@ -240,7 +253,7 @@ __device__ __forceinline__ void gate_backward(T* dx, const T* dy, const T* x, i6
 #pragma unroll
     for (int k = 0; k < N; k++) {
         float bell;
-        const float phi = normal(g[k], bell);
+        const float phi = normal<T>(g[k], bell);
         const float slope = g[k] * DENSITY * bell + phi;
         const float value = v[k];
         v[k] = d[k] * g[k] * phi;
@@ -369,12 +382,12 @@ __device__ __forceinline__ void sum_parts(T* out, const float* parts, i64 n, i64
 #define ACTIVATION(kernel, F, name, T)                                                              \
     extern "C" __global__ void kernel##_##name(T* out, const T* x, long long n)                     \
     {                                                                                               \
-        forward<F>(out, x, n);                                                                      \
+        forward<F<T>>(out, x, n);                                                                      \
     }                                                                                               \
     REGISTER(kernel##_##name)                                                                       \
     extern "C" __global__ void kernel##_backward_##name(T* dx, const T* dy, const T* x, long long n) \
     {                                                                                               \
-        backward<F>(dx, dy, x, n);                                                                  \
+        backward<F<T>>(dx, dy, x, n);                                                                  \
     }                                                                                               \
     REGISTER(kernel##_backward_##name)
 

@@ -155,11 +155,14 @@ impl Trace {
 /// Offsets of buffers (none for those that outlive the run) and the bytes they need.
 type Places = (Vec<Option<usize>>, usize);
 
+/// What comes first when buffers are placed: the largest.
+type Rank<'a> = &'a dyn Fn(&Life) -> (usize, usize);
+
 /// No order of placing is best for every run: several are tried until little is wasted over `least`.
 fn best_places(lives: &[Life], least: usize) -> Places {
     let good = least + least / 100;
     let duration = |life: &Life| life.end.unwrap_or(life.start) - life.start;
-    let ranks: [&dyn Fn(&Life) -> (usize, usize); 3] =
+    let ranks: [Rank; 3] =
         [&|life| (life.size, 0), &|life| (life.size * duration(life), life.size), &|life| {
             (duration(life), life.size)
         }];
