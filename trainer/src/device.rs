@@ -2,9 +2,10 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use collectives::Env;
 use engine::Device;
+use engine::cuda::nvidia;
 
 use crate::options::{self, Options};
 
@@ -23,15 +24,26 @@ fn registered(name: &str) -> Option<Device> {
     registered.iter().find(|(known, _)| known == name).map(|(_, device)| *device)
 }
 
-/// Opens the device that `name` means: `cpu`.
+/// Opens the device that `name` means: `cpu`, `cuda` (the first card) or `cuda:1`.
 pub fn open(name: &str) -> Result<Device> {
+    open_within(name, None)
+}
+
+/// The same; of a card's memory at most `limit` bytes may be used.
+pub fn open_within(name: &str, limit: Option<usize>) -> Result<Device> {
     if let Some(device) = registered(name) {
         return Ok(device);
     }
-    match name {
-        "cpu" => Ok(Device::Cpu),
-        other => bail!("there is no device of this name: {other}\nhint: use `--device cpu`"),
-    }
+    let index = match name.split_once(':') {
+        None if name == "cpu" => return Ok(Device::Cpu),
+        None if name == "cuda" => Some(0),
+        Some(("cuda", index)) => index.parse().ok(),
+        _ => None,
+    };
+    let Some(index) = index else {
+        bail!("there is no device of this name: {name}\nhint: use `cpu`, `cuda` or `cuda:1`")
+    };
+    nvidia::open(index, limit).with_context(|| format!("cannot open the card: {name}"))
 }
 
 /// The device of a rank of a run.
