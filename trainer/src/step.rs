@@ -53,6 +53,16 @@ pub fn forward_backward(
     inputs: &StepInputs,
     ready: &mut dyn FnMut(ParamId, Tensor) -> engine::Result<()>,
 ) -> Result<Forward> {
+    forward_backward_onto((models, params), setting, inputs, (None, ready))
+}
+
+/// The same; on a card each gradient is added to its place in a flat tensor, where one is given.
+pub fn forward_backward_onto(
+    (models, params): (&Models, &ParamStore),
+    setting: Setting,
+    inputs: &StepInputs,
+    (flat, ready): (Option<&Tensor>, &mut dyn FnMut(ParamId, Tensor) -> engine::Result<()>),
+) -> Result<Forward> {
     params.refresh()?;
     let random = setting.draws.is_some();
     let tape = Tape::new(params, setting.checkpointing).with_draws(setting.draws);
@@ -68,7 +78,10 @@ pub fn forward_backward(
     drop((context, prediction));
     // Dropouts can leave out all that the loss depends on.
     if loss.is_tracked() || !random {
-        tape.backward(&loss, ready)?;
+        match flat {
+            Some(flat) => tape.backward_onto(&loss, flat, ready)?,
+            None => tape.backward(&loss, ready)?,
+        }
     }
     Ok(forward)
 }

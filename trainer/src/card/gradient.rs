@@ -56,12 +56,6 @@ impl CardGradient {
         self.flat.view(self.len + STOP, &[1])?.copy_from(&self.wish)
     }
 
-    /// Adds a gradient.
-    pub fn add(&mut self, id: ParamId, gradient: &Tensor) -> engine::Result<()> {
-        let backend = gradient.device().backend();
-        backend.add_at(&mut self.flat, self.ranges[id.0].start, gradient)
-    }
-
     /// Adds the losses `[B]` of a micro-step to the loss.
     pub fn add_losses(&mut self, losses: &Tensor) -> engine::Result<()> {
         let backend = losses.device().backend();

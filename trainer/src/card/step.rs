@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use collectives::{Comm, signals};
 use engine::cuda::flat::clip_factor;
-use engine::{DType, ParamStore, Tensor};
+use engine::{DType, ParamId, ParamStore, Tensor};
 
 use super::gradient::{Agreed, CardGradient};
 use super::runner::Outcome;
@@ -19,7 +19,7 @@ use crate::loss_history::SampleLoss;
 use crate::monitor::StepReport;
 use crate::optimizer::{CardStep, StepInput};
 use crate::reduce::Reducer;
-use crate::step::{Models, Setting, forward_backward};
+use crate::step::{Models, Setting, forward_backward_onto};
 use crate::train::Trainer;
 use crate::watch::{Sighting, Watch};
 
@@ -105,15 +105,17 @@ impl Pass<'_> {
         }
         let mut reached = vec![false; self.params.count()];
         let (gradient, end) = (&mut *self.gradient, &mut self.end);
-        let models = (self.models, &*self.params);
-        let forward = forward_backward(models, self.setting.clone(), self.inputs, &mut |id, g| {
+        let (models, flat) = ((self.models, &*self.params), gradient.whole().clone());
+        let mut ready = |id: ParamId, _| {
             reached[id.0] = true;
-            gradient.add(id, &g)?;
             let Some(End { sum, .. }) = end else { return Ok(()) };
             let pieces = gradient.leaving(id);
             sum.send(gradient, pieces)
                 .map_err(|error| engine::EngineError::Tape(format!("{error:#}")))
-        })?;
+        };
+        let (setting, ready) = (self.setting.clone(), (Some(&flat), &mut ready as _));
+        let forward = forward_backward_onto(models, setting, self.inputs, ready)?;
+        drop(flat);
         let losses = forward.losses.clone();
         drop(forward);
         self.gradient.add_losses(&losses)?;
