@@ -6,6 +6,9 @@ use engine::{Activation, DType, Device, EngineError, Ids, Result, Tensor};
 
 const MEMORY: usize = 1 << 26;
 
+/// What fails on a device, given what makes tensors of zeros there.
+type Wrong = fn(Device, &dyn Fn(&[usize]) -> Tensor) -> EngineError;
+
 /// What is computed from one tensor `[2,4,6,40]`, row numbers and factors.
 type Step = fn(&Tensor, &Ids, &Tensor) -> Result<Vec<Tensor>>;
 
@@ -88,11 +91,10 @@ fn eight_bits_need_the_host_and_say_so() {
 #[test]
 fn operands_that_do_not_fit_are_errors_as_on_the_cpu() {
     let card = emulator::open(MEMORY).unwrap();
-    let message = |device: Device, run: fn(Device, &dyn Fn(&[usize]) -> Tensor) -> EngineError| {
+    let message = |device: Device, run: Wrong| {
         let zeros = |shape: &[usize]| Tensor::zeros(device, shape, DType::F32).unwrap();
         run(device, &zeros).to_string().replace(&device.to_string(), "")
     };
-    type Wrong = fn(Device, &dyn Fn(&[usize]) -> Tensor) -> EngineError;
     let wrongs: [Wrong; 9] = [
         |d, t| d.backend().add(&t(&[2, 3]), &t(&[3, 2])).unwrap_err(),
         |d, t| d.backend().geglu(&t(&[2, 3])).unwrap_err(),
