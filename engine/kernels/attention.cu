@@ -1,0 +1,138 @@
+// Attention on tensor cores without an N x N tensor: bf16 and f16, heads of 40, 64, 80 and 160
+// elements whose rows start at multiples of 16 bytes. What else there is goes through
+// attention_plain.cu.
+//
+// FlashAttention-2 (Dao, arXiv:2307.08691): a warp holds its queries in registers and walks over
+// tiles of 64 keys with a running maximum and sum in base 2; what is saved is the log-sum-exp.
+//
+// A right operand is 256 bytes of shared memory for each m16n8k16, as much as a multiprocessor reads
+// while its tensor cores compute one or two: "wide" kernels hold two row tiles to a warp and use each
+// operand twice. The others have half the rows in a block, for launches that would not fill the card
+// and for heads of 160, of which 32 rows do not fit into the registers.
+#include "attention_tiles.cuh"
+
+namespace {
+
+template <class T, int D, int M>
+__device__ __forceinline__ void forward(const T* q, const T* k, const T* v, T* out, float* lse,
+                                        int heads, int queries, int keys, float scale, int causal) {
+    constexpr int ROWS = WARPS * M * 16, TILE = KEYS * Head<D>::STRIDE;
+    DYNAMIC_SHARED(T, shared);
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    int first_row = blockIdx.x * ROWS + warp * M * 16;
+    int stride = heads * D;
+    q += head_at(queries, heads, D), out += head_at(queries, heads, D);
+    k += head_at(keys, heads, D), v += head_at(keys, heads, D);
+    lse += statistics_at(queries, heads);
+
+    int seen = causal ? min(keys, static_cast<int>(blockIdx.x + 1) * ROWS) : keys;
+    int tiles = (seen + KEYS - 1) / KEYS;
+    stage<T, D, KEYS>(shared, k, stride, 0, keys);
+    stage<T, D, KEYS>(shared + TILE, v, stride, 0, keys);
+    cp_async_commit();
+
+    u32 left[M][Head<D>::STEPS][4];
+    float sums[M][Head<D>::CHUNKS][4], most[M][2], total[M][2];
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        hold<T, D>(left[m], q, stride, first_row + m * 16, queries);
+        most[m][0] = most[m][1] = -INFINITY_F, total[m][0] = total[m][1] = 0.f;
+#pragma unroll
+        for (int c = 0; c < Head<D>::CHUNKS; c++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[m][c][i] = 0.f;
+    }
+    float scale_2 = scale * LOG2_E;
+    for (int tile = 0; tile < tiles; tile++) {
+        cp_async_wait<0>();
+        // Everybody's part has arrived, and nobody reads the other buffer any more.
+        __syncthreads();
+        int first = tile * KEYS;
+        T* k_tile = shared + (tile & 1) * 2 * TILE;
+        if (tile + 1 < tiles) {
+            T* next = shared + ((tile + 1) & 1) * 2 * TILE;
+            stage<T, D, KEYS>(next, k, stride, first + KEYS, keys);
+            stage<T, D, KEYS>(next + TILE, v, stride, first + KEYS, keys);
+            cp_async_commit();
+        }
+        float s[KEYS / 16][M][2][4];
+#pragma unroll
+        for (int block = 0; block < KEYS / 16; block++)
+            times_rows<T, D, M>(s[block], left, k_tile + block * 16 * Head<D>::STRIDE);
+        if (first + KEYS > keys || (causal && first + KEYS > first_row + 1)) {
+#pragma unroll
+            for (int i = 0; i < KEYS / 16 * M * 8; i++) {
+                int block = i / (M * 8), m = i / 8 % M, n = i / 4 % 2, e = i % 4;
+                int key = first + block * 16 + n * 8 + 2 * (lane & 3) + (e & 1);
+                int row = first_row + m * 16 + (lane >> 2) + (e >> 1) * 8;
+                if (key >= keys || (causal && key > row)) s[block][m][n][e] = -INFINITY_F;
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float high = -INFINITY_F;
+#pragma unroll
+                for (int i = 0; i < KEYS / 4; i++)
+                    high = fmaxf(high, s[i / 4][m][i / 2 % 2][half * 2 + i % 2]);
+                // Finite: every query sees key 0, and tile 0 comes first.
+                high = fmaxf(most[m][half], quad_max(high));
+                float shrink = power_of_2((most[m][half] - high) * scale_2);
+                float offset = high * scale_2, sum = 0.f;
+                most[m][half] = high;
+#pragma unroll
+                for (int i = 0; i < KEYS / 4; i++) {
+                    float& x = s[i / 4][m][i / 2 % 2][half * 2 + i % 2];
+                    x = power_of_2(x * scale_2 - offset);
+                    sum += x;
+                }
+                total[m][half] = total[m][half] * shrink + sum;
+#pragma unroll
+                for (int c = 0; c < Head<D>::CHUNKS; c++) {
+                    sums[m][c][half * 2] *= shrink;
+                    sums[m][c][half * 2 + 1] *= shrink;
+                }
+            }
+        }
+#pragma unroll
+        for (int block = 0; block < KEYS / 16; block++) {
+            u32 p[M][4];
+#pragma unroll
+            for (int m = 0; m < M; m++) as_left<T>(p[m], s[block][m]);
+            add_rows<T, D, M>(sums, p, k_tile + TILE + block * 16 * Head<D>::STRIDE);
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        float upper = quad_sum(total[m][0]), lower = quad_sum(total[m][1]);
+        int first = first_row + m * 16, row = first + (lane >> 2);
+        store<T, D>(out, stride, first, queries, sums[m], 1.f / upper, 1.f / lower);
+        if ((lane & 3) == 0) {
+            if (row < queries) lse[row] = most[m][0] * scale + logf(upper);
+            if (row + 8 < queries) lse[row + 8] = most[m][1] * scale + logf(lower);
+        }
+    }
+}
+
+}  // namespace
+
+#define FORWARD(name, T, D, M)                                                                    \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                         \
+        name(const T* q, const T* k, const T* v, T* out, float* lse, int heads, int queries,      \
+             int keys, float scale, int causal) {                                                 \
+        forward<T, D, M>(q, k, v, out, lse, heads, queries, keys, scale, causal);                 \
+    }                                                                                             \
+    REGISTER(name)
+
+#define EACH(T)                                                  \
+    FORWARD(attention_forward_40_##T, T, 40, 1)                  \
+    FORWARD(attention_forward_64_##T, T, 64, 1)                  \
+    FORWARD(attention_forward_80_##T, T, 80, 1)                  \
+    FORWARD(attention_forward_160_##T, T, 160, 1)                \
+    FORWARD(attention_forward_wide_40_##T, T, 40, 2)             \
+    FORWARD(attention_forward_wide_64_##T, T, 64, 2)             \
+    FORWARD(attention_forward_wide_80_##T, T, 80, 2)
+
+EACH(bf16)
+EACH(f16)
