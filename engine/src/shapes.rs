@@ -1,7 +1,7 @@
-//! Sizes of products and convolutions, checked once for all devices.
+//! Sizes of products, convolutions and attentions, checked once for all devices.
 
-use crate::backend::{ConvGeometry, Gemm, LowRank};
-use crate::{EngineError, Result, Tensor};
+use crate::backend::{AttentionKind, AttentionSaved, ConvGeometry, Gemm, LowRank};
+use crate::{DType, EngineError, Result, Tensor};
 
 /// Sizes of a checked product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,4 +120,60 @@ impl ConvSizes {
         let g = self.geometry;
         g.kernel == (1, 1) && g.stride == 1 && g.pad_before == 0 && g.pad_after == 0
     }
+}
+
+/// Sizes of a checked attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct AttentionSizes {
+    /// Samples.
+    pub batch: usize,
+    /// Heads of a sample.
+    pub heads: usize,
+    /// Tokens that look.
+    pub queries: usize,
+    /// Tokens that are looked at.
+    pub keys: usize,
+    /// Elements of a head.
+    pub dim: usize,
+}
+
+/// Sizes of an attention whose operands fit each other.
+pub(crate) fn attention_sizes(
+    op: &'static str,
+    (q, k, v): (&Tensor, &Tensor, &Tensor),
+    kind: AttentionKind,
+) -> Result<AttentionSizes> {
+    let heads = kind.heads;
+    let fail = || Err(EngineError::shape(op, format!("q {q:?}, k {k:?}, v {v:?}, {kind:?}")));
+    let (&[batch, queries, width], &[kb, keys, kw]) = (q.shape(), k.shape()) else {
+        return fail();
+    };
+    let types = q.dtype() == k.dtype() && k.dtype() == v.dtype();
+    let fits = (kb, kw) == (batch, width) && k.shape() == v.shape();
+    if !types || !fits || q.is_empty() || k.is_empty() || heads == 0 || width % heads != 0 {
+        return fail();
+    }
+    // The running maximum is one of unscaled scores.
+    if kind.scale.is_nan() || kind.scale <= 0. {
+        return fail();
+    }
+    Ok(AttentionSizes { batch, heads, queries, keys, dim: width / heads })
+}
+
+/// The same for its backward, which is also given the output, its gradient and the log-sum-exp.
+pub(crate) fn attention_backward_sizes(
+    op: &'static str,
+    dy: &Tensor,
+    saved: &AttentionSaved,
+    kind: AttentionKind,
+) -> Result<AttentionSizes> {
+    let AttentionSaved { q, k, v, out, lse } = *saved;
+    let s = attention_sizes(op, (q, k, v), kind)?;
+    let fits = |t: &Tensor| t.shape() == q.shape() && t.dtype() == q.dtype();
+    let known = lse.shape() == [s.batch, s.heads, s.queries] && lse.dtype() == DType::F32;
+    if !fits(dy) || !fits(out) || !known {
+        let detail = format!("q {q:?}, dy {dy:?}, out {out:?}, lse {lse:?}");
+        return Err(EngineError::shape(op, detail));
+    }
+    Ok(s)
 }

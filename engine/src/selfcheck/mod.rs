@@ -3,6 +3,7 @@
 //! Part of the program, so that a machine with a card can say whether its results are right. Inputs
 //! are rounded to the card's element type first; the reference then computes with them in f32.
 
+mod attention;
 mod compose;
 mod conv;
 mod layout;
@@ -59,7 +60,7 @@ impl Check {
 /// All checks, small and big.
 pub fn all() -> Vec<Check> {
     let kinds = [
-        pointwise::checks,
+        attention::checks, pointwise::checks,
         layout::checks,
         matmul::checks,
         conv::checks,

@@ -19,7 +19,8 @@ use self::product::{Arithmetic, TILE};
 use self::tiles::{BackwardHead, ForwardHead, KEYS, backward_keys, forward_queries};
 use super::simd::{Scalar, with_scalar};
 use crate::backend::{AttentionKind, AttentionOut, AttentionSaved};
-use crate::{EngineError, Result, Tensor, pool};
+use crate::shapes::{AttentionSizes, attention_backward_sizes, attention_sizes};
+use crate::{DType, Result, Tensor, pool};
 
 /// Tasks that a backward over few heads is cut into.
 const BACKWARD_TASKS: usize = 16;
@@ -37,29 +38,9 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn new(
-        op: &'static str,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        kind: AttentionKind,
-    ) -> Result<Self> {
-        let heads = kind.heads;
-        let fail = || Err(EngineError::shape(op, format!("q {q:?}, k {k:?}, v {v:?}, {kind:?}")));
-        let (&[batch, queries, width], &[kb, keys, kw]) = (q.shape(), k.shape()) else {
-            return fail();
-        };
-        let types = q.dtype() == k.dtype() && k.dtype() == v.dtype();
-        let fits = (kb, kw) == (batch, width) && k.shape() == v.shape();
-        if !types || !fits || q.is_empty() || k.is_empty() || heads == 0 || width % heads != 0 {
-            return fail();
-        }
-        // The running maximum is one of unscaled scores.
-        if kind.scale.is_nan() || kind.scale <= 0. {
-            return fail();
-        }
-        let arithmetic = Arithmetic::of(q.dtype());
-        Ok(Self { batch, heads, queries, keys, dim: width / heads, arithmetic })
+    fn of(sizes: AttentionSizes, dtype: DType) -> Self {
+        let AttentionSizes { batch, heads, queries, keys, dim } = sizes;
+        Self { batch, heads, queries, keys, dim, arithmetic: Arithmetic::of(dtype) }
     }
 
     /// Elements of a sample's queries and of its keys.
@@ -90,7 +71,7 @@ pub(super) fn attention(
     kind: AttentionKind,
 ) -> Result<AttentionOut> {
     const OP: &str = "attention";
-    let s = Sizes::new(OP, q, k, v, kind)?;
+    let s = Sizes::of(attention_sizes(OP, (q, k, v), kind)?, q.dtype());
     with_scalar!(q.dtype(), T => {
         let (qs, ks, vs) = (q.elements::<T>(OP)?, k.elements::<T>(OP)?, v.elements::<T>(OP)?);
         let mut out = pool::take::<T>(q.len());
@@ -160,12 +141,7 @@ pub(super) fn attention_backward(
 ) -> Result<(Tensor, Tensor, Tensor)> {
     const OP: &str = "attention_backward";
     let AttentionSaved { q, k, v, out, lse } = *saved;
-    let s = Sizes::new(OP, q, k, v, kind)?;
-    let fits = |t: &Tensor| t.shape() == q.shape() && t.dtype() == q.dtype();
-    if !fits(dy) || !fits(out) || lse.shape() != [s.batch, s.heads, s.queries] {
-        let detail = format!("q {q:?}, dy {dy:?}, out {out:?}, lse {lse:?}");
-        return Err(EngineError::shape(OP, detail));
-    }
+    let s = Sizes::of(attention_backward_sizes(OP, dy, saved, kind)?, q.dtype());
     let lse = lse.elements::<f32>(OP)?;
     with_scalar!(q.dtype(), T => {
         let (qs, ks, vs) = (q.elements::<T>(OP)?, k.elements::<T>(OP)?, v.elements::<T>(OP)?);
@@ -269,7 +245,6 @@ mod tests {
     use half::bf16;
 
     use super::*;
-    use crate::DType;
     use crate::cpu::simd::Simd;
 
     fn noise<T: Scalar>(len: usize, seed: usize) -> Vec<T> {
