@@ -13,6 +13,12 @@
 
 namespace {
 
+// Blocks that a multiprocessor is to hold, by registers: 65536 of them.
+constexpr int blocks_of(int dim, int row_tiles) {
+    if (row_tiles == 2) return dim == 40 ? 3 : 2;
+    return dim == 40 ? 4 : dim == 160 ? 2 : 3;
+}
+
 template <class T, int D, int M>
 __device__ __forceinline__ void forward(const T* q, const T* k, const T* v, T* out, float* lse,
                                         int heads, int queries, int keys, float scale, int causal) {
@@ -21,9 +27,7 @@ __device__ __forceinline__ void forward(const T* q, const T* k, const T* v, T* o
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     int first_row = blockIdx.x * ROWS + warp * M * 16;
     int stride = heads * D;
-    q += head_at(queries, heads, D), out += head_at(queries, heads, D);
-    k += head_at(keys, heads, D), v += head_at(keys, heads, D);
-    lse += statistics_at(queries, heads);
+    q += head_at(queries, heads, D), k += head_at(keys, heads, D), v += head_at(keys, heads, D);
 
     int seen = causal ? min(keys, static_cast<int>(blockIdx.x + 1) * ROWS) : keys;
     int tiles = (seen + KEYS - 1) / KEYS;
@@ -103,6 +107,7 @@ __device__ __forceinline__ void forward(const T* q, const T* k, const T* v, T* o
             add_rows<T, D, M>(sums, p, k_tile + TILE + block * 16 * Head<D>::STRIDE);
         }
     }
+    out += head_at(queries, heads, D), lse += statistics_at(queries, heads);
 #pragma unroll
     for (int m = 0; m < M; m++) {
         float upper = quad_sum(total[m][0]), lower = quad_sum(total[m][1]);
@@ -118,7 +123,7 @@ __device__ __forceinline__ void forward(const T* q, const T* k, const T* v, T* o
 }  // namespace
 
 #define FORWARD(name, T, D, M)                                                                    \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, blocks_of(D, M))                        \
         name(const T* q, const T* k, const T* v, T* out, float* lse, int heads, int queries,      \
              int keys, float scale, int causal) {                                                 \
         forward<T, D, M>(q, k, v, out, lse, heads, queries, keys, scale, causal);                 \
