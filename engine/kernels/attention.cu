@@ -14,7 +14,7 @@
 namespace {
 
 // Blocks that a multiprocessor is to hold, by registers: 65536 of them.
-constexpr int blocks_of(int dim, int row_tiles) {
+__host__ __device__ constexpr int blocks_of(int dim, int row_tiles) {
     if (row_tiles == 2) return dim == 40 ? 3 : 2;
     return dim == 40 ? 4 : dim == 160 ? 2 : 3;
 }

@@ -12,6 +12,12 @@
 
 namespace {
 
+// Blocks of dQ's kernel that a multiprocessor is to hold.
+__host__ __device__ constexpr int blocks_for_queries(int dim, int row_tiles) {
+    if (row_tiles == 2) return dim == 40 ? 3 : 2;
+    return dim == 40 ? 4 : dim == 160 ? 2 : 3;
+}
+
 // dQ, and `delta` = rowsum(dO·O).
 template <class T, int D, int M>
 __device__ __forceinline__ void queries_backward(const T* q, const T* k, const T* v, const T* out,
@@ -233,7 +239,7 @@ __device__ __forceinline__ void keys_backward(const T* q, const T* k, const T* v
 }  // namespace
 
 #define QUERIES_BACKWARD(name, T, D, M)                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, blocks_for_queries(D, M))               \
         name(const T* q, const T* k, const T* v, const T* out, const T* dy, const float* lse,     \
              float* delta, T* dq, int heads, int queries, int keys, float scale, int causal) {    \
         queries_backward<T, D, M>(q, k, v, out, dy, lse, delta, dq, heads, queries, keys, scale,  \
@@ -242,7 +248,7 @@ __device__ __forceinline__ void keys_backward(const T* q, const T* k, const T* v
     REGISTER(name)
 
 #define KEYS_BACKWARD(name, T, D, M)                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, D <= 64 && M == 1 ? 3 : 2)              \
         name(const T* q, const T* k, const T* v, const T* dy, const float* lse,                   \
              const float* delta, T* dk, T* dv, float* partial, int heads, int queries, int keys,  \
              float scale, int causal, int splits) {                                               \

@@ -2,8 +2,8 @@
 //
 // Left operands are read once, from global memory to registers. Right operands are tiles in shared
 // memory, the next one on its way while this one is used; a row is an odd number of 16-byte chunks,
-// so that the 8 rows of an ldmatrix lie in different banks without swizzling. 40 = 2·16 + 8: the
-// last half step has zeros in registers, not in memory.
+// so that the 8 rows of an ldmatrix lie in different banks without swizzling. Heads
+// are not padded: 40 = 2·16 + 8, and the last step is one of mma.m16n8k8.
 #pragma once
 #include "prelude.cuh"
 
@@ -38,6 +38,9 @@ __device__ __forceinline__ float half_of(u32 pair, int upper) {
     x.x = static_cast<u16>(upper ? pair >> 16 : pair & 0xffffu);
     return to_f32(x);
 }
+
+__device__ constexpr bool is_bf16(bf16*) { return true; }
+__device__ constexpr bool is_bf16(f16*) { return false; }
 
 // Sum and maximum over the four lanes that share a row of an accumulator.
 __device__ __forceinline__ float quad_sum(float x) {
@@ -117,17 +120,51 @@ __device__ __forceinline__ int lane_along() {
     return (lane & 15) * Head<D>::STRIDE + (lane >> 4) * 8;
 }
 
-// The right operand of one step over a head's elements: two tiles of 8 rows.
-template <class T, int D>
-__device__ __forceinline__ void rows_of(u32 (&b)[2][2], const T* rows, int step) {
+// d += a · b over 8 elements: the first half of mma_16816.
+template <class T>
+__device__ __forceinline__ void mma_1688(float (&d)[4], const u32 (&a)[4], u32 b) {
+#ifdef LORARUN_HOST
+    u32 left[4] = {a[0], a[1], 0, 0}, right[2] = {b, 0};
+    mma_16816(d, left, right, static_cast<T*>(nullptr));
+#else
+    if (is_bf16(static_cast<T*>(nullptr)))
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+            "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(b));
+    else
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+            "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(b));
+#endif
+}
+
+// d += a · rowsᵀ for 16 rows in shared memory, as two tiles of 8 columns, over one step of 16
+// elements; over 8 where there are no more.
+template <class T, int D, int M>
+__device__ __forceinline__ void add_step(float (&d)[M][2][4],
+                                         const u32 (&left)[M][Head<D>::STEPS][4], const T* rows,
+                                         int step) {
     if (step * 16 + 16 <= D) {
         u32 r[4];
         ldmatrix_x4(r, rows + lane_across<D>() + step * 16);
-        b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
+        u32 first[2] = {r[0], r[1]}, second[2] = {r[2], r[3]};
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            mma_16816(d[m][0], left[m][step], first, static_cast<T*>(nullptr));
+            mma_16816(d[m][1], left[m][step], second, static_cast<T*>(nullptr));
+        }
     } else {
         u32 r[2];
         ldmatrix_x2(r, rows + lane_along<D>() + step * 16);
-        b[0][0] = r[0], b[0][1] = 0, b[1][0] = r[1], b[1][1] = 0;
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            mma_1688<T>(d[m][0], left[m][step], r[0]);
+            mma_1688<T>(d[m][1], left[m][step], r[1]);
+        }
     }
 }
 
@@ -141,15 +178,7 @@ __device__ __forceinline__ void times_rows(float (&d)[M][2][4],
 #pragma unroll
         for (int i = 0; i < 8; i++) d[m][i >> 2][i & 3] = 0.f;
 #pragma unroll
-    for (int step = 0; step < Head<D>::STEPS; step++) {
-        u32 b[2][2];
-        rows_of<T, D>(b, rows, step);
-#pragma unroll
-        for (int m = 0; m < M; m++) {
-            mma_16816(d[m][0], left[m][step], b[0], static_cast<T*>(nullptr));
-            mma_16816(d[m][1], left[m][step], b[1], static_cast<T*>(nullptr));
-        }
-    }
+    for (int step = 0; step < Head<D>::STEPS; step++) add_step<T, D, M>(d, left, rows, step);
 }
 
 // The same with the left operand in shared memory; D is a multiple of 16.
@@ -160,11 +189,12 @@ __device__ __forceinline__ void times_rows_shared(float (&d)[1][2][4], const T* 
     for (int i = 0; i < 8; i++) d[0][i >> 2][i & 3] = 0.f;
 #pragma unroll
     for (int step = 0; step < Head<D>::STEPS; step++) {
-        u32 a[4], b[2][2];
+        u32 a[4], r[4];
         ldmatrix_x4(a, left + lane_along<D>() + step * 16);
-        rows_of<T, D>(b, rows, step);
-        mma_16816(d[0][0], a, b[0], static_cast<T*>(nullptr));
-        mma_16816(d[0][1], a, b[1], static_cast<T*>(nullptr));
+        ldmatrix_x4(r, rows + lane_across<D>() + step * 16);
+        u32 first[2] = {r[0], r[1]}, second[2] = {r[2], r[3]};
+        mma_16816(d[0][0], a, first, static_cast<T*>(nullptr));
+        mma_16816(d[0][1], a, second, static_cast<T*>(nullptr));
     }
 }
 
