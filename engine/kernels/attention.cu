@@ -3,7 +3,7 @@
 // attention_plain.cu.
 //
 // FlashAttention-2 (Dao, arXiv:2307.08691): a warp holds its queries in registers and walks over
-// tiles of 64 keys with a running maximum and sum in base 2; what is saved is the log-sum-exp.
+// tiles of 64 keys with a running base and sum of powers of 2; what is saved is the log-sum-exp.
 //
 // A right operand is 256 bytes of shared memory for each m16n8k16, as much as a multiprocessor reads
 // while its tensor cores compute one or two: "wide" kernels hold two row tiles to a warp and use each
@@ -19,10 +19,67 @@ __host__ __device__ constexpr int blocks_of(int dim, int row_tiles) {
     return dim == 40 ? 4 : dim == 160 ? 2 : 3;
 }
 
+// Keys whose scores are in registers at a time.
+__host__ __device__ constexpr int keys_at_once(int row_tiles) { return row_tiles == 2 ? 32 : 64; }
+
+// Takes keys that are not there, or that a query does not see, out of the scores.
+template <int M>
+__device__ __forceinline__ void hide(float (&s)[keys_at_once(M) / 16][M][2][4], int first_key,
+                                     int first_row, int keys, int causal) {
+    int lane = threadIdx.x & 31;
+    first_key += 2 * (lane & 3), first_row += lane >> 2;
+#pragma unroll
+    for (int block = 0; block < keys_at_once(M) / 16; block++)
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                int key = first_key + block * 16 + (i >> 2) * 8 + (i & 1);
+                int row = first_row + m * 16 + (i >> 1 & 1) * 8;
+                if (key >= keys || (causal && key > row)) s[block][m][i >> 2][i & 3] = -INFINITY_F;
+            }
+}
+
+// Raises the exponent `base` that probabilities are relative to where a new score exceeds it by
+// more than 8: they stay below 2^8, which every type holds, and the sums are seldom rescaled.
+template <int M, int CHUNKS>
+__device__ __forceinline__ void raise(const float (&s)[keys_at_once(M) / 16][M][2][4],
+                                      float (&sums)[M][CHUNKS][4], float (&base)[M][2],
+                                      float (&total)[M][2], float scale_2) {
+    float high[M][2];
+    bool exceeds = false;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            high[m][half] = -INFINITY_F;
+#pragma unroll
+            for (int i = 0; i < keys_at_once(M) / 4; i++)
+                high[m][half] = fmaxf(high[m][half], s[i / 4][m][i / 2 % 2][half * 2 + i % 2]);
+            exceeds |= high[m][half] * scale_2 - base[m][half] > 8.f;
+        }
+    if (!__any_sync(0xffffffffu, exceeds)) return;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            // Finite: every query sees key 0, with which it begins.
+            float raised = fmaxf(base[m][half], quad_max(high[m][half]) * scale_2);
+            float shrink = power_of_2(base[m][half] - raised);
+            base[m][half] = raised;
+            total[m][half] *= shrink;
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c++) {
+                sums[m][c][half * 2] *= shrink;
+                sums[m][c][half * 2 + 1] *= shrink;
+            }
+        }
+}
+
 template <class T, int D, int M>
 __device__ __forceinline__ void forward(const T* q, const T* k, const T* v, T* out, float* lse,
                                         int heads, int queries, int keys, float scale, int causal) {
-    constexpr int ROWS = WARPS * M * 16, TILE = KEYS * Head<D>::STRIDE;
+    constexpr int ROWS = WARPS * M * 16, TILE = KEYS * Head<D>::STRIDE, AT_ONCE = keys_at_once(M);
     DYNAMIC_SHARED(T, shared);
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     int first_row = blockIdx.x * ROWS + warp * M * 16;
@@ -31,16 +88,18 @@ __device__ __forceinline__ void forward(const T* q, const T* k, const T* v, T* o
 
     int seen = causal ? min(keys, static_cast<int>(blockIdx.x + 1) * ROWS) : keys;
     int tiles = (seen + KEYS - 1) / KEYS;
-    stage<T, D, KEYS>(shared, k, stride, 0, keys);
-    stage<T, D, KEYS>(shared + TILE, v, stride, 0, keys);
+    Copies<T, D> copies(stride);
+    const T *k_from = copies.from(k, 0), *v_from = copies.from(v, 0);
+    copies.template start<KEYS>(shared, k_from, keys);
+    copies.template start<KEYS>(shared + TILE, v_from, keys);
     cp_async_commit();
 
     u32 left[M][Head<D>::STEPS][4];
-    float sums[M][Head<D>::CHUNKS][4], most[M][2], total[M][2];
+    float sums[M][Head<D>::CHUNKS][4], base[M][2], total[M][2];
 #pragma unroll
     for (int m = 0; m < M; m++) {
         hold<T, D>(left[m], q, stride, first_row + m * 16, queries);
-        most[m][0] = most[m][1] = -INFINITY_F, total[m][0] = total[m][1] = 0.f;
+        base[m][0] = base[m][1] = -INFINITY_F, total[m][0] = total[m][1] = 0.f;
 #pragma unroll
         for (int c = 0; c < Head<D>::CHUNKS; c++)
 #pragma unroll
@@ -55,56 +114,38 @@ __device__ __forceinline__ void forward(const T* q, const T* k, const T* v, T* o
         T* k_tile = shared + (tile & 1) * 2 * TILE;
         if (tile + 1 < tiles) {
             T* next = shared + ((tile + 1) & 1) * 2 * TILE;
-            stage<T, D, KEYS>(next, k, stride, first + KEYS, keys);
-            stage<T, D, KEYS>(next + TILE, v, stride, first + KEYS, keys);
+            k_from += KEYS * stride, v_from += KEYS * stride;
+            copies.template start<KEYS>(next, k_from, keys - first - KEYS);
+            copies.template start<KEYS>(next + TILE, v_from, keys - first - KEYS);
             cp_async_commit();
         }
-        float s[KEYS / 16][M][2][4];
+#pragma unroll 1
+        for (int part = 0; part < KEYS; part += AT_ONCE) {
+            const T* rows = k_tile + part * Head<D>::STRIDE;
+            float s[AT_ONCE / 16][M][2][4];
 #pragma unroll
-        for (int block = 0; block < KEYS / 16; block++)
-            times_rows<T, D, M>(s[block], left, k_tile + block * 16 * Head<D>::STRIDE);
-        if (first + KEYS > keys || (causal && first + KEYS > first_row + 1)) {
+            for (int block = 0; block < AT_ONCE / 16; block++)
+                times_rows<T, D, M>(s[block], left, rows + block * 16 * Head<D>::STRIDE);
+            int key = first + part;
+            if (key + AT_ONCE > keys || (causal && key + AT_ONCE > first_row + 1))
+                hide<M>(s, key, first_row, keys, causal);
+            raise<M>(s, sums, base, total, scale_2);
 #pragma unroll
-            for (int i = 0; i < KEYS / 16 * M * 8; i++) {
-                int block = i / (M * 8), m = i / 8 % M, n = i / 4 % 2, e = i % 4;
-                int key = first + block * 16 + n * 8 + 2 * (lane & 3) + (e & 1);
-                int row = first_row + m * 16 + (lane >> 2) + (e >> 1) * 8;
-                if (key >= keys || (causal && key > row)) s[block][m][n][e] = -INFINITY_F;
-            }
-        }
+            for (int block = 0; block < AT_ONCE / 16; block++) {
+                u32 p[M][4];
 #pragma unroll
-        for (int m = 0; m < M; m++) {
+                for (int m = 0; m < M; m++) {
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float high = -INFINITY_F;
-#pragma unroll
-                for (int i = 0; i < KEYS / 4; i++)
-                    high = fmaxf(high, s[i / 4][m][i / 2 % 2][half * 2 + i % 2]);
-                // Finite: every query sees key 0, and tile 0 comes first.
-                high = fmaxf(most[m][half], quad_max(high));
-                float shrink = power_of_2((most[m][half] - high) * scale_2);
-                float offset = high * scale_2, sum = 0.f;
-                most[m][half] = high;
-#pragma unroll
-                for (int i = 0; i < KEYS / 4; i++) {
-                    float& x = s[i / 4][m][i / 2 % 2][half * 2 + i % 2];
-                    x = power_of_2(x * scale_2 - offset);
-                    sum += x;
+                    for (int i = 0; i < 8; i++) {
+                        float& x = s[block][m][i >> 2][i & 3];
+                        int half = i >> 1 & 1;
+                        x = power_of_2(x * scale_2 - base[m][half]);
+                        total[m][half] += x;
+                    }
+                    as_left<T>(p[m], s[block][m]);
                 }
-                total[m][half] = total[m][half] * shrink + sum;
-#pragma unroll
-                for (int c = 0; c < Head<D>::CHUNKS; c++) {
-                    sums[m][c][half * 2] *= shrink;
-                    sums[m][c][half * 2 + 1] *= shrink;
-                }
+                add_rows<T, D, M>(sums, p, rows + TILE + block * 16 * Head<D>::STRIDE);
             }
-        }
-#pragma unroll
-        for (int block = 0; block < KEYS / 16; block++) {
-            u32 p[M][4];
-#pragma unroll
-            for (int m = 0; m < M; m++) as_left<T>(p[m], s[block][m]);
-            add_rows<T, D, M>(sums, p, k_tile + TILE + block * 16 * Head<D>::STRIDE);
         }
     }
     out += head_at(queries, heads, D), lse += statistics_at(queries, heads);
@@ -114,8 +155,8 @@ __device__ __forceinline__ void forward(const T* q, const T* k, const T* v, T* o
         int first = first_row + m * 16, row = first + (lane >> 2);
         store<T, D>(out, stride, first, queries, sums[m], 1.f / upper, 1.f / lower);
         if ((lane & 3) == 0) {
-            if (row < queries) lse[row] = most[m][0] * scale + logf(upper);
-            if (row + 8 < queries) lse[row + 8] = most[m][1] * scale + logf(lower);
+            if (row < queries) lse[row] = base[m][0] / LOG2_E + logf(upper);
+            if (row + 8 < queries) lse[row + 8] = base[m][1] / LOG2_E + logf(lower);
         }
     }
 }

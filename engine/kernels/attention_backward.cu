@@ -36,8 +36,10 @@ __device__ __forceinline__ void queries_backward(const T* q, const T* k, const T
 
     int seen = causal ? min(keys, static_cast<int>(blockIdx.x + 1) * ROWS) : keys;
     int tiles = (seen + KEYS - 1) / KEYS;
-    stage<T, D, KEYS>(shared, k, stride, 0, keys);
-    stage<T, D, KEYS>(shared + TILE, v, stride, 0, keys);
+    Copies<T, D> copies(stride);
+    const T *k_from = copies.from(k, 0), *v_from = copies.from(v, 0);
+    copies.template start<KEYS>(shared, k_from, keys);
+    copies.template start<KEYS>(shared + TILE, v_from, keys);
     cp_async_commit();
 
     u32 q_left[M][STEPS][4], dy_left[M][STEPS][4];
@@ -78,8 +80,9 @@ __device__ __forceinline__ void queries_backward(const T* q, const T* k, const T
         T* k_tile = shared + (tile & 1) * 2 * TILE;
         if (tile + 1 < tiles) {
             T* next = shared + ((tile + 1) & 1) * 2 * TILE;
-            stage<T, D, KEYS>(next, k, stride, first + KEYS, keys);
-            stage<T, D, KEYS>(next + TILE, v, stride, first + KEYS, keys);
+            k_from += KEYS * stride, v_from += KEYS * stride;
+            copies.template start<KEYS>(next, k_from, keys - first - KEYS);
+            copies.template start<KEYS>(next + TILE, v_from, keys - first - KEYS);
             cp_async_commit();
         }
         bool edge = first + KEYS > keys || (causal && first + KEYS > first_row + 1);
@@ -124,7 +127,7 @@ __device__ __forceinline__ void keys_backward(const T* q, const T* k, const T* v
     constexpr int TILE = QUERIES * STRIDE;
     constexpr bool HELD = Head<D>::HELD;
     // Two blocks of queries beside each other as far as no multiprocessor loses a block by it.
-    constexpr int UNROLL = D == 40 || D == 80 ? 2 : 1;
+    constexpr int UNROLL = M == 1 && (D == 40 || D == 80) ? 2 : 1;
     // Two stages of queries and their gradients; log-sum-exp and delta of both; keys and values
     // if they are not held.
     DYNAMIC_SHARED(T, shared);
@@ -142,9 +145,11 @@ __device__ __forceinline__ void keys_backward(const T* q, const T* k, const T* v
     int all = (queries + QUERIES - 1) / QUERIES, share = (all + splits - 1) / splits;
     int tile = part * share, end = min(all, tile + share);
     if (causal) tile = max(tile, first_key / QUERIES);
+    Copies<T, D> copies(stride);
+    const T *q_from = copies.from(q, tile * QUERIES), *dy_from = copies.from(dy, tile * QUERIES);
     if (tile < end) {
-        stage<T, D, QUERIES>(shared, q, stride, tile * QUERIES, queries);
-        stage<T, D, QUERIES>(shared + TILE, dy, stride, tile * QUERIES, queries);
+        copies.template start<QUERIES>(shared, q_from, queries - tile * QUERIES);
+        copies.template start<QUERIES>(shared + TILE, dy_from, queries - tile * QUERIES);
     }
     u32 k_left[M][HELD ? Head<D>::STEPS : 1][4], v_left[M][HELD ? Head<D>::STEPS : 1][4];
     if constexpr (HELD) {
@@ -154,8 +159,9 @@ __device__ __forceinline__ void keys_backward(const T* q, const T* k, const T* v
             hold<T, D>(v_left[m], v, stride, first_row + m * 16, keys);
         }
     } else {
-        stage<T, D, ROWS>(k_rows, k, stride, first_key, keys);
-        stage<T, D, ROWS>(k_rows + ROWS * STRIDE, v, stride, first_key, keys);
+        copies.template start<ROWS>(k_rows, copies.from(k, first_key), keys - first_key);
+        copies.template start<ROWS>(k_rows + ROWS * STRIDE, copies.from(v, first_key),
+                                    keys - first_key);
     }
     cp_async_commit();
     // A thread brings one number of the statistics of a tile, a tile ahead.
@@ -174,17 +180,18 @@ __device__ __forceinline__ void keys_backward(const T* q, const T* k, const T* v
 #pragma unroll
             for (int i = 0; i < 4; i++) dk_sums[m][c][i] = dv_sums[m][c][i] = 0.f;
     float scale_2 = scale * LOG2_E;
-    for (int stage_of = 0; tile < end; tile++, stage_of ^= 1) {
-        T* q_tile = shared + stage_of * 2 * TILE;
-        float* known = statistics + stage_of * 2 * QUERIES;
+    for (int turn = 0; tile < end; tile++, turn ^= 1) {
+        T* q_tile = shared + turn * 2 * TILE;
+        float* known = statistics + turn * 2 * QUERIES;
         if (threadIdx.x < 2 * QUERIES) known[threadIdx.x] = next_statistic;
         cp_async_wait<0>();
         __syncthreads();
         int first = tile * QUERIES;
         if (tile + 1 < end) {
-            T* next = shared + (stage_of ^ 1) * 2 * TILE;
-            stage<T, D, QUERIES>(next, q, stride, first + QUERIES, queries);
-            stage<T, D, QUERIES>(next + TILE, dy, stride, first + QUERIES, queries);
+            T* next = shared + (turn ^ 1) * 2 * TILE;
+            q_from += QUERIES * stride, dy_from += QUERIES * stride;
+            copies.template start<QUERIES>(next, q_from, queries - first - QUERIES);
+            copies.template start<QUERIES>(next + TILE, dy_from, queries - first - QUERIES);
             cp_async_commit();
             next_statistic = statistic(tile + 1);
         }

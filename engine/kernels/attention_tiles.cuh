@@ -2,8 +2,8 @@
 //
 // Left operands are read once, from global memory to registers. Right operands are tiles in shared
 // memory, the next one on its way while this one is used; a row is an odd number of 16-byte chunks,
-// so that the 8 rows of an ldmatrix lie in different banks without swizzling. Heads
-// are not padded: 40 = 2·16 + 8, and the last step is one of mma.m16n8k8.
+// so that the 8 rows of an ldmatrix lie in different banks without swizzling. Heads are not padded:
+// 40 = 2·16 + 8, and the last step is one of mma.m16n8k8.
 #pragma once
 #include "prelude.cuh"
 
@@ -63,25 +63,38 @@ __device__ __forceinline__ i64 statistics_at(int rows, int heads) {
     return (static_cast<i64>(blockIdx.z) * heads + blockIdx.y) * rows;
 }
 
-// Rows [first, first + ROWS) of a head on their way to shared memory; zeros beyond `rows`. A thread
-// keeps its column: what differs from copy to copy is known or the same for the whole block.
-template <class T, int D, int ROWS>
-__device__ __forceinline__ void stage(T* shared, const T* head, int stride, int first, int rows) {
-    constexpr int CHUNKS = Head<D>::CHUNKS, AT_ONCE = THREADS / CHUNKS;
-    int row = static_cast<int>(threadIdx.x) / CHUNKS, chunk = static_cast<int>(threadIdx.x) % CHUNKS;
-    if (THREADS % CHUNKS != 0 && row >= AT_ONCE) return;
-    const T* start = head;
-    shared += row * Head<D>::STRIDE + chunk * 8;
-    head += static_cast<i64>(first + row) * stride + chunk * 8;
-    int left = rows - first - row;
-#pragma unroll
-    for (int i = 0; i < ROWS; i += AT_ONCE) {
-        if (i + AT_ONCE > ROWS && row + i >= ROWS) break;
-        // Nothing is read where there is no row, but an address must be one.
-        cp_async_16(shared + i * Head<D>::STRIDE, i < left ? head : start, i < left);
-        head += AT_ONCE * stride;
+// What a thread copies to shared memory of each tile of a head: a chunk of every AT_ONCE-th row. It
+// keeps its column, so that copies differ by what is known or the same for the whole block.
+template <class T, int D>
+struct Copies {
+    static constexpr int CHUNKS = Head<D>::CHUNKS, AT_ONCE = THREADS / CHUNKS;
+    int row, at, stride;
+
+    __device__ __forceinline__ explicit Copies(int stride) : stride(stride) {
+        row = static_cast<int>(threadIdx.x) / CHUNKS;
+        at = static_cast<int>(threadIdx.x) % CHUNKS * 8;
     }
-}
+
+    // Where the thread's part of the tile from row `first` on begins.
+    __device__ __forceinline__ const T* from(const T* head, int first) const {
+        return head + static_cast<i64>(first + row) * stride + at;
+    }
+
+    // Starts to copy a tile of ROWS rows, of which `rows` exist; the others become zeros.
+    template <int ROWS>
+    __device__ __forceinline__ void start(T* shared, const T* from, int rows) const {
+        if (THREADS % CHUNKS != 0 && row >= AT_ONCE) return;
+        shared += row * Head<D>::STRIDE + at;
+        rows -= row;
+#pragma unroll
+        for (int i = 0; i < ROWS; i += AT_ONCE) {
+            if (i + AT_ONCE > ROWS && row + i >= ROWS) break;
+            // Nothing is read where there is no row, wherever that is.
+            cp_async_16(shared + i * Head<D>::STRIDE, from, i < rows);
+            from += AT_ONCE * stride;
+        }
+    }
+};
 
 // 16 rows from `first` on as left operands, read from global memory; zeros beyond `rows`.
 template <class T, int D>
