@@ -60,7 +60,8 @@ impl Check {
 /// All checks, small and big.
 pub fn all() -> Vec<Check> {
     let kinds = [
-        attention::checks, pointwise::checks,
+        attention::checks,
+        pointwise::checks,
         layout::checks,
         matmul::checks,
         conv::checks,
