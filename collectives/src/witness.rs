@@ -50,6 +50,12 @@ impl Witness {
         segment.slot(self.rank).waits.fetch_add(1, Ordering::Relaxed) + 1
     }
 
+    /// Waits that this rank has begun.
+    pub(crate) fn waits(&self) -> u64 {
+        let slot = self.segment.as_ref().map(|segment| segment.slot(self.rank));
+        slot.map_or(0, |slot| slot.waits.load(Ordering::Relaxed))
+    }
+
     /// Ranks that have not begun wait number `number`.
     pub(crate) fn behind(&self, number: u64) -> Vec<usize> {
         let Some(segment) = &self.segment else { return Vec::new() };

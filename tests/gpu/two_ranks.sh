@@ -106,13 +106,17 @@ echo "== one rank with batch 4, two ranks with batch 2"
 (run one 4 8 --num_processes 1 --) || fail "one rank"
 if [ "$device" = cpu ]; then
     (run both 2 8 "${two[@]}" --) || fail "two ranks"
+    same one both 1e-2
 else
-    (LORARUN_REDUCE=nccl run both 2 8 "${two[@]}" --) || fail "two ranks with NCCL"
+    # Sums over the host, by NCCL piece by piece, and by NCCL as part of the captured step.
     (LORARUN_REDUCE=staged run staged 2 8 "${two[@]}" --) || fail "two ranks over the host"
     same one staged 1e-2
     export LORARUN_REDUCE=nccl
+    (run eager 2 8 "${two[@]}" -- --no_cuda_graph) || fail "two ranks with NCCL, not captured"
+    same one eager 1e-2
+    (run captured 2 8 "${two[@]}" --) || fail "two ranks with NCCL, captured"
+    same one captured 1e-2
 fi
-same one both 1e-2
 
 interrupt killed KILL 30
 [ "$code" -eq 137 ] || fail "the run of a killed rank ended with code $code"

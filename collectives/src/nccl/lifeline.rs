@@ -116,10 +116,20 @@ impl Lifeline {
         match code {
             Code::SUCCESS => Ok(()),
             code => {
-                let error = self.error(op, code);
+                let error = self.explain(op, self.witness.waits(), code);
                 Err(self.fail(&mut state, error))
             }
         }
+    }
+
+    /// What NCCL's answer means: a rank that is gone shows as an error of the network, too.
+    fn explain(&self, op: &str, seq: u64, code: Code) -> CollectiveError {
+        let lost = || {
+            let (rank, how) = self.witness.lost_peer()?;
+            Some(CollectiveError::PeerLost { rank, op: op.to_owned(), seq, how })
+        };
+        let known = self.witness.check_aborted().err().or_else(lost);
+        known.unwrap_or_else(|| self.error(op, code))
     }
 
     /// Fails all that comes, for a reason that is not NCCL's.
@@ -186,7 +196,7 @@ impl Lifeline {
         let op = "NCCL all-reduce";
         let code = self.api.async_error(handle);
         if code != Code::SUCCESS && code != Code::IN_PROGRESS {
-            return Some(self.error(op, code));
+            return Some(self.explain(op, armed.number, code));
         }
         if let Err(error) = self.witness.check_aborted() {
             return Some(error);
@@ -212,7 +222,7 @@ impl Lifeline {
             CollectiveError::Aborted { .. } => return,
             CollectiveError::PeerLost { rank, .. } => Some(*rank),
             CollectiveError::Deadline { missing_ranks, .. } => missing_ranks.first().copied(),
-            CollectiveError::Nccl { rank, .. } => Some(*rank),
+            // An error that NCCL sees here may be another rank's; who ends first tells.
             _ => None,
         };
         self.witness.abort(culprit, &error.to_string());

@@ -135,6 +135,31 @@ fn a_rank_that_left_is_named() {
 }
 
 #[test]
+fn an_error_of_the_network_is_blamed_on_the_rank_that_is_gone() {
+    let net = Net::new(2);
+    let ends = ranks(2, |comm| {
+        let nccl = connect(&net, &comm, Faults::default()).unwrap();
+        if comm.rank() == 1 {
+            return None;
+        }
+        net.write(0, 64, &[1.]);
+        // Until the other rank has left.
+        while comm.witness().lost_peer().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        net.break_rank(0, 6);
+        nccl.arm(Duration::from_secs(60));
+        let start = Instant::now();
+        while nccl.check().is_ok() && start.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Some(nccl.check().unwrap_err().to_string())
+    });
+    let error = ends.into_iter().flatten().next().unwrap();
+    assert!(error.starts_with("rank 1 is gone before `NCCL all-reduce` number 1"), "{error}");
+}
+
+#[test]
 fn a_communicator_that_does_not_come_up_is_given_up() {
     let net = Net::new(2);
     let start = Instant::now();
