@@ -1,11 +1,13 @@
 //! Turns the tensors of a file into layers, one tensor at a time.
 //!
 //! Every tensor is asked for with the shape that the model expects; another shape is an error that
-//! names it. Matrices are stored in the compute type, norms and biases in f32, convolutions are
-//! turned from OIHW to OHWI. With [`Reader::listing`] nothing is read: the reader writes down what
-//! the model would ask for, so that names and shapes of a model have one source.
+//! names it. Matrices are stored in the compute type, or on a card in 8 bits where that was asked
+//! for; norms are f32, biases too but on a card, where products take them in the compute type.
+//! Convolutions are turned from OIHW to OHWI. With [`Reader::listing`] nothing is read: the reader
+//! writes down what the model would ask for, so that names and shapes of a model have one source.
+//! For a card that only records, tensors have no data and no byte of the file is touched.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use engine::{
     Adapter, Conv2d, ConvGeometry, DType, Device, Embedding, GroupNorm, LayerNorm, Linear, Tensor,
@@ -26,11 +28,28 @@ enum Source<'w> {
     Listing(RefCell<Vec<TensorShape>>),
 }
 
+/// A tensor of the source, or how large it is.
+enum Found<'w> {
+    Data(TensorView<'w>),
+    Shape(Vec<usize>),
+}
+
+impl Found<'_> {
+    fn shape(&self) -> &[usize] {
+        match self {
+            Found::Data(view) => &view.shape,
+            Found::Shape(shape) => shape,
+        }
+    }
+}
+
 /// Reads one component of a model.
 pub(crate) struct Reader<'w> {
     source: Source<'w>,
     device: Device,
     dtype: DType,
+    /// What the weights of linear layers and convolutions are kept in.
+    stored: Cell<DType>,
     scratch: RefCell<Scratch>,
 }
 
@@ -61,13 +80,30 @@ impl ConvShape {
 
 impl<'w> Reader<'w> {
     pub(crate) fn new(weights: &'w dyn Weights, device: Device, dtype: DType) -> Self {
-        Self { source: Source::Weights(weights), device, dtype, scratch: RefCell::default() }
+        Self::from_source(Source::Weights(weights), device, dtype)
     }
 
     /// A reader that only writes down what it is asked for.
     pub(crate) fn listing() -> Self {
-        let source = Source::Listing(RefCell::default());
-        Self { source, device: Device::Cpu, dtype: DType::F32, scratch: RefCell::default() }
+        Self::from_source(Source::Listing(RefCell::default()), Device::Cpu, DType::F32)
+    }
+
+    fn from_source(source: Source<'w>, device: Device, dtype: DType) -> Self {
+        Self { source, device, dtype, stored: Cell::new(dtype), scratch: RefCell::default() }
+    }
+
+    /// Keeps the weights of linear layers and convolutions as `stored`.
+    pub(crate) fn storing(self, stored: DType) -> Self {
+        self.stored.set(stored);
+        self
+    }
+
+    /// Runs `read` with weights kept in the compute type.
+    pub(crate) fn in_compute_type<T>(&self, read: impl FnOnce(&Self) -> Result<T>) -> Result<T> {
+        let stored = self.stored.replace(self.dtype);
+        let result = read(self);
+        self.stored.set(stored);
+        result
     }
 
     /// What a listing reader was asked for, in that order.
@@ -87,45 +123,61 @@ impl<'w> Reader<'w> {
 
     /// Reads `name` if it has one of `shapes` (the first is the usual one) into a tensor.
     fn read(&self, name: &str, shapes: &[&[usize]], dtype: DType) -> Result<Tensor> {
-        let Some(view) = self.view(name, shapes)? else {
-            return Ok(Tensor::zeros(self.device, &[0], dtype)?);
+        // Matrices may be stored as 1x1 kernels.
+        let view = match self.view(name, shapes)? {
+            Found::Data(view) => view,
+            Found::Shape(shape) => {
+                let shape = &shape[..shape.len().min(2)];
+                return Ok(Tensor::zeros(self.device, shape, dtype)?);
+            }
         };
         let mut scratch = self.scratch.borrow_mut();
         convert(&view, &mut scratch.file);
-        // Matrices may be stored as 1x1 kernels.
         let shape = &view.shape[..view.shape.len().min(2)];
         Ok(Tensor::from_f32(self.device, shape, &scratch.file, dtype)?)
     }
 
     /// Reads a kernel `[out,in,height,width]` into `[out,height,width,in]`.
     fn read_kernel(&self, name: &str, shape: [usize; 4]) -> Result<Tensor> {
-        let Some(view) = self.view(name, &[&shape])? else {
-            return Ok(Tensor::zeros(self.device, &[0], self.dtype)?);
-        };
+        let dtype = self.stored.get();
         let [out, input, height, width] = shape;
+        let view = match self.view(name, &[&shape])? {
+            Found::Data(view) => view,
+            Found::Shape(shape) if shape.len() < 4 => {
+                return Ok(Tensor::zeros(self.device, &shape, dtype)?);
+            }
+            Found::Shape(_) => {
+                return Ok(Tensor::zeros(self.device, &[out, height, width, input], dtype)?);
+            }
+        };
         let Scratch { file, engine } = &mut *self.scratch.borrow_mut();
         convert(&view, file);
         engine.resize(file.len(), 0.);
         move_inner_axis_last(file, engine, input, height * width);
-        Ok(Tensor::from_f32(self.device, &[out, height, width, input], engine, self.dtype)?)
+        Ok(Tensor::from_f32(self.device, &[out, height, width, input], engine, dtype)?)
     }
 
-    /// A tensor of one of `shapes`; `None` for a listing, which notes the first.
-    fn view(&self, name: &str, shapes: &[&[usize]]) -> Result<Option<TensorView<'w>>> {
-        match self.source {
+    /// A tensor of one of `shapes`; its shape alone where nothing is computed with it. A listing
+    /// notes the first and finds nothing.
+    fn view(&self, name: &str, shapes: &[&[usize]]) -> Result<Found<'w>> {
+        let weights = match self.source {
+            Source::Weights(weights) => weights,
             Source::Listing(ref list) => {
                 list.borrow_mut().push((name.to_owned(), shapes[0].to_vec()));
-                Ok(None)
+                return Ok(Found::Shape(vec![0]));
             }
-            Source::Weights(weights) => {
-                let view = weights.get(name)?;
-                if !shapes.contains(&view.shape.as_slice()) {
-                    let (name, expected) = (name.to_owned(), shapes[0].to_vec());
-                    return Err(ModelError::Shape { name, expected, got: view.shape });
-                }
-                Ok(Some(view))
-            }
+        };
+        let records = self.device.card().is_some_and(|card| !card.facts().computes);
+        let found = match weights.shape(name).filter(|_| records) {
+            Some(shape) => Found::Shape(shape),
+            None => Found::Data(weights.get(name)?),
+        };
+        let shape = found.shape();
+        if !shapes.contains(&shape) {
+            let (name, expected) = (name.to_owned(), shapes[0].to_vec());
+            return Err(ModelError::Shape { name, expected, got: shape.to_vec() });
         }
+        Ok(found)
     }
 
     /// A vector kept in f32.
@@ -134,7 +186,8 @@ impl<'w> Reader<'w> {
     }
 
     fn bias(&self, name: &str, len: usize, has_bias: bool) -> Result<Option<Tensor>> {
-        has_bias.then(|| self.vector(&format!("{name}.bias"), len)).transpose()
+        let dtype = if self.device.card().is_some() { self.dtype } else { DType::F32 };
+        has_bias.then(|| self.read(&format!("{name}.bias"), &[&[len]], dtype)).transpose()
     }
 
     /// A linear layer `[out,in]`.
@@ -167,7 +220,7 @@ impl<'w> Reader<'w> {
 
     fn matrix(&self, name: &str, shapes: &[&[usize]], has_bias: bool) -> Result<Linear> {
         Ok(Linear {
-            weight: self.read(&format!("{name}.weight"), shapes, self.dtype)?,
+            weight: self.read(&format!("{name}.weight"), shapes, self.stored.get())?,
             bias: self.bias(name, shapes[0][0], has_bias)?,
             adapter: None,
         })

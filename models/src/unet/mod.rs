@@ -54,7 +54,19 @@ impl Unet {
         device: Device,
         dtype: DType,
     ) -> Result<Self> {
-        Self::read(&Reader::new(weights, device, dtype), config, dtype)
+        Self::load_stored(weights, config, device, (dtype, dtype))
+    }
+
+    /// As [`Unet::load`], with the weights of linear layers and convolutions kept as `stored`: on a
+    /// card [`DType::F8`] halves them. The first and last convolution and the time embedding stay
+    /// in the type of the arithmetic, they are small and everything passes through them.
+    pub fn load_stored(
+        weights: &dyn Weights,
+        config: &UnetConfig,
+        device: Device,
+        (dtype, stored): (DType, DType),
+    ) -> Result<Self> {
+        Self::read(&Reader::new(weights, device, dtype).storing(stored), config, dtype)
     }
 
     /// Names and shapes of all tensors of a U-Net of this config.
@@ -71,9 +83,13 @@ impl Unet {
         Ok(Self {
             config: config.clone(),
             dtype,
-            conv_in: reader.conv("conv_in", ConvShape::same3(first, in_channels))?,
-            time_1: reader.linear("time_embedding.linear_1", time, first)?,
-            time_2: reader.linear("time_embedding.linear_2", time, time)?,
+            conv_in: reader.in_compute_type(|reader| {
+                reader.conv("conv_in", ConvShape::same3(first, in_channels))
+            })?,
+            time_1: reader
+                .in_compute_type(|reader| reader.linear("time_embedding.linear_1", time, first))?,
+            time_2: reader
+                .in_compute_type(|reader| reader.linear("time_embedding.linear_2", time, time))?,
             down: (0..config.levels())
                 .map(|level| DownBlock::load(reader, config, level))
                 .collect::<Result<_>>()?,
@@ -82,7 +98,9 @@ impl Unet {
                 .map(|level| UpBlock::load(reader, config, level))
                 .collect::<Result<_>>()?,
             norm_out: reader.group_norm("conv_norm_out", first, config.groups, config.norm_eps)?,
-            conv_out: reader.conv("conv_out", ConvShape::same3(out_channels, first))?,
+            conv_out: reader.in_compute_type(|reader| {
+                reader.conv("conv_out", ConvShape::same3(out_channels, first))
+            })?,
         })
     }
 
