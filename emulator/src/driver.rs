@@ -122,6 +122,11 @@ impl Driver for Emulated {
         Ok(self.facts.memory.saturating_sub(self.state().blocks.used()))
     }
 
+    /// Every tensor has fences of its own.
+    fn granularity(&self) -> usize {
+        256
+    }
+
     fn allocate(&self, bytes: usize) -> Result<Address> {
         self.state().blocks.allocate(bytes)
     }

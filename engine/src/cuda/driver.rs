@@ -162,6 +162,11 @@ pub trait Driver: Send + Sync {
     }
     /// Bytes of memory that nobody uses now, other processes included.
     fn free_memory(&self) -> Result<usize>;
+    /// What [`Driver::allocate`] takes of the card is a multiple of this: many small buffers share
+    /// one block of it. With 256 every buffer has a block of its own.
+    fn granularity(&self) -> usize {
+        2 << 20
+    }
     /// `bytes` of memory, aligned to 256, contents unspecified.
     fn allocate(&self, bytes: usize) -> Result<Address>;
     /// Gives memory of [`Driver::allocate`] back; waits for work that may use it.

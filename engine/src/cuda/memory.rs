@@ -1,21 +1,29 @@
-//! Memory of a card: a limit, blocks kept for reuse, and runs whose allocations are noted or placed.
+//! Memory of a card: a limit, segments kept for reuse, and runs whose allocations are noted or placed.
 //!
 //! All arithmetic runs on one stream, so a block can be handed out again as soon as its tensor is
 //! dropped: what still reads it was given to the card before what will write it. What a thread
 //! takes while [`Card::trace`](super::Card::trace) or [`Card::within`](super::Card::within) runs on
 //! it is noted or placed; what other threads take meanwhile comes from the pool.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::thread::ThreadId;
 
 use super::arena::ArenaBlock;
 use super::driver::{Address, Driver};
 use super::lifetimes::{Event, Layout, Trace};
+use super::segments::Segments;
 use crate::{EngineError, Result};
 
 /// Addresses and sizes are multiples of this.
 const ALIGN: usize = 256;
+/// Buffers below this many bytes have segments of their own, so that they do not cut up those of the
+/// large ones.
+const SMALL: usize = 1 << 20;
+/// Bytes of a segment of small buffers.
+const SMALL_SEGMENT: usize = 8 << 20;
+/// Least bytes of a segment of large ones.
+const LARGE_SEGMENT: usize = 32 << 20;
 
 /// Bytes that a buffer of `bytes` takes.
 pub(super) fn rounded(bytes: usize) -> usize {
@@ -44,9 +52,15 @@ pub(super) struct Block {
 
 /// Where a block goes when its buffer is dropped.
 enum Home {
-    Pool,
+    Pool {
+        small: bool,
+    },
     /// To the pool, and into the trace with this number as the give of this take.
-    Traced(u64, usize),
+    Traced {
+        small: bool,
+        serial: u64,
+        take: usize,
+    },
     Arena(Arc<ArenaBlock>),
 }
 
@@ -59,7 +73,8 @@ enum Scope {
 /// The blocks of a card.
 pub(super) struct Memory {
     stats: CardMemory,
-    idle: BTreeMap<usize, Vec<Address>>,
+    small: Segments,
+    large: Segments,
     scopes: HashMap<ThreadId, Scope>,
     /// Number of the next trace.
     serial: u64,
@@ -68,7 +83,8 @@ pub(super) struct Memory {
 impl Memory {
     pub(super) fn new(limit: usize) -> Self {
         let stats = CardMemory { limit, ..CardMemory::default() };
-        Self { stats, idle: BTreeMap::new(), scopes: HashMap::new(), serial: 0 }
+        let (small, large) = (Segments::default(), Segments::default());
+        Self { stats, small, large, scopes: HashMap::new(), serial: 0 }
     }
 
     pub(super) fn stats(&self) -> CardMemory {
@@ -93,36 +109,51 @@ impl Memory {
         let mut block = self.take_pooled(driver, rounded(bytes))?;
         if let Some(Scope::Tracing { serial, trace, takes }) = self.scope() {
             trace.push(Event::Take(bytes));
-            block.home = Home::Traced(*serial, *takes);
+            if let Home::Pool { small } = block.home {
+                block.home = Home::Traced { small, serial: *serial, take: *takes };
+            }
             *takes += 1;
         }
         Ok(block)
     }
 
     fn take_pooled(&mut self, driver: &dyn Driver, size: usize) -> Result<Block> {
-        // An eighth of slack at most, so that a big idle block is not spent on a small tensor.
-        let fitting = self.idle.range(size..=size + size / 8).next().map(|(size, _)| *size);
-        let (address, size) = match fitting {
-            Some(size) => (self.take_idle(size), size),
-            None => (None, size),
+        let granularity = driver.granularity();
+        let shares = granularity > ALIGN;
+        let small = shares && size < SMALL;
+        if let Some(block) = self.take_free(size, (small, shares)) {
+            return Ok(block);
+        }
+        let whole = size.next_multiple_of(granularity);
+        // As much as many buffers need, if the limit allows; the least that will do, if it must be.
+        let slab = match (shares, small) {
+            (false, _) => size,
+            (true, true) => SMALL_SEGMENT,
+            (true, false) => whole.max(LARGE_SEGMENT),
         };
-        let address = match address {
-            Some(address) => {
-                self.count_taken(size);
-                address
-            }
-            None => self.reserve(driver, size)?,
-        };
-        Ok(Block { address, size, home: Home::Pool })
+        if !self.fits(slab) {
+            self.release(driver);
+        }
+        let bytes = [slab, whole].into_iter().find(|bytes| self.fits(*bytes)).unwrap_or(size);
+        let address = self.obtain(driver, bytes)?;
+        self.class(small).add(address, bytes);
+        self.take_free(size, (small, shares)).ok_or_else(|| {
+            EngineError::Unsupported("a new block is smaller than what was asked for".into())
+        })
     }
 
-    fn take_idle(&mut self, size: usize) -> Option<Address> {
-        let list = self.idle.get_mut(&size)?;
-        let address = list.pop();
-        if list.is_empty() {
-            self.idle.remove(&size);
-        }
-        address
+    fn fits(&self, bytes: usize) -> bool {
+        self.stats.reserved.saturating_add(bytes) <= self.stats.limit
+    }
+
+    fn class(&mut self, small: bool) -> &mut Segments {
+        if small { &mut self.small } else { &mut self.large }
+    }
+
+    fn take_free(&mut self, size: usize, (small, cut): (bool, bool)) -> Option<Block> {
+        let (address, size) = self.class(small).take(size, cut)?;
+        self.count_taken(size);
+        Some(Block { address, size, home: Home::Pool { small } })
     }
 
     fn count_taken(&mut self, size: usize) {
@@ -130,12 +161,18 @@ impl Memory {
         self.stats.peak = self.stats.peak.max(self.stats.live);
     }
 
-    /// Takes `size` bytes from the driver, if the limit allows.
+    /// Takes `size` bytes of the driver for one use, if the limit allows.
     pub(super) fn reserve(&mut self, driver: &dyn Driver, size: usize) -> Result<Address> {
-        if self.stats.reserved.saturating_add(size) > self.stats.limit {
+        let address = self.obtain(driver, size)?;
+        self.count_taken(size);
+        Ok(address)
+    }
+
+    fn obtain(&mut self, driver: &dyn Driver, size: usize) -> Result<Address> {
+        if !self.fits(size) {
             self.release(driver);
         }
-        if self.stats.reserved.saturating_add(size) > self.stats.limit {
+        if !self.fits(size) {
             return Err(EngineError::OutOfMemory {
                 wanted: size,
                 live: self.stats.live,
@@ -144,7 +181,6 @@ impl Memory {
         }
         let address = driver.allocate(size)?;
         self.stats.reserved += size;
-        self.count_taken(size);
         Ok(address)
     }
 
@@ -156,9 +192,9 @@ impl Memory {
     }
 
     /// Takes a block of the pool back.
-    fn give_pooled(&mut self, address: Address, size: usize) {
+    fn give_pooled(&mut self, address: Address, size: usize, small: bool) {
         self.stats.live -= size;
-        self.idle.entry(size).or_default().push(address);
+        self.class(small).give(address);
     }
 
     fn note_give(&mut self, of: u64, take: usize) {
@@ -178,14 +214,9 @@ impl Memory {
         }
     }
 
-    /// Gives all idle blocks back to the driver.
+    /// Gives what no buffer uses back to the driver.
     pub(super) fn release(&mut self, driver: &dyn Driver) {
-        for (size, addresses) in std::mem::take(&mut self.idle) {
-            for address in addresses {
-                driver.free(address);
-                self.stats.reserved -= size;
-            }
-        }
+        self.stats.reserved -= self.small.release(driver) + self.large.release(driver);
     }
 
     /// From now on the allocations of this thread are noted.
@@ -261,15 +292,16 @@ impl Scope {
 impl super::Card {
     /// Takes back the memory of a dropped buffer.
     pub(super) fn take_back(&self, block: &mut Block) {
-        match std::mem::replace(&mut block.home, Home::Pool) {
-            Home::Pool => self.memory().give_pooled(block.address, block.size),
-            Home::Traced(serial, take) => {
+        let Block { address, size, .. } = *block;
+        match std::mem::replace(&mut block.home, Home::Pool { small: false }) {
+            Home::Pool { small } => self.memory().give_pooled(address, size, small),
+            Home::Traced { small, serial, take } => {
                 let mut memory = self.memory();
                 memory.note_give(serial, take);
-                memory.give_pooled(block.address, block.size);
+                memory.give_pooled(address, size, small);
             }
             // Outside the lock: the last buffer of a dropped arena frees it.
-            Home::Arena(arena) => arena.give(block.address),
+            Home::Arena(arena) => arena.give(address),
         }
     }
 }

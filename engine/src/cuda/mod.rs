@@ -22,6 +22,7 @@ pub mod nvidia;
 mod optimizer;
 mod pointwise;
 pub mod recorder;
+mod segments;
 mod staging;
 mod table;
 pub(crate) mod transfer;

@@ -2,6 +2,7 @@
 
 mod arena;
 mod layout;
+mod pool;
 
 use engine::Device;
 use engine::cuda::Card;
