@@ -36,6 +36,8 @@ Examples:
       as above, with what each process says in logs/rank0.log, logs/rank1.log, ...
   lorarun --gpu_ids 0,2,3 train config.toml --device cuda
       three processes, each on a card of its own
+  lorarun plan config.toml --vram_limit 8GB
+      what that run would take of such a card, and the files it would write
   lorarun --num_processes 4 check-ranks
       do the processes reach each other, and how fast
 
@@ -109,6 +111,9 @@ pub enum Command {
     /// Train a LoRA as a config file says; `lorarun train --help` explains every option
     #[command(disable_help_flag = true)]
     Train(Passed),
+    /// Say what `train` would do, take on the card and in memory, and write; nothing is loaded
+    #[command(disable_help_flag = true)]
+    Plan(Passed),
     /// Compare what this machine computes with PyTorch's results
     #[command(disable_help_flag = true)]
     Selftest(Passed),
@@ -251,11 +256,13 @@ mod tests {
     #[test]
     fn what_follows_a_command_is_passed_on_untouched() {
         let words = ["a.toml", "--num_processes", "7", "--help", "-x", "--", "--version"];
-        for command in ["train", "selftest"] {
+        for command in ["train", "plan", "selftest"] {
             let line = ["lorarun", "--num_processes", "2", command].into_iter().chain(words);
             let cli = Cli::try_parse_from(line).unwrap();
             assert_eq!(cli.launch.num_processes, Some(2));
-            let (Command::Train(passed) | Command::Selftest(passed)) = cli.command else {
+            let (Command::Train(passed) | Command::Plan(passed) | Command::Selftest(passed)) =
+                cli.command
+            else {
                 panic!("another command than {command}");
             };
             assert_eq!(passed.arguments, words.map(OsString::from));

@@ -74,6 +74,7 @@ fn run_as_rank(command: Command, env: &Env) -> i32 {
     }
     match command {
         Command::Train(passed) => trainer::cli::train_main(&passed.arguments, env),
+        Command::Plan(passed) => trainer::cli::plan_main(&passed.arguments, env),
         Command::Selftest(passed) => trainer::cli::selftest_main(&passed.arguments, env),
         Command::CheckRanks(options) => check_ranks::run(&options, env),
     }

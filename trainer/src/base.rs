@@ -28,6 +28,8 @@ pub struct Base {
     pub device: Device,
     /// Type of the U-Net's and the text encoder's arithmetic.
     pub dtype: DType,
+    /// What the U-Net's frozen weights are kept in.
+    pub stored: DType,
     /// Type of the VAE's.
     pub vae_dtype: DType,
     /// LoRA files that are part of the loaded weights (`base_weights`).
@@ -49,6 +51,7 @@ impl Base {
         let files = open_base_model(name, &open)?;
         let mut base = Self::from_files(files, compute_type(options, device))?;
         (base.device, base.vae_dtype) = (device, vae_type(options, device));
+        base.store(options);
         Ok(base)
     }
 
@@ -67,9 +70,16 @@ impl Base {
             vae,
             device: Device::Cpu,
             dtype,
+            stored: dtype,
             vae_dtype: DType::F32,
             merge: BaseMerge::default(),
         })
+    }
+
+    /// Keeps the U-Net's frozen weights as the options say, where a card computes.
+    pub fn store(&mut self, options: &Options) {
+        let packed = options.fp8_base || options.fp8_base_unet;
+        self.stored = if packed && self.device.card().is_some() { DType::F8 } else { self.dtype };
     }
 
     /// Takes the files of `base_weights` into the base model; gives a line about each.
@@ -97,10 +107,11 @@ impl Base {
         Ok(notes)
     }
 
-    /// Loads the U-Net in the compute type.
+    /// Loads the U-Net in the compute type, or as it is to be stored.
     pub fn load_unet(&self) -> Result<Unet> {
         let weights = self.merge.over(Part::Unet, &*self.files.unet);
-        let unet = Unet::load(&weights, &self.unet, self.device, self.dtype);
+        let types = (self.dtype, self.stored);
+        let unet = Unet::load_stored(&weights, &self.unet, self.device, types);
         unet.with_context(|| format!("load the U-Net of {}", self.files.path.display()))
     }
 

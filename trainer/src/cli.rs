@@ -8,7 +8,7 @@ use collectives::{CollectiveError, Env, exit_code, report_failure};
 use models::ModelError;
 
 use crate::dataset::DatasetError;
-use crate::options::{self, Action, UsageError};
+use crate::options::{self, Action, Parsed, UsageError};
 use crate::run::Run;
 use crate::train::Ending;
 use crate::{config_check, console, device, selftest};
@@ -25,12 +25,40 @@ pub fn train_main(args: &[OsString], env: &Env) -> i32 {
     finish(env, train(args, env))
 }
 
-fn train(args: &[OsString], env: &Env) -> Result<i32, Failure> {
-    let wrong = |error| Failure { code: exit_code::CONFIGURATION, error };
-    let parsed = options::parse(args).map_err(|error| Failure {
+/// `lorarun plan ARGS`: prints what `train` with these arguments would do and take, and trains
+/// nothing.
+pub fn plan_main(args: &[OsString], env: &Env) -> i32 {
+    console::set_rank(env.rank);
+    finish(env, plan(args, env))
+}
+
+fn plan(args: &[OsString], env: &Env) -> Result<i32, Failure> {
+    let dry = OsString::from("--dry_run");
+    let mut words = args.to_vec();
+    if !words.contains(&dry) {
+        words.push(dry);
+    }
+    let parsed = read_options(&words)?;
+    if parsed.action != Action::Train {
+        return train(args, env);
+    }
+    let wrong = |error| Failure { code: code_of(&error, exit_code::CONFIGURATION), error };
+    let run = Run::resolve(&parsed, env).map_err(wrong)?;
+    run.print_summary();
+    run.check().map_err(wrong)?;
+    Ok(exit_code::DONE)
+}
+
+fn read_options(args: &[OsString]) -> Result<Parsed, Failure> {
+    options::parse(args).map_err(|error| Failure {
         code: if error.is::<UsageError>() { exit_code::USAGE } else { exit_code::CONFIGURATION },
         error,
-    })?;
+    })
+}
+
+fn train(args: &[OsString], env: &Env) -> Result<i32, Failure> {
+    let wrong = |error| Failure { code: exit_code::CONFIGURATION, error };
+    let parsed = read_options(args)?;
     match &parsed.action {
         Action::Help(search) => {
             let text = match search.as_deref() {

@@ -2,6 +2,7 @@
 
 pub mod base;
 pub mod card;
+pub mod card_plan;
 pub mod card_reach;
 pub mod checkpoint;
 pub mod cli;

@@ -4,10 +4,11 @@ use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
-use engine::DType;
+use engine::{Checkpointing, DType};
 use models::lora::Part;
 
 use crate::base::Base;
+use crate::card_plan::CardPlan;
 use crate::checkpoint::Saving;
 use crate::dataset::{DatasetGroup, Sampler};
 use crate::memory::{Estimate, LargestBatch, estimate, show_bytes};
@@ -34,6 +35,8 @@ pub struct Plan {
     pub optimizer: Choice,
     /// Files.
     pub saving: Saving,
+    /// Blocks that are computed again in the backward pass.
+    pub checkpointing: Checkpointing,
     /// Seconds since 1970 that the files bear.
     pub stamp: Stamp,
 }
@@ -101,6 +104,7 @@ impl Plan {
             batches_per_epoch: sampler.batches_per_epoch(),
             optimizer: options.choose_optimizer()?,
             saving: Saving::from_options(options, epochs)?,
+            checkpointing: options.gradient_checkpointing.into(),
             stamp: choose_stamp(options, group, base)?,
         })
     }
@@ -124,7 +128,7 @@ pub fn describe(
     options: &Options,
     plan: &Plan,
     group: &DatasetGroup,
-    base: &Base,
+    (base, card): (&Base, Option<&CardPlan>),
     prepared: &PreparedNetwork,
 ) -> Vec<(String, String)> {
     let mut lines: Vec<(String, String)> = Vec::new();
@@ -180,21 +184,50 @@ pub fn describe(
         DType::F16 => "float16",
         _ => "float32",
     };
-    add("arithmetic", format!("{precision} on {}", base.device));
-    let memory = estimate_memory(options, group, base, prepared);
-    add(
-        "memory",
-        format!(
-            "about {} a rank: weights {}, training state {}, activations {}",
-            show_bytes(memory.total()),
-            show_bytes(memory.weights),
-            show_bytes(memory.trainable),
-            show_bytes(memory.activations)
-        ),
-    );
+    match card {
+        Some(card) => {
+            if base.device.card().is_some() {
+                add("arithmetic", format!("{precision} on {}", base.device));
+            }
+            add("card memory", card.table());
+            add("main memory", describe_main_memory(base, prepared));
+        }
+        None => {
+            add("arithmetic", format!("{precision} on {}", base.device));
+            add("memory", describe_memory(&estimate_memory(options, group, base, prepared)));
+        }
+    }
     add("seed", plan.seed.to_string());
     add("output", plan.saving.path(crate::checkpoint::SavePoint::Last).display().to_string());
     lines
+}
+
+fn describe_memory(memory: &Estimate) -> String {
+    format!(
+        "about {} a rank: weights {}, training state {}, activations {}",
+        show_bytes(memory.total()),
+        show_bytes(memory.weights),
+        show_bytes(memory.trainable),
+        show_bytes(memory.activations)
+    )
+}
+
+/// What a rank takes beside its card: values of the network, and room to bring the largest tensor
+/// of the base model, as f32 in two orders, to the card. Files are mapped, not read.
+fn describe_main_memory(base: &Base, prepared: &PreparedNetwork) -> String {
+    let largest = [&*base.files.unet, &*base.files.text_encoder]
+        .into_iter()
+        .flat_map(|weights| weights.names().into_iter().filter_map(|name| weights.shape(&name)))
+        .map(|shape| shape.iter().product::<usize>())
+        .max()
+        .unwrap_or(0);
+    let (values, room) = (prepared.network.element_count() * 4, largest * 8);
+    format!(
+        "about {} a rank beside images and program: the network's values {}, room to load a tensor {}",
+        show_bytes(values + room),
+        show_bytes(values),
+        show_bytes(room)
+    )
 }
 
 /// What a rank of this run will take.

@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use collectives::{Comm, Env};
-use engine::{DType, ParamStore};
+use engine::{DType, Device, ParamStore};
 use models::lora::{LoraNetwork, Part};
 
 use crate::base::Base;
 use crate::card::LossScale;
+use crate::card_plan::{CardPlan, Target, plan_run};
 use crate::checkpoint::check_writable;
 use crate::console;
 use crate::data_plan::{dataset_defaults, dataset_input, missing_masks};
@@ -57,16 +58,30 @@ pub struct Run {
     held_out: Option<DatasetGroup>,
     prepared: PreparedNetwork,
     plan: Plan,
+    /// What was planned for the card.
+    card: Option<CardPlan>,
+    /// The plan for people.
+    summary: String,
     resume: Option<Resume>,
     facts: RunFacts,
     start: Start,
 }
 
 impl Run {
-    /// Finds the data, opens the model, chooses the modules. What fails here is a wrong
-    /// configuration.
+    /// A run that is resolved, told and checked. What fails here is a wrong configuration.
     pub fn prepare(parsed: &Parsed, env: &Env) -> Result<Self> {
-        let options = parsed.options.clone();
+        let run = Self::resolve(parsed, env)?;
+        console::note(&run.summary);
+        for note in &run.prepared.notes {
+            console::note(note);
+        }
+        run.check()?;
+        Ok(run)
+    }
+
+    /// Finds the data, opens the model, chooses the modules, plans the card's memory.
+    pub fn resolve(parsed: &Parsed, env: &Env) -> Result<Self> {
+        let mut options = parsed.options.clone();
         console::configure(options.console_log_level, options.console_log_file.as_deref())?;
         for note in &parsed.notes {
             console::note(note);
@@ -79,7 +94,11 @@ impl Run {
         for warning in group.warnings.iter().chain(&missing_masks(&options, &group)) {
             console::warn(warning);
         }
-        let device = device::for_rank(&options, env)?;
+        let device = match device::for_rank(&options, env) {
+            // A plan alone can be made for a card that is not there.
+            Err(_) if options.dry_run && options.vram_limit.is_some() => Device::Cpu,
+            device => device?,
+        };
         let mut base = Base::open(&options, device)?;
         let merged = base.merge_base_weights(&options)?;
         for note in base.files.notes.iter().chain(&merged) {
@@ -92,17 +111,85 @@ impl Run {
         let resume = Resume::find(&options, &comm)?;
         let seed = agree_on_seed(&options, resume.as_ref(), &comm)?;
         let prepared = PreparedNetwork::new(&options, &base, seed)?;
-        let plan = Plan::new(&options, &group, &base, seed, comm.world_size())?;
-        let rows = describe(&options, &plan, &group, &base, &prepared);
-        let rows: Vec<(&str, String)> = rows.iter().map(|(k, v)| (k.as_str(), v.clone())).collect();
-        console::note(&format_summary("plan", &rows));
-        for note in &prepared.notes {
-            console::note(note);
+        let card = match Target::find(&options, device) {
+            Some(target) => {
+                let groups = (&group, held_out.as_ref());
+                Some(plan_run(&options, &base, groups, &prepared, &target.agree(&comm)?)?)
+            }
+            None => None,
+        };
+        if let Some(card) = &card {
+            card.apply(&mut options);
+            base.store(&options);
         }
+        let mut plan = Plan::new(&options, &group, &base, seed, comm.world_size())?;
+        if let Some(card) = &card {
+            plan.checkpointing = card.chosen.checkpointing.clone();
+        }
+        let rows = describe(&options, &plan, &group, (&base, card.as_ref()), &prepared);
+        let rows: Vec<(&str, String)> = rows.iter().map(|(k, v)| (k.as_str(), v.clone())).collect();
+        let summary = format_summary("plan", &rows);
         let facts = run_facts(&options, &plan, &base, &prepared.network, &group)?;
         let start = state::begin(resume.as_ref(), &options, &facts, &plan)?;
-        check_before_loading(&options, &comm, (&group, &base, &prepared, &plan))?;
-        Ok(Self { options, comm, base, group, held_out, prepared, plan, resume, facts, start })
+        Ok(Self {
+            options,
+            comm,
+            base,
+            group,
+            held_out,
+            prepared,
+            plan,
+            card,
+            summary,
+            resume,
+            facts,
+            start,
+        })
+    }
+
+    /// What would fail only after minutes of loading and caching.
+    pub fn check(&self) -> Result<()> {
+        let Self { options, comm, base, plan, .. } = self;
+        Schedule::new(options, plan.steps)?;
+        let layers = base.text_encoder.layers;
+        if options.clip_skip.is_some_and(|skip| skip > layers) {
+            anyhow::bail!(
+                "`clip_skip` leaves no layer of the text encoder's {layers}: {}",
+                options.clip_skip.unwrap_or_default()
+            );
+        }
+        if self.card.is_none() {
+            let need = estimate_memory(options, &self.group, base, &self.prepared).total();
+            let hint = "lower the batch size or the resolution, or set \
+                        `gradient_checkpointing`, `mixed_precision = \"bf16\"`";
+            refuse_beyond_memory("the ranks of this run", need * comm.world_size(), hint)?;
+        }
+        if comm.rank() == 0 && !options.dry_run {
+            check_writable(&plan.saving.output_dir)?;
+            logs::check(options)?;
+        }
+        Ok(())
+    }
+
+    /// Prints for people, as data, what the run will do and take, and the files it will write.
+    pub fn print_summary(&self) {
+        console::data(&self.summary);
+        for note in &self.prepared.notes {
+            console::data(&format!("  {note}"));
+        }
+        console::data("files");
+        for path in self.planned_files() {
+            console::data(&format!("  {}", path.display()));
+        }
+    }
+
+    fn planned_files(&self) -> Vec<PathBuf> {
+        let mut files = Vec::new();
+        for path in self.plan.saving.planned(self.plan.steps, self.plan.epochs) {
+            let average = self.options.ema_decay.is_some().then(|| average_path(&path));
+            files.extend([path].into_iter().chain(average));
+        }
+        files
     }
 
     /// Whether the user asked for the plan alone.
@@ -126,38 +213,10 @@ impl Run {
     /// Prints options and files of the plan as data.
     pub fn print_plan(&self) {
         console::data(&self.options.to_toml());
-        for path in self.plan.saving.planned(self.plan.steps, self.plan.epochs) {
+        for path in self.planned_files() {
             console::data(&format!("# writes {}", path.display()));
-            if self.options.ema_decay.is_some() {
-                console::data(&format!("# writes {}", average_path(&path).display()));
-            }
         }
     }
-}
-
-/// What would fail only after minutes of loading and caching.
-fn check_before_loading(
-    options: &Options,
-    comm: &Comm,
-    (group, base, prepared, plan): (&DatasetGroup, &Base, &PreparedNetwork, &Plan),
-) -> Result<()> {
-    Schedule::new(options, plan.steps)?;
-    let layers = base.text_encoder.layers;
-    if options.clip_skip.is_some_and(|skip| skip > layers) {
-        anyhow::bail!(
-            "`clip_skip` leaves no layer of the text encoder's {layers}: {}",
-            options.clip_skip.unwrap_or_default()
-        );
-    }
-    let need = estimate_memory(options, group, base, prepared).total();
-    let hint = "lower the batch size or the resolution, or set `gradient_checkpointing`, \
-                `mixed_precision = \"bf16\"`";
-    refuse_beyond_memory("the ranks of this run", need * comm.world_size(), hint)?;
-    if comm.rank() == 0 && !options.dry_run {
-        check_writable(&plan.saving.output_dir)?;
-        logs::check(options)?;
-    }
-    Ok(())
 }
 
 /// Ranks that chose a seed each would train different things.
@@ -182,7 +241,9 @@ impl Run {
         let (group, latents) = cached.next().context("the training images are gone")?;
         let held_out = cached.next();
         // Damaged images were left out: the plan must count what is there.
+        let checkpointing = plan.checkpointing;
         let plan = Plan::new(&options, &group, &base, plan.seed, comm.world_size())?;
+        let plan = Plan { checkpointing, ..plan };
         if facts.data.steps_per_epoch != plan.steps_per_epoch {
             facts.data.steps_per_epoch = plan.steps_per_epoch;
             start = state::begin_again(resume.as_ref(), &options, &facts.data, &plan)?;

@@ -314,7 +314,7 @@ impl Trainer<'_> {
     pub(crate) fn setting(&self, batch: &Batch) -> Setting {
         Setting {
             clip_skip: self.options.clip_skip,
-            checkpointing: self.options.gradient_checkpointing.into(),
+            checkpointing: self.plan.checkpointing.clone(),
             draws: draws_for(&self.network, self.plan.seed, batch),
         }
     }

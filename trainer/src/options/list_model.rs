@@ -22,6 +22,12 @@ macro_rules! config_options {
         allow_unknown: bool = false, Supported;
         /// Device that computes: `cpu`, or `cuda`, an NVIDIA card for each rank. Default `cpu`.
         device: Device = Device::Cpu, Supported;
+        /// How much of the card's memory this process may use, with its unit: `8GB` is 8·10^9
+        /// bytes, `8GiB` is 2^33. As much as is needed is given up to stay below, in this order:
+        /// blocks are checkpointed, AdamW keeps its state in 8 bits, the frozen U-Net is kept in 8
+        /// bits. What cannot fit is refused before anything is loaded. Default: what is free on the
+        /// card. Where there is no card, `lorarun plan` plans for an imagined one of this size.
+        vram_limit: Option<ByteSize> = None, Supported;
         /// CPU threads of each rank. Default: the cores of this machine divided by its ranks.
         /// More threads than cores make every step slower.
         threads: Option<usize> = None, Supported;

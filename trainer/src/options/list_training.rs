@@ -40,10 +40,12 @@ macro_rules! training_options {
         /// below a 256th of a weight are lost that way; gradients and the optimizer's state stay
         /// float32. Needs `mixed_precision = "bf16"`.
         full_bf16: bool = false, Supported;
-        /// Keep the base model in 8-bit floats.
-        fp8_base: bool = false, NoEffect("the base model is kept in the precision of `mixed_precision`, which is more exact and takes more memory");
-        /// Keep the U-Net in 8-bit floats.
-        fp8_base_unet: bool = false, NoEffect("the base model is kept in the precision of `mixed_precision`, which is more exact and takes more memory");
+        /// Keep the frozen U-Net's weights in 8-bit floats on a card (E4M3, one scale for each
+        /// tensor): half the memory of bf16, coarser weights, the same arithmetic. The text encoder
+        /// stays as it is. `vram_limit` turns it on where nothing else helps.
+        fp8_base: bool = false, Supported;
+        /// The same as `--fp8_base`.
+        fp8_base_unet: bool = false, Supported;
         /// Compute block by block again in the backward pass instead of keeping everything: less
         /// memory, about a third more time, the same result to the bit.
         gradient_checkpointing: bool = false, Supported;

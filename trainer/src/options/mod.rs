@@ -41,6 +41,7 @@ mod optimizer_args;
 mod parse;
 mod print;
 mod scheduler_args;
+mod size;
 mod suggest;
 #[cfg(test)]
 mod tests;
@@ -57,6 +58,7 @@ pub use network_args::NetworkArgs;
 pub use parse::{Action, Parsed, UsageError, find_option, parse, write_config};
 pub(crate) use print::PRIVATE;
 pub use scheduler_args::TORCH_SCHEDULES;
+pub use size::ByteSize;
 pub use suggest::closest;
 pub use table::{Group, OptionSpec, Origin, Support};
 pub use value::{CropRange, IntOrFloat, Kind, Mismatch, OptionValue, Resolution};

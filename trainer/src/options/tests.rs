@@ -17,6 +17,7 @@ const OWN: &[&str] = &[
     "reproducible",
     "strict_data",
     "threads",
+    "vram_limit",
 ];
 
 fn data(name: &str) -> String {
@@ -102,7 +103,9 @@ fn defaults_are_those_of_the_reference() {
             Kind::TextList | Kind::FloatList => kind == "list",
             Kind::IntOrFloat => kind == "int_or_float",
             Kind::Path => kind == "str" || kind == "Path",
-            Kind::Choice(_) | Kind::Text | Kind::Resolution | Kind::Range => kind == "str",
+            Kind::Choice(_) | Kind::Text | Kind::Size | Kind::Resolution | Kind::Range => {
+                kind == "str"
+            }
             Kind::Flag => kind == "flag",
         };
         // DeepSpeed's stage is a number among four.

@@ -29,6 +29,8 @@ pub enum Kind {
     TextList,
     /// Any number of numbers.
     FloatList,
+    /// An amount of memory with its unit.
+    Size,
     /// One of these words.
     Choice(&'static [&'static str]),
 }
@@ -50,6 +52,7 @@ impl Kind {
             Kind::IntOrFloat => "N|SHARE".into(),
             Kind::Resolution => "SIZE|W,H".into(),
             Kind::Range => "LOW,HIGH".into(),
+            Kind::Size => "8GB".into(),
             Kind::TextList => "TEXT ...".into(),
             Kind::FloatList => "NUMBER ...".into(),
             Kind::Choice(words) if words.len() <= 4 => words.join("|"),
