@@ -7,6 +7,7 @@ use collectives::Env;
 use engine::Device;
 use engine::cuda::nvidia;
 
+use crate::card_plan::limit_beside_context;
 use crate::options::{self, Options};
 
 /// Devices that the program was given, by name.
@@ -50,6 +51,9 @@ pub fn open_within(name: &str, limit: Option<usize>) -> Result<Device> {
 pub fn for_rank(options: &Options, env: &Env) -> Result<Device> {
     match options.device {
         options::Device::Cpu => Ok(Device::Cpu),
-        options::Device::Cuda => open(&format!("cuda:{}", env.card_index())),
+        options::Device::Cuda => {
+            let limit = limit_beside_context(options);
+            open_within(&format!("cuda:{}", env.card_index()), limit)
+        }
     }
 }
