@@ -108,6 +108,12 @@ impl Plan {
             stamp: choose_stamp(options, group, base)?,
         })
     }
+
+    /// The same run on what turned out to be there of its images.
+    pub fn again(self, options: &Options, group: &DatasetGroup, base: &Base) -> Result<Self> {
+        let counted = Self::new(options, group, base, self.seed, self.world_size)?;
+        Ok(Self { checkpointing: self.checkpointing, ..counted })
+    }
 }
 
 /// With a seed the run is meant to be repeatable to the byte, so its files bear the time of the

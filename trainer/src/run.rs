@@ -241,9 +241,7 @@ impl Run {
         let (group, latents) = cached.next().context("the training images are gone")?;
         let held_out = cached.next();
         // Damaged images were left out: the plan must count what is there.
-        let checkpointing = plan.checkpointing;
-        let plan = Plan::new(&options, &group, &base, plan.seed, comm.world_size())?;
-        let plan = Plan { checkpointing, ..plan };
+        let plan = plan.again(&options, &group, &base)?;
         if facts.data.steps_per_epoch != plan.steps_per_epoch {
             facts.data.steps_per_epoch = plan.steps_per_epoch;
             start = state::begin_again(resume.as_ref(), &options, &facts.data, &plan)?;
