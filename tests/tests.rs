@@ -8,6 +8,7 @@
 //! - `hostile_input`: every kind of bad input gives one clear error and no partial file
 //! - `interruption`: killed ranks, Ctrl-C, full disk
 //! - `keys`: tensors and metadata of our files beside those of sd-scripts, and lossless continuing
+//! - `machine`: what the binary needs to start, and what `doctor` finds
 //! - `network_options`: dropouts and DyLoRA's ranks on any number of ranks; blocks, norms, merged files
 //! - `networks`: LoHa, LoKr and DoRA train, agree on any number of ranks, go on from their files
 //! - `optimizers`: whole runs with those that keep more than moments
@@ -25,6 +26,7 @@ mod hostile_input;
 mod interruption;
 mod keys;
 mod layering;
+mod machine;
 mod network_options;
 mod networks;
 mod optimizers;

@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use collectives::{Env, MAX_RANKS, exit_code};
 
 use crate::cards::{Cards, Ranks};
-use crate::check_ranks;
+use crate::{check_ranks, doctor};
 
 /// `--version` says what was built, from what, by what.
 const LONG_VERSION: &str = concat!(
@@ -40,6 +40,8 @@ Examples:
       what that run would take of such a card, and the files it would write
   lorarun --num_processes 4 check-ranks
       do the processes reach each other, and how fast
+  lorarun doctor
+      which cards and libraries there are, and how to get what is missing
 
 Ctrl-C ends politely: the current step is finished and saved. A second Ctrl-C ends at once.
 When one process fails, the others are stopped and its exit code is returned.
@@ -120,6 +122,8 @@ pub enum Command {
     /// Check that the processes of this machine reach each other, and measure how fast
     #[command(name = "check-ranks", alias = "check_ranks")]
     CheckRanks(check_ranks::Options),
+    /// Say what this machine trains with: cards, libraries and their versions, what is missing
+    Doctor(doctor::Options),
 }
 
 /// Arguments that another crate understands.
@@ -154,9 +158,14 @@ impl Cli {
             Some(count) => format!("--num_processes {count}"),
             None => format!("--gpu_ids with {count} cards"),
         };
-        if count > 1 && matches!(self.command, Command::Selftest(_)) {
+        let alone = match self.command {
+            Command::Selftest(_) => Some("selftest"),
+            Command::Doctor(_) => Some("doctor"),
+            Command::Train(_) | Command::CheckRanks(_) => None,
+        };
+        if let Some(alone) = alone.filter(|_| count > 1) {
             return Err(format!(
-                "`selftest` is the work of one process, got: `{asked}`\n\
+                "`{alone}` is the work of one process, got: `{asked}`\n\
                  hint: `check-ranks` tests several"
             ));
         }

@@ -8,7 +8,9 @@
 mod cards;
 mod check_ranks;
 mod cli;
+mod doctor;
 mod fault;
+mod machine;
 mod output;
 mod spawn;
 mod summary;
@@ -77,13 +79,14 @@ fn run_as_rank(command: Command, env: &Env) -> i32 {
         Command::Plan(passed) => trainer::cli::plan_main(&passed.arguments, env),
         Command::Selftest(passed) => trainer::cli::selftest_main(&passed.arguments, env),
         Command::CheckRanks(options) => check_ranks::run(&options, env),
+        Command::Doctor(options) => doctor::run(&options),
     }
 }
 
 /// What holds for a rank whatever it does: its share of the processor, and a stop that is polite.
 fn prepare_process(command: &Command, env: &Env) -> Result<()> {
-    // Nothing of a self-test needs saving; there a signal ends the process.
-    if !matches!(command, Command::Selftest(_)) {
+    // Nothing of a self-test or an examination needs saving; there a signal ends the process.
+    if !matches!(command, Command::Selftest(_) | Command::Doctor(_)) {
         signals::install().context("cannot install signal handlers")?;
     }
     if let Some(threads) = env.threads {

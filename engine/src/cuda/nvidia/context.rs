@@ -130,6 +130,13 @@ pub fn cards() -> Result<Vec<CardFacts>> {
     (0..cuda.count()?).map(|index| cuda.facts(index).map(|(_, facts)| facts)).collect()
 }
 
+/// Free and all bytes of card `index`, other processes included. Makes a context on the card, which
+/// takes some hundred MB of it until this process ends.
+pub fn memory(index: usize) -> Result<(usize, usize)> {
+    let cuda = Cuda::get()?;
+    Context::open(cuda, cuda.facts(index)?.0)?.memory()
+}
+
 /// The primary context of a card, shared with every library that runs in this process.
 pub(super) struct Context {
     pub(super) cuda: &'static Cuda,

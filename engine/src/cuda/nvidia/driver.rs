@@ -12,6 +12,7 @@ use cudarc::driver::sys as cu;
 use super::context::{Context, Cuda, Event, Queue};
 use super::convolution::Convolutions;
 use super::launch::Kernels;
+use super::libraries::{Library, find};
 use super::matmul::Products;
 use super::staging::{Kept, Landing, Ring};
 use super::tuning::{Scratch, Tuning};
@@ -24,12 +25,10 @@ use crate::{Device, EngineError, Result};
 /// Bytes of the card that are left alone without a limit: what libraries load on first use.
 const RESERVE: usize = 256 << 20;
 
-/// Opens card `index`. At most `limit` bytes of it are used for tensors and the libraries'
-/// workspace, by default what is free now; the context itself, some 300 to 500 MB that the driver
-/// takes for code and stacks, comes on top of a limit.
-pub fn open(index: usize, limit: Option<usize>) -> Result<Device> {
-    let cuda = Cuda::get()?;
-    let (device, facts) = cuda.facts(index)?;
+/// What card `index` is, if it and the libraries on this machine can train; else what is missing.
+/// Opens nothing on the card.
+pub fn usable(index: usize) -> Result<CardFacts> {
+    let (_, facts) = Cuda::get()?.facts(index)?;
     if facts.capability < (8, 0) {
         let (major, minor) = facts.capability;
         return Err(EngineError::Unsupported(format!(
@@ -38,6 +37,19 @@ pub fn open(index: usize, limit: Option<usize>) -> Result<Device> {
             facts.name
         )));
     }
+    find(Library::Nvrtc)?;
+    find(Library::CublasLt)?;
+    Ok(facts)
+}
+
+/// Opens card `index`. At most `limit` bytes of it are used for tensors and the libraries'
+/// workspace, by default what is free now; the context itself, some 300 to 500 MB that the driver
+/// takes for code and stacks, comes on top of a limit. Kernels that are not in the cache are
+/// compiled first.
+pub fn open(index: usize, limit: Option<usize>) -> Result<Device> {
+    let facts = usable(index)?;
+    let cuda = Cuda::get()?;
+    let (device, _) = cuda.facts(index)?;
     let context = Context::open(cuda, device)?;
     let kernels = Kernels::prepare(facts.capability)?;
     let driver = Nvidia::new(context, facts, kernels)?;

@@ -16,8 +16,8 @@ mod staging;
 mod symbols;
 mod tuning;
 
-pub use context::cards;
-pub use driver::open;
+pub use context::{cards, memory};
+pub use driver::{open, usable};
 pub use folders::{LIBRARIES_VARIABLE, PYTHON_VARIABLE};
 pub use kernels::{CACHE_VARIABLE, Capability, cache_folder, compile, image, image_in, modules};
 pub use libraries::{Found, Library, Missing, driver_version, find};
