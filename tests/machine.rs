@@ -68,7 +68,8 @@ fn doctor_tells_people_and_programs_the_same() {
     assert_eq!(libraries.len(), 5);
     for library in libraries {
         let name = library["name"].as_str().expect("a name");
-        let line = lines.lines().find(|line| line.contains(&format!("{name} "))).expect("a line");
+        let is_it = |line: &&str| line.get(15..).is_some_and(|text| text.starts_with(name));
+        let line = lines.lines().filter(|line| line.contains("  ")).find(is_it).expect("a line");
         if library["found"] == true {
             let path = library["path"].as_str().expect("a path");
             assert!(Path::new(path).is_file(), "{path}");

@@ -42,7 +42,7 @@ macro_rules! choice {
 
 choice! {
     /// Where the arithmetic is done.
-    Device { Cpu = "cpu", Cuda = "cuda" }
+    Device { Auto = "auto", Cpu = "cpu", Cuda = "cuda" }
 }
 choice! {
     /// Precision of the frozen model's arithmetic.

@@ -20,8 +20,10 @@ macro_rules! config_options {
         /// Ignore unknown names in the config file and on the command line, with a warning, instead
         /// of refusing them. A mistyped option is then not trained with.
         allow_unknown: bool = false, Supported;
-        /// Device that computes: `cpu`, or `cuda`, an NVIDIA card for each rank. Default `cpu`.
-        device: Device = Device::Cpu, Supported;
+        /// Device that computes: `cpu`, `cuda`, an NVIDIA card for each rank, or `auto`: cards where
+        /// this machine has one for each rank and what they need, else `cpu`. `lorarun doctor` says
+        /// which it is and what is missing.
+        device: Device = Device::Auto, Supported;
         /// How much of the card's memory this process may use, with its unit: `8GB` is 8·10^9
         /// bytes, `8GiB` is 2^33. As much as is needed is given up to stay below, in this order:
         /// blocks are checkpointed, AdamW keeps its state in 8 bits, the frozen U-Net is kept in 8

@@ -2,6 +2,7 @@
 //!
 //! sd-scripts takes most of these as "off", divides by the others.
 
+use crate::device;
 use crate::options::{Device, LogWith, MixedPrecision, Options};
 
 /// Unsets options whose value asks for nothing, and replaces what this machine computes otherwise.
@@ -71,7 +72,9 @@ fn token_length(options: &mut Options, notes: &mut Vec<String>) {
 /// fp16 has a finer mantissa than bf16, and a CPU has no fast arithmetic for it: float32 holds
 /// everything that was asked for, bf16 would not.
 fn precision(options: &mut Options, notes: &mut Vec<String>) {
-    if options.mixed_precision == MixedPrecision::Fp16 && options.device == Device::Cpu {
+    if options.mixed_precision == MixedPrecision::Fp16
+        && device::choice(options.device) == Device::Cpu
+    {
         options.mixed_precision = MixedPrecision::No;
         notes.push(
             "`mixed_precision = \"fp16\"` is computed in float32 on the CPU, which is more exact; \
