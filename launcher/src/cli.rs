@@ -161,7 +161,7 @@ impl Cli {
         let alone = match self.command {
             Command::Selftest(_) => Some("selftest"),
             Command::Doctor(_) => Some("doctor"),
-            Command::Train(_) | Command::CheckRanks(_) => None,
+            Command::Train(_) | Command::Plan(_) | Command::CheckRanks(_) => None,
         };
         if let Some(alone) = alone.filter(|_| count > 1) {
             return Err(format!(
