@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use collectives::{Env, Segment};
+use collectives::{Env, ReduceWay, Segment};
 use engine::Device;
 use formats::lora_file::{self, LoraFile};
 use trainer::options;
@@ -200,6 +200,7 @@ fn two_ranks(scene: &Scene) {
         world_size: 2,
         local_world_size: 2,
         segment_fd: Some(segment.fd()),
+        reduce: ReduceWay::Staged,
         ..Env::single()
     };
     let config = scene.write_config();
