@@ -63,7 +63,9 @@ impl Trainer<'_> {
         if let Some(state) = loaded.take("monitor")? {
             self.monitor.load_state(state)?;
         }
-        if let Some(state) = loaded.take("loss_scale")? {
+        if self.loss_scale.is_needed()
+            && let Some(state) = loaded.take("loss_scale")?
+        {
             self.loss_scale.load_state(state)?;
         }
         if let Some(ema) = &mut self.ema {
