@@ -20,7 +20,8 @@ fn run(device: Device, len: usize) -> Result<Tensor> {
 }
 
 fn traced(device: Device, len: usize) -> Trace {
-    let (trace, kept) = device.card().unwrap().trace(|| run(device, len)).unwrap();
+    let (trace, kept) =
+        device.card().expect("it is a card").trace(|| run(device, len)).expect("it runs");
     assert_eq!(kept.shape(), [len]);
     trace
 }

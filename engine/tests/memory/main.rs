@@ -20,8 +20,8 @@ fn card(limit: usize) -> (Device, &'static Card) {
         shared_memory: 100 << 10,
         computes: true,
     };
-    let device = recorder::open(facts, limit + WORKSPACE).unwrap();
-    (device, device.card().unwrap())
+    let device = recorder::open(facts, limit + WORKSPACE).expect("it opens");
+    (device, device.card().expect("it is a card"))
 }
 
 /// Numbers that look random and are the same each time (xorshift).
