@@ -12,6 +12,7 @@
 //! - `network_options`: dropouts and DyLoRA's ranks on any number of ranks; blocks, norms, merged files
 //! - `networks`: LoHa, LoKr and DoRA train, agree on any number of ranks, go on from their files
 //! - `optimizers`: whole runs with those that keep more than moments
+//! - `plan`: what a run will take, told before it starts
 //! - `quickstart`: the README's example
 //! - `resume`: stopped or killed anywhere and resumed, a run ends with the bytes of one that was not
 //! - `selftest`: agreement with the PyTorch reference, and that a changed reference is noticed
@@ -30,6 +31,7 @@ mod machine;
 mod network_options;
 mod networks;
 mod optimizers;
+mod plan;
 mod quickstart;
 mod resume;
 mod selftest;

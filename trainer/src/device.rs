@@ -99,6 +99,11 @@ fn open_card(number: usize, limit: Option<usize>) -> Result<Device> {
     if let Some(device) = registered(&name) {
         return Ok(device);
     }
+    if let Ok(facts) = nvidia::usable(number)
+        && !nvidia::all_cached(facts.capability)
+    {
+        console::note("compiling kernels for this card, once: it takes a minute");
+    }
     let device = nvidia::open(number, limit).with_context(|| format!("cannot use `{name}`"))?;
     if let Err(missing) = nvidia::find(Library::Cudnn) {
         let (what, hint) = (missing.library.purpose(), &missing.how_to_get);

@@ -61,6 +61,15 @@ pub fn image_in(folder: Option<&Path>, module: &str, capability: Capability) -> 
     Ok(image)
 }
 
+/// Whether the cache holds every module for a card of `capability`: opening one then takes no
+/// compiler's time.
+pub fn all_cached(capability: Capability) -> bool {
+    let (Some(folder), Ok(compiler)) = (cache_folder(), Compiler::get()) else { return false };
+    let target = compiler.target(capability);
+    let file = |(name, source): &(&str, &str)| compiler.file_name(name, source, &target);
+    SOURCES.iter().all(|module| folder.join(file(module)).is_file())
+}
+
 /// Compiles `module` for a card of `capability`, without the cache. Needs no GPU.
 pub fn compile(module: &str, capability: Capability) -> Result<Vec<u8>> {
     image_in(None, module, capability)

@@ -19,6 +19,8 @@ mod tuning;
 pub use context::{cards, memory};
 pub use driver::{open, usable};
 pub use folders::{LIBRARIES_VARIABLE, PYTHON_VARIABLE};
-pub use kernels::{CACHE_VARIABLE, Capability, cache_folder, compile, image, image_in, modules};
+pub use kernels::{
+    CACHE_VARIABLE, Capability, all_cached, cache_folder, compile, image, image_in, modules,
+};
 pub use libraries::{Found, Library, Missing, driver_version, find};
 pub use tuning::AUTOTUNE_VARIABLE;
