@@ -45,6 +45,9 @@ fn scene() -> Scene {
     // The emulator takes most of a minute for a step of 128 pixels.
     scene.set("resolution", "'64,64'").set("network_train_unet_only", "true");
     scene.set("cache_latents_to_disk", "true").set("no_half_vae", "true");
+    // At this size the self-attention of one pixel has no gradient but rounding. AdamW's own eps
+    // would make weights of that, as large as any; with this one steps follow the gradient.
+    scene.set("optimizer_args", "['eps=1e-3']").set("learning_rate", "1e-2");
     on_cpu(&scene);
     std::fs::remove_dir_all(scene.output_dir()).expect("the file of the CPU is removed");
     scene.set("max_train_steps", "3");
@@ -116,11 +119,9 @@ fn steps_on_a_card_are_those_of_the_cpu_captured_or_not() {
     // The second step is captured, the third is its replay.
     let card = on_card(&scene);
     let captured = bytes(&scene);
-    // At this size a self-attention of one pixel has no gradient but rounding, which AdamW makes
-    // weights of: the direction of all weights together is compared.
     let cosine = cosine(&card, &on_cpu(&scene));
     println!("cosine {cosine:.6}");
-    assert!(cosine > 0.995, "{cosine}");
+    assert!(cosine > 0.9999, "{cosine}");
     scene.set("no_cuda_graph", "true");
     on_card(&scene);
     assert!(captured == bytes(&scene), "captured steps differ");
@@ -136,7 +137,7 @@ fn half_precision_on_a_card_learns_the_same_direction() {
         scene.set("mixed_precision", quoted(precision));
         let cosine = cosine(&on_card(&scene), &plain);
         println!("{precision}: cosine {cosine:.4}");
-        assert!(cosine > 0.9, "{precision}: {cosine}");
+        assert!(cosine > 0.99, "{precision}: {cosine}");
     }
 }
 
@@ -175,15 +176,18 @@ fn accumulated_and_host_optimised_steps_are_those_of_the_cpu() {
     let _cards = cards();
     for (key, value) in [
         ("gradient_accumulation_steps", "2"),
-        ("optimizer_type", "'Lion'"),
+        ("optimizer_type", "'SGDNesterov'"),
         ("optimizer_type", "'AdamW8bit'"),
         ("network_dropout", "0.2"),
     ] {
         let mut scene = scene();
         scene.set(key, value);
+        if value == "'SGDNesterov'" {
+            scene.set("optimizer_args", "['momentum=0.9']");
+        }
         let cosine = cosine(&on_card(&scene), &on_cpu(&scene));
         println!("{key} {value}: cosine {cosine:.6}");
-        assert!(cosine > 0.99, "{key} {value}: {cosine}");
+        assert!(cosine > 0.999, "{key} {value}: {cosine}");
     }
 }
 
@@ -208,7 +212,7 @@ fn a_run_resumed_on_a_card_never_stopped() {
         // What a card saved is what the CPU saves: it goes on from there.
         let card = read(&scene.output_dir());
         let cosine = cosine(&on_cpu(&scene), &card);
-        assert!(cosine > 0.995, "{optimizer} resumed on the CPU: {cosine}");
+        assert!(cosine > 0.9999, "{optimizer} resumed on the CPU: {cosine}");
     }
 }
 
@@ -224,7 +228,7 @@ fn two_ranks_with_a_card_each_are_one_with_twice_the_batch() {
         two_ranks(&scene);
         let cosine = cosine(&read(&scene.output_dir()), &one);
         println!("two ranks: cosine {cosine:.6}");
-        assert!(cosine > 0.995, "{cosine}");
+        assert!(cosine > 0.9999, "{cosine}");
     }
 }
 

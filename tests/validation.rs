@@ -162,7 +162,7 @@ fn a_resumed_run_logs_as_if_nothing_had_happened() {
     let told = |scene: &Scene| -> Vec<Value> {
         let mut lines = steps(scene);
         for line in lines.iter_mut().filter_map(Value::as_object_mut) {
-            for key in ["seconds", "images_per_second", "peak_memory"] {
+            for key in ["time", "seconds", "images_per_second", "peak_memory"] {
                 line.remove(key);
             }
         }
