@@ -132,7 +132,7 @@ impl From<&Missing> for EngineError {
     fn from(missing: &Missing) -> Self {
         let file = missing.library.files()[0].0;
         EngineError::Unsupported(format!(
-            "{} is not on this machine: `{file}`\nhint: {}; `lorarun doctor` says what was tried",
+            "NVIDIA's {} is not on this machine: `{file}`\nhint: {}; `lorarun doctor` says what was tried",
             missing.library.name(),
             missing.how_to_get
         ))
