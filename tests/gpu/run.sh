@@ -32,12 +32,18 @@ check() {
 
 compare() { "$lorarun" selftest --compare "$1" "$2" --tolerance "$3"; }
 
-# train NAME DEVICE ARGS...: the quickstart's twelve drawings, ten steps.
+mkdir -p "$work/drawings/4_drawing"
+cp "$root"/examples/quickstart/pictures/* "$work/drawings/4_drawing/"
+
+# train NAME DEVICE ARGS...: ten steps on the quickstart's model and its twelve drawings.
 train() {
     local name=$1 device=$2
     shift 2
-    (cd "$root" && "$lorarun" train examples/quickstart/config.toml --device "$device" \
-        --output_dir "$work/out" --output_name "$name" --max_train_steps 10 --seed 7 "$@")
+    "$lorarun" train --pretrained_model_name_or_path "$root/examples/quickstart/model.safetensors" \
+        --train_data_dir "$work/drawings" --resolution 192 --network_module networks.lora \
+        --network_dim 8 --network_alpha 4 --learning_rate 1e-3 --cache_latents --seed 7 \
+        --train_batch_size 2 --max_train_steps 10 --device "$device" \
+        --output_dir "$work/out" --output_name "$name" "$@"
 }
 
 ten_steps() {
