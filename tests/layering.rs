@@ -12,8 +12,9 @@ fn root() -> PathBuf {
 /// Who may depend on whom. Arrows point down only; a new arrow is a decision, made here.
 fn allowed() -> BTreeMap<&'static str, BTreeSet<&'static str>> {
     [
-        ("launcher", vec!["trainer", "collectives", "engine"]),
+        ("launcher", vec!["trainer", "tools", "collectives", "engine"]),
         ("trainer", vec!["collectives", "models", "engine", "formats"]),
+        ("tools", vec!["formats"]),
         ("models", vec!["engine", "formats"]),
         ("bench-model", vec![]),
         ("bench-step", vec!["trainer", "models", "engine", "formats"]),

@@ -33,19 +33,32 @@ pub fn write_atomic(
     path: &Path,
     fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> Result<(), FormatError> {
+    write_atomic_in_place(path, |file| {
+        let fail = |source| FormatError::io("write", path, source);
+        let mut writer = BufWriter::with_capacity(1 << 20, file);
+        fill(&mut writer).map_err(fail)?;
+        writer.flush().map_err(fail)
+    })
+}
+
+/// Writes `path` through `fill`, which may write anywhere in the new, empty file.
+///
+/// # Errors
+/// Those of `fill`, and as [`write_atomic`].
+pub fn write_atomic_in_place<E: From<FormatError>>(
+    path: &Path,
+    fill: impl FnOnce(&File) -> Result<(), E>,
+) -> Result<(), E> {
     let fail = |action| move |source| FormatError::io(action, path, source);
     let folder = folder_of(path);
     let prefix = prefix_of(path)?;
     let temporary =
         Temporary::create(folder, &prefix).map_err(fail("create a file in the folder of"))?;
-    {
-        let mut writer = BufWriter::with_capacity(1 << 20, temporary.file());
-        fill(&mut writer).map_err(fail("write"))?;
-        writer.flush().map_err(fail("write"))?;
-    }
+    fill(temporary.file())?;
     temporary.file().sync_all().map_err(fail("write"))?;
     temporary.publish(folder, &prefix, path).map_err(fail("put in place"))?;
-    File::open(folder).and_then(|f| f.sync_all()).map_err(|e| FormatError::io("sync", folder, e))
+    let synced = File::open(folder).and_then(|f| f.sync_all());
+    Ok(synced.map_err(|e| FormatError::io("sync", folder, e))?)
 }
 
 /// A file that is not yet visible under its name.

@@ -147,6 +147,15 @@ pub enum FormatError {
         /// The offending key.
         key: String,
     },
+    /// A path to write whose ending names no container.
+    #[error(
+        "`{}` does not say how to write it\nhint: end the name in `.safetensors` or `.ckpt`",
+        path.display()
+    )]
+    UnknownEnding {
+        /// The path given.
+        path: PathBuf,
+    },
     /// The model hub did not give a model.
     #[error("cannot get the model `{id}` from the hub: {reason}\nhint: {hint}")]
     Hub {

@@ -11,13 +11,15 @@ use crate::keys::Component;
 use crate::tensor_file::TensorFile;
 use crate::{FormatError, Weights};
 
-/// A family of models that can be trained.
+/// A family of models.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Family {
     /// Stable Diffusion 1.x: CLIP ViT-L, 1x1 convolutions around the transformers.
     Sd1,
     /// Stable Diffusion 2.x: OpenCLIP ViT-H, Linear layers around the transformers.
     Sd2,
+    /// Stable Diffusion XL: two text encoders, text and sizes added to the time embedding.
+    Sdxl,
 }
 
 impl Family {
@@ -26,6 +28,7 @@ impl Family {
         match self {
             Self::Sd1 => "Stable Diffusion 1.x",
             Self::Sd2 => "Stable Diffusion 2.x",
+            Self::Sdxl => "Stable Diffusion XL",
         }
     }
 }

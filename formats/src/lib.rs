@@ -8,6 +8,7 @@
 pub mod atomic;
 pub mod atomic_folder;
 mod base_model;
+mod container;
 mod diffusers_dir;
 mod dtype;
 mod error;
@@ -22,14 +23,16 @@ pub mod model_spec;
 pub mod pickle;
 pub mod safetensors_file;
 mod single_file;
+pub mod stream;
 mod tensor;
 mod tensor_file;
 
 pub use base_model::{BaseModel, OpenOptions, open_base_model, open_base_model_with};
+pub use container::SaveAs;
 pub use dtype::{Dtype, SavePrecision, bytes_from_f32, extend_f32};
 pub use error::FormatError;
 pub use family::Family;
 pub use keys::Component;
 pub use lora_modules::{LoraModule, group_modules};
-pub use tensor::{OwnedTensor, TensorView, Weights};
+pub use tensor::{OwnedTensor, TensorSpec, TensorView, Weights};
 pub use tensor_file::{TensorFile, open_tensor_file};

@@ -13,9 +13,11 @@ use crate::atomic::write_atomic;
 use crate::lora_modules::{LoraModule, group_modules};
 use crate::model_hash::{LEGACY_LENGTH, LEGACY_OFFSET, hex};
 use crate::pickle::write_pickle;
-use crate::safetensors_file::{header_bytes, layout_order, write_safetensors};
+use crate::safetensors_file::{filled_specs, header_bytes, write_safetensors};
 use crate::tensor_file::open_tensor_file;
 use crate::{FormatError, OwnedTensor, SavePrecision};
+
+pub use crate::container::SaveAs;
 
 /// The tensors of a LoRA by their file keys.
 pub type Tensors = BTreeMap<String, OwnedTensor>;
@@ -42,15 +44,6 @@ impl LoraFile {
     pub fn modules(&self) -> Result<Vec<LoraModule<'_>>, FormatError> {
         group_modules(&self.tensors, &self.path)
     }
-}
-
-/// The container to write.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SaveAs {
-    /// `.safetensors`, with metadata and hashes.
-    Safetensors,
-    /// `.ckpt` or `.pt`: a torch zip, tensors only, as sd-scripts writes it.
-    Pickle,
 }
 
 /// Reads a LoRA from `.safetensors`, `.ckpt` or `.pt`.
@@ -113,8 +106,8 @@ pub fn sshs_hashes(tensors: &Tensors, metadata: &Metadata) -> io::Result<(String
         .filter(|(key, _)| key.starts_with("ss_"))
         .map(|(key, value)| (key.clone(), value.clone()))
         .collect();
-    let order = layout_order(tensors);
-    let header = header_bytes(&order, Some(&training))?;
+    let specs = filled_specs(tensors)?;
+    let header = header_bytes(&specs, Some(&training))?;
     let mut whole = Sha256::new();
     let mut window = Sha256::new();
     let window_range = LEGACY_OFFSET..LEGACY_OFFSET + LEGACY_LENGTH;
@@ -127,9 +120,10 @@ pub fn sshs_hashes(tensors: &Tensors, metadata: &Metadata) -> io::Result<(String
     };
     see(&(header.len() as u64).to_le_bytes());
     see(&header);
-    for (_, tensor) in &order {
-        whole.update(&tensor.data);
-        see(&tensor.data);
+    for spec in &specs {
+        let data = &tensors[&spec.name].data;
+        whole.update(data);
+        see(data);
     }
     let mut legacy = hex(&window.finalize());
     legacy.truncate(8);

@@ -96,12 +96,14 @@ impl ModelSpec {
             (Family::Sd1, _) => "stable-diffusion-v1",
             (Family::Sd2, false) => "stable-diffusion-v2-512",
             (Family::Sd2, true) => "stable-diffusion-v2-768-v",
+            (Family::Sdxl, _) => "stable-diffusion-xl-v1-base",
         }
     }
 
     fn own_resolution(&self) -> (usize, usize) {
         match (self.family, self.v_parameterization) {
             (Family::Sd2, true) => (768, 768),
+            (Family::Sdxl, _) => (1024, 1024),
             _ => (512, 512),
         }
     }

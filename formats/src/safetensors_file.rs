@@ -15,7 +15,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::mmap::FileBytes;
 use crate::tensor_file::TensorFile;
-use crate::{Dtype, FormatError, OwnedTensor, TensorView};
+use crate::{Dtype, FormatError, OwnedTensor, TensorSpec, TensorView};
 
 /// Longest header accepted, as in the reference library.
 const MAX_HEADER: u64 = 100_000_000;
@@ -274,41 +274,53 @@ pub fn write_safetensors(
     tensors: &BTreeMap<String, OwnedTensor>,
     metadata: Option<&BTreeMap<String, String>>,
 ) -> io::Result<()> {
-    let order = layout_order(tensors);
-    let header = header_bytes(&order, metadata)?;
+    let specs = filled_specs(tensors)?;
+    let header = header_bytes(&specs, metadata)?;
     writer.write_all(&(header.len() as u64).to_le_bytes())?;
     writer.write_all(&header)?;
-    for (_, tensor) in &order {
-        writer.write_all(&tensor.data)?;
+    for spec in &specs {
+        writer.write_all(&tensors[&spec.name].data)?;
     }
     Ok(())
 }
 
-pub(crate) fn layout_order(
-    tensors: &BTreeMap<String, OwnedTensor>,
-) -> Vec<(&String, &OwnedTensor)> {
-    let mut order: Vec<_> = tensors.iter().collect();
-    // Stable: names stay sorted within a type.
-    order.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.dtype.layout_order()));
-    order
+/// The tensors in the order of their data.
+///
+/// # Errors
+/// When the data of one is not what its type and shape say.
+pub(crate) fn filled_specs(tensors: &BTreeMap<String, OwnedTensor>) -> io::Result<Vec<TensorSpec>> {
+    let mut specs = Vec::new();
+    for (name, tensor) in tensors {
+        tensor.check_filled(name)?;
+        specs.push(tensor.spec(name));
+    }
+    sort_by_layout(&mut specs);
+    Ok(specs)
 }
 
-/// The JSON header, padded with spaces to a multiple of 8.
+/// Widest type first, then by name.
+pub(crate) fn sort_by_layout(specs: &mut [TensorSpec]) {
+    specs.sort_by(|a, b| {
+        let types = b.dtype.layout_order().cmp(&a.dtype.layout_order());
+        types.then_with(|| a.name.cmp(&b.name))
+    });
+}
+
+/// The JSON header of tensors whose data lie in this order, padded with spaces to a multiple of 8.
 pub(crate) fn header_bytes(
-    order: &[(&String, &OwnedTensor)],
+    specs: &[TensorSpec],
     metadata: Option<&BTreeMap<String, String>>,
 ) -> io::Result<Vec<u8>> {
     let mut offset = 0_u64;
     let mut entries = BTreeMap::new();
-    for (name, tensor) in order {
-        tensor.check_filled(name)?;
-        let end = offset + tensor.data.len() as u64;
+    for spec in specs {
+        let end = offset + spec.bytes() as u64;
         let entry = RawEntry {
-            dtype: Cow::Borrowed(tensor.dtype.safetensors_name()),
-            shape: tensor.shape.iter().map(|size| *size as u64).collect(),
+            dtype: Cow::Borrowed(spec.dtype.safetensors_name()),
+            shape: spec.shape.iter().map(|size| *size as u64).collect(),
             data_offsets: (offset, end),
         };
-        entries.insert(name.as_str(), entry);
+        entries.insert(spec.name.as_str(), entry);
         offset = end;
     }
     let mut header = String::from("{");

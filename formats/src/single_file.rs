@@ -30,7 +30,10 @@ pub(crate) fn open(path: &Path) -> Result<SingleFile, FormatError> {
     let unet = map_ldm_unet(file.as_ref(), LDM_UNET);
     let text = match finding.family {
         Family::Sd2 => map_open_clip(file.as_ref(), OPEN_CLIP),
-        Family::Sd1 => map_transformers_clip(file.as_ref(), clip_prefix(file.as_ref())),
+        // SDXL is refused above.
+        Family::Sd1 | Family::Sdxl => {
+            map_transformers_clip(file.as_ref(), clip_prefix(file.as_ref()))
+        }
     };
     let vae = map_ldm_vae(file.as_ref(), LDM_VAE);
     note_ignored(&mut notes, "U-Net", &unet);

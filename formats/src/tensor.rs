@@ -43,6 +43,34 @@ impl TensorView<'_> {
     }
 }
 
+/// What a file says of a tensor: everything but its data.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Key in the file.
+    pub name: String,
+    /// Number type of the elements.
+    pub dtype: Dtype,
+    /// Sizes, outermost first; empty for a scalar.
+    pub shape: Vec<usize>,
+}
+
+impl TensorSpec {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// True when a dimension is 0.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes of the data.
+    pub fn bytes(&self) -> usize {
+        self.len() * self.dtype.size()
+    }
+}
+
 /// A tensor in memory of its own: row-major, little endian.
 #[derive(Clone, Debug, PartialEq)]
 pub struct OwnedTensor {
@@ -73,6 +101,11 @@ impl OwnedTensor {
     /// As [`Self::from_f32`].
     pub fn scalar(value: f32, dtype: Dtype) -> Result<Self, FormatError> {
         Self::from_f32(&[], &[value], dtype)
+    }
+
+    /// What a file says of it under the name `name`.
+    pub fn spec(&self, name: &str) -> TensorSpec {
+        TensorSpec { name: name.to_owned(), dtype: self.dtype, shape: self.shape.clone() }
     }
 
     /// An error for writers when the data is not what type and shape say.

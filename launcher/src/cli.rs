@@ -124,6 +124,9 @@ pub enum Command {
     CheckRanks(check_ranks::Options),
     /// Say what this machine trains with: cards, libraries and their versions, what is missing
     Doctor(doctor::Options),
+    /// Offline work on files.
+    #[command(flatten)]
+    Tool(tools::Command),
 }
 
 /// Arguments that another crate understands.
@@ -159,13 +162,14 @@ impl Cli {
             None => format!("--gpu_ids with {count} cards"),
         };
         let alone = match self.command {
-            Command::Selftest(_) => Some("selftest"),
-            Command::Doctor(_) => Some("doctor"),
+            Command::Selftest(_) => Some("`selftest`"),
+            Command::Doctor(_) => Some("`doctor`"),
+            Command::Tool(_) => Some("a tool"),
             Command::Train(_) | Command::Plan(_) | Command::CheckRanks(_) => None,
         };
         if let Some(alone) = alone.filter(|_| count > 1) {
             return Err(format!(
-                "`{alone}` is the work of one process, got: `{asked}`\n\
+                "{alone} is the work of one process, got: `{asked}`\n\
                  hint: `check-ranks` tests several"
             ));
         }

@@ -80,13 +80,14 @@ fn run_as_rank(command: Command, env: &Env) -> i32 {
         Command::Selftest(passed) => trainer::cli::selftest_main(&passed.arguments, env),
         Command::CheckRanks(options) => check_ranks::run(&options, env),
         Command::Doctor(options) => doctor::run(&options),
+        Command::Tool(tool) => tool.run(),
     }
 }
 
 /// What holds for a rank whatever it does: its share of the processor, and a stop that is polite.
 fn prepare_process(command: &Command, env: &Env) -> Result<()> {
-    // Nothing of a self-test or an examination needs saving; there a signal ends the process.
-    if !matches!(command, Command::Selftest(_) | Command::Doctor(_)) {
+    // Nothing of these needs saving; there a signal ends the process, and no partial file stays.
+    if !matches!(command, Command::Selftest(_) | Command::Doctor(_) | Command::Tool(_)) {
         signals::install().context("cannot install signal handlers")?;
     }
     if let Some(threads) = env.threads {

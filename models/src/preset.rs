@@ -52,10 +52,15 @@ const SD2: Preset = Preset {
     ..SD1
 };
 
+/// Heads as in SD2; of its two text encoders the first is SD1's and the second has exact GELU, which
+/// the checkpoint's parts tell by their layout.
+const SDXL: Preset = Preset { unet_heads: HeadRule::Width(64), vae_scaling: 0.13025, ..SD1 };
+
 /// The row of a family.
 pub fn preset(family: Family) -> &'static Preset {
     match family {
         Family::Sd1 => &SD1,
         Family::Sd2 => &SD2,
+        Family::Sdxl => &SDXL,
     }
 }

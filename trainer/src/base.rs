@@ -135,6 +135,7 @@ impl Base {
             (Family::Sd1, true) => "sd_v1_v",
             (Family::Sd2, false) => "sd_v2",
             (Family::Sd2, true) => "sd_v2_v",
+            (Family::Sdxl, _) => "sdxl_base_v1-0",
         }
     }
 }

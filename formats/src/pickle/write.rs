@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use super::globals::storage_name;
-use crate::OwnedTensor;
+use crate::{OwnedTensor, TensorSpec};
 
 /// torch aligns tensor data to this many bytes by padding the entry's extra field.
 const ALIGNMENT: u64 = 64;
@@ -30,27 +30,68 @@ pub(super) fn write_with_limit(
     tensors: &BTreeMap<String, OwnedTensor>,
     limit: u64,
 ) -> io::Result<()> {
-    let pickle = pickle_of(tensors)?;
-    let mut zip = ZipWriter { writer, position: 0, entries: Vec::new(), limit };
-    zip.entry("archive/data.pkl", &pickle)?;
-    zip.entry("archive/byteorder", b"little")?;
-    for (index, tensor) in tensors.values().enumerate() {
-        zip.entry(&format!("archive/data/{index}"), &tensor.data)?;
+    let mut specs = Vec::new();
+    for (name, tensor) in tensors {
+        tensor.check_filled(name)?;
+        specs.push(tensor.spec(name));
     }
-    zip.entry("archive/version", b"3\n")?;
-    zip.finish()
+    let sums: Vec<u32> = tensors.values().map(|tensor| crc32fast::hash(&tensor.data)).collect();
+    let frame = frame_with_limit(&specs, &sums, limit)?;
+    let mut data = tensors.values();
+    for (_, piece) in &frame.pieces {
+        match piece {
+            Some(bytes) => writer.write_all(bytes)?,
+            None => writer.write_all(data.next().map_or(&[], |tensor| &tensor.data))?,
+        }
+    }
+    Ok(())
+}
+
+/// Everything of a checkpoint but the tensors' data.
+pub(crate) struct Frame {
+    /// Where each piece begins, in order; `None` is the place of the next tensor's data.
+    pub pieces: Vec<(u64, Option<Vec<u8>>)>,
+    /// Bytes of the whole file.
+    pub length: u64,
+}
+
+impl Frame {
+    /// Where the data of each tensor begins.
+    pub fn data_offsets(&self) -> Vec<u64> {
+        self.pieces.iter().filter(|(_, piece)| piece.is_none()).map(|(at, _)| *at).collect()
+    }
+}
+
+/// The frame around `specs`, which are sorted by name, with the data's checksums (CRC-32). Lengths
+/// and offsets do not depend on the checksums.
+pub(crate) fn frame(specs: &[TensorSpec], sums: &[u32]) -> io::Result<Frame> {
+    frame_with_limit(specs, sums, ZIP64_LIMIT)
+}
+
+fn frame_with_limit(specs: &[TensorSpec], sums: &[u32], limit: u64) -> io::Result<Frame> {
+    let pickle = pickle_of(specs)?;
+    let mut zip = ZipFrame { pieces: Vec::new(), position: 0, entries: Vec::new(), limit };
+    zip.file("archive/data.pkl", pickle);
+    zip.file("archive/byteorder", b"little".to_vec());
+    for (index, (spec, crc)) in specs.iter().zip(sums).enumerate() {
+        zip.entry(&format!("archive/data/{index}"), *crc, spec.bytes() as u64);
+        zip.pieces.push((zip.position, None));
+        zip.position += spec.bytes() as u64;
+    }
+    zip.file("archive/version", b"3\n".to_vec());
+    zip.finish();
+    Ok(Frame { pieces: zip.pieces, length: zip.position })
 }
 
 /// Protocol 2, the one torch writes.
-fn pickle_of(tensors: &BTreeMap<String, OwnedTensor>) -> io::Result<Vec<u8>> {
+fn pickle_of(specs: &[TensorSpec]) -> io::Result<Vec<u8>> {
     let mut out = vec![0x80, 2];
     ordered_dict(&mut out);
-    if !tensors.is_empty() {
+    if !specs.is_empty() {
         out.push(b'(');
-        for (index, (name, tensor)) in tensors.iter().enumerate() {
-            tensor.check_filled(name)?;
-            text(&mut out, name)?;
-            tensor_value(&mut out, index, tensor)?;
+        for (index, spec) in specs.iter().enumerate() {
+            text(&mut out, &spec.name)?;
+            tensor_value(&mut out, index, spec)?;
         }
         out.push(b'u');
     }
@@ -62,12 +103,12 @@ fn ordered_dict(out: &mut Vec<u8>) {
     out.extend(b"ccollections\nOrderedDict\n)R");
 }
 
-fn tensor_value(out: &mut Vec<u8>, index: usize, tensor: &OwnedTensor) -> io::Result<()> {
+fn tensor_value(out: &mut Vec<u8>, index: usize, tensor: &TensorSpec) -> io::Result<()> {
     let class = storage_name(tensor.dtype).ok_or_else(|| {
         let reason = format!("a {} tensor has no place in a torch checkpoint", tensor.dtype);
         io::Error::new(io::ErrorKind::Unsupported, reason)
     })?;
-    let elements = tensor.data.len() / tensor.dtype.size();
+    let elements = tensor.bytes() / tensor.dtype.size();
     out.extend(b"ctorch._utils\n_rebuild_tensor_v2\n(");
     // The persistent id of the storage.
     out.push(b'(');
@@ -131,24 +172,29 @@ struct Written {
 }
 
 /// Stored entries only.
-struct ZipWriter<'w> {
-    writer: &'w mut dyn Write,
+struct ZipFrame {
+    pieces: Vec<(u64, Option<Vec<u8>>)>,
     position: u64,
     entries: Vec<Written>,
     limit: u64,
 }
 
-impl ZipWriter<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.writer.write_all(bytes)?;
+impl ZipFrame {
+    fn push(&mut self, bytes: Vec<u8>) {
+        let start = self.position;
         self.position += bytes.len() as u64;
-        Ok(())
+        self.pieces.push((start, Some(bytes)));
     }
 
-    fn entry(&mut self, name: &str, content: &[u8]) -> io::Result<()> {
-        let size = content.len() as u64;
+    /// An entry with its content.
+    fn file(&mut self, name: &str, content: Vec<u8>) {
+        self.entry(name, crc32fast::hash(&content), content.len() as u64);
+        self.push(content);
+    }
+
+    /// The header of an entry; its content follows.
+    fn entry(&mut self, name: &str, crc: u32, size: u64) {
         let offset = self.position;
-        let crc = crc32fast::hash(content);
         let mut extra = Vec::new();
         if size >= self.limit {
             extra.extend(zip64_extra(&[size, size]));
@@ -166,10 +212,8 @@ impl ZipWriter<'_> {
         header.extend((extra.len() as u16).to_le_bytes());
         header.extend(name.as_bytes());
         header.extend(extra);
-        self.write(&header)?;
-        self.write(content)?;
+        self.push(header);
         self.entries.push(Written { name: name.to_owned(), crc, size, offset });
-        Ok(())
     }
 
     /// Version needed, UTF-8 flag, method stored, 1980-01-01, checksum and both sizes.
@@ -188,7 +232,7 @@ impl ZipWriter<'_> {
         if value >= self.limit { u32::MAX } else { value as u32 }
     }
 
-    fn finish(mut self) -> io::Result<()> {
+    fn finish(&mut self) {
         let start = self.position;
         for entry in std::mem::take(&mut self.entries) {
             let mut wide = Vec::new();
@@ -209,13 +253,13 @@ impl ZipWriter<'_> {
             record.extend(self.saturated(entry.offset).to_le_bytes());
             record.extend(entry.name.as_bytes());
             record.extend(extra);
-            self.write(&record)?;
+            self.push(record);
             self.entries.push(entry);
         }
-        self.write_end(start)
+        self.write_end(start);
     }
 
-    fn write_end(&mut self, start: u64) -> io::Result<()> {
+    fn write_end(&mut self, start: u64) {
         let size = self.position - start;
         let count = self.entries.len() as u64;
         let wide = start >= self.limit || size >= self.limit || count >= 0xffff;
@@ -230,7 +274,7 @@ impl ZipWriter<'_> {
             record.extend(b"PK\x06\x07\0\0\0\0");
             record.extend(end_64.to_le_bytes());
             record.extend(1_u32.to_le_bytes());
-            self.write(&record)?;
+            self.push(record);
         }
         let count = u16::try_from(count).unwrap_or(u16::MAX);
         let mut end = b"PK\x05\x06\0\0\0\0".to_vec();
@@ -239,7 +283,7 @@ impl ZipWriter<'_> {
         end.extend(self.saturated(size).to_le_bytes());
         end.extend(self.saturated(start).to_le_bytes());
         end.extend([0, 0]);
-        self.write(&end)
+        self.push(end);
     }
 }
 

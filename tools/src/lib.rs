@@ -1,0 +1,36 @@
+//! Offline work on files: merge, extract, resize, convert, inspect. One process, all cores.
+//!
+//! Promises: option names and arithmetic are those of sd-scripts' tools; files are mapped and
+//! streamed, so memory follows the largest tensor in work, not the model; what is written appears
+//! complete or not at all. A tool is one file, one line in [`Command`] and one in [`Command::run`].
+//! Results go to stdout, everything else to stderr.
+
+mod exit;
+mod extract_dylora;
+mod finite;
+mod output;
+mod precision;
+mod progress;
+
+use clap::Subcommand;
+
+pub use exit::Usage;
+
+/// The tools of the command line.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Cut a DyLoRA into LoRAs, one for every multiple of `unit`
+    #[command(name = "extract-dylora", alias = "extract_lora_from_dylora")]
+    ExtractDylora(extract_dylora::Options),
+}
+
+impl Command {
+    /// Does the work. Returns the process's exit code: 0, 64 for options that cannot be meant, 1
+    /// for any other failure, whose message has gone to stderr.
+    pub fn run(&self) -> i32 {
+        let result = match self {
+            Self::ExtractDylora(options) => extract_dylora::run(options),
+        };
+        exit::code_of(result)
+    }
+}
