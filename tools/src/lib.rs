@@ -8,6 +8,7 @@
 mod exit;
 mod extract_dylora;
 mod finite;
+mod matrix;
 mod output;
 mod precision;
 mod progress;
