@@ -20,7 +20,8 @@ const ASIDE: &str = ".aside";
 /// Ends the name of a folder that is being removed.
 const GONE: &str = ".gone";
 
-/// Writes the folder `path`: `fill` gets an empty folder to write plain files into.
+/// Writes the folder `path`: `fill` gets an empty folder to write files and
+/// folders into.
 ///
 /// # Errors
 /// Those of `fill`; [`FormatError::DiskFull`] or [`FormatError::Io`] naming `path`. An earlier
@@ -96,10 +97,15 @@ pub fn recover(parent: &Path, ours: &dyn Fn(&str) -> bool) -> Result<Vec<String>
     Ok(back)
 }
 
-/// fsync of every file of a folder and of the folder.
+/// fsync of everything in a folder and of the folder.
 fn sync_all(folder: &Path) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
-        File::open(entry?.path())?.sync_all()?;
+        let path = entry?.path();
+        if path.is_dir() {
+            sync_all(&path)?;
+        } else {
+            File::open(path)?.sync_all()?;
+        }
     }
     File::open(folder)?.sync_all()
 }

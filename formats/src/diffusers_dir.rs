@@ -24,11 +24,15 @@ pub(crate) struct Place {
 
 pub(crate) const UNET: Place = diffusers_place("unet");
 pub(crate) const VAE: Place = diffusers_place("vae");
-pub(crate) const TEXT_ENCODER: Place =
-    Place { folder: "text_encoder", safetensors: "model", bin: "pytorch_model" };
+pub(crate) const TEXT_ENCODER: Place = transformers_place("text_encoder");
+pub(crate) const TEXT_ENCODER_2: Place = transformers_place("text_encoder_2");
 
 const fn diffusers_place(folder: &'static str) -> Place {
     Place { folder, safetensors: "diffusion_pytorch_model", bin: "diffusion_pytorch_model" }
+}
+
+const fn transformers_place(folder: &'static str) -> Place {
+    Place { folder, safetensors: "model", bin: "pytorch_model" }
 }
 
 impl Place {
@@ -159,7 +163,7 @@ pub(crate) fn open_vae_file(path: &Path) -> Result<(Component, Option<Value>), F
 }
 
 /// Relative paths of the files in `dir` and in its direct subfolders.
-fn list_files(dir: &Path) -> Result<Vec<String>, FormatError> {
+pub(crate) fn list_files(dir: &Path) -> Result<Vec<String>, FormatError> {
     let mut files = Vec::new();
     let mut list = |folder: &Path, prefix: &str| -> Result<Vec<PathBuf>, FormatError> {
         let mut folders = Vec::new();
@@ -226,6 +230,26 @@ fn open_weights(
     variant: Option<&str>,
     notes: &mut Vec<String>,
 ) -> Result<Arc<dyn TensorFile>, FormatError> {
+    let path = dir.join(choose_weights(dir, place, files, variant, notes)?);
+    if is_index(&path) {
+        return Ok(Arc::new(ShardedFile::open(&path)?));
+    }
+    open_tensor_file(&path)
+}
+
+/// True for the list of a component's shards.
+pub(crate) fn is_index(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension == "json")
+}
+
+/// The weight file or shard index of a component, relative to the model.
+pub(crate) fn choose_weights(
+    dir: &Path,
+    place: Place,
+    files: &[String],
+    variant: Option<&str>,
+    notes: &mut Vec<String>,
+) -> Result<String, FormatError> {
     let Some((name, note)) = place.choose(files, variant) else {
         let [first, _, bin, _] = place.candidates(variant);
         return Err(FormatError::MissingFile {
@@ -237,15 +261,11 @@ fn open_weights(
         });
     };
     notes.extend(note);
-    let path = dir.join(&name);
-    if name.ends_with(".json") {
-        return Ok(Arc::new(ShardedFile::open(&path)?));
-    }
-    open_tensor_file(&path)
+    Ok(name)
 }
 
 /// Reads a JSON file of the folder; `None` when it is not there.
-fn read_config(dir: &Path, name: &str) -> Result<Option<Value>, FormatError> {
+pub(crate) fn read_config(dir: &Path, name: &str) -> Result<Option<Value>, FormatError> {
     let path = dir.join(name);
     if !path.exists() {
         return Ok(None);
@@ -279,14 +299,16 @@ pub(crate) fn shards_of(path: &Path) -> Result<BTreeMap<String, String>, FormatE
 }
 
 /// A component split over several files by an index.
-struct ShardedFile {
+pub(crate) struct ShardedFile {
     index: PathBuf,
     tensors: BTreeMap<String, Arc<dyn TensorFile>>,
+    /// The files by their names.
+    pub shards: BTreeMap<String, Arc<dyn TensorFile>>,
     metadata: BTreeMap<String, String>,
 }
 
 impl ShardedFile {
-    fn open(index: &Path) -> Result<Self, FormatError> {
+    pub fn open(index: &Path) -> Result<Self, FormatError> {
         let dir = index.parent().unwrap_or(Path::new("."));
         let mut files: BTreeMap<String, Arc<dyn TensorFile>> = BTreeMap::new();
         let mut tensors = BTreeMap::new();
@@ -307,7 +329,13 @@ impl ShardedFile {
             }
             tensors.insert(tensor, file);
         }
-        Ok(Self { index: index.to_path_buf(), tensors, metadata: BTreeMap::new() })
+        let metadata = BTreeMap::new();
+        Ok(Self { index: index.to_path_buf(), tensors, shards: files, metadata })
+    }
+
+    /// The file with the tensor.
+    pub fn shard_of(&self, name: &str) -> Option<&Arc<dyn TensorFile>> {
+        self.tensors.get(name)
     }
 }
 

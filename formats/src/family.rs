@@ -68,12 +68,41 @@ pub(crate) const LDM_TEXT: &str = "cond_stage_model.";
 /// The prefix of OpenCLIP within [`LDM_TEXT`].
 pub(crate) const OPEN_CLIP: &str = "cond_stage_model.model.";
 
-/// The family of a single-file checkpoint.
+/// The prefix of SDXL's text encoders in single files.
+const LDM_TEXTS: &str = "conditioner.embedders.";
+/// The prefix of SDXL's first text encoder in single files, CLIP ViT-L of transformers.
+pub(crate) const LDM_TEXT_1: &str = "conditioner.embedders.0.transformer.";
+/// The prefix of SDXL's second text encoder in single files, OpenCLIP bigG.
+pub(crate) const LDM_TEXT_2: &str = "conditioner.embedders.1.model.";
+
+/// The family of a single-file checkpoint that is to be trained: SDXL is refused.
 pub(crate) fn of_single_file(file: &dyn TensorFile) -> Result<Finding, FormatError> {
     let names = file.names();
+    let sdxl = |name: &&&str| {
+        name.starts_with(LDM_TEXTS)
+            || name.starts_with("model.diffusion_model.label_emb.")
+                && !names.iter().any(|name| name.starts_with(LDM_TEXT))
+    };
+    if let Some(name) = names.iter().find(sdxl) {
+        return Err(FormatError::UnsupportedFamily {
+            path: file.path().to_path_buf(),
+            family: "SDXL",
+            because: format!("it has `{name}`"),
+        });
+    }
+    of_any_single_file(file)
+}
+
+/// The family of a single-file checkpoint, SDXL too.
+pub(crate) fn of_any_single_file(file: &dyn TensorFile) -> Result<Finding, FormatError> {
+    let names = file.names();
     let with = |prefix: &str| names.iter().copied().find(|name| name.starts_with(prefix));
+    let unsupported = |family, name: &str| FormatError::UnsupportedFamily {
+        path: file.path().to_path_buf(),
+        family,
+        because: format!("it has `{name}`"),
+    };
     let refused = [
-        ("SDXL", "conditioner.embedders."),
         ("SD3", "model.diffusion_model.joint_blocks."),
         ("FLUX", "model.diffusion_model.double_blocks."),
         ("FLUX", "double_blocks."),
@@ -81,22 +110,21 @@ pub(crate) fn of_single_file(file: &dyn TensorFile) -> Result<Finding, FormatErr
     ];
     for (family, prefix) in refused {
         if let Some(name) = with(prefix) {
-            return Err(FormatError::UnsupportedFamily {
-                path: file.path().to_path_buf(),
-                family,
-                because: format!("it has `{name}`"),
-            });
+            return Err(unsupported(family, name));
         }
     }
     if with(LDM_UNET).is_none() {
         return Err(not_a_checkpoint(file, &names));
     }
-    if let Some(name) = with("model.diffusion_model.label_emb.") {
-        return Err(FormatError::UnsupportedFamily {
-            path: file.path().to_path_buf(),
-            family: if with(LDM_TEXT).is_some() { "a U-Net with class embeddings" } else { "SDXL" },
-            because: format!("it has `{name}`"),
-        });
+    if let (Some(_), Some(name)) = (with(LDM_TEXT_1), with(LDM_TEXT_2)) {
+        let because = format!("it has a second text encoder (`{name}`)");
+        return Ok(Finding { family: Family::Sdxl, because });
+    }
+    if let Some(name) = with(LDM_TEXTS) {
+        return Err(unsupported("the refiner of SDXL (or a part of SDXL)", name));
+    }
+    if let (Some(name), Some(_)) = (with("model.diffusion_model.label_emb."), with(LDM_TEXT)) {
+        return Err(unsupported("a U-Net with class embeddings", name));
     }
     if let Some(name) = with(OPEN_CLIP) {
         let because = format!("its text encoder is OpenCLIP (`{name}`)");
@@ -145,8 +173,24 @@ fn not_a_checkpoint(file: &dyn TensorFile, names: &[&str]) -> FormatError {
     }
 }
 
-/// The family of a U-Net in diffusers' layout.
+/// The family of a U-Net in diffusers' layout that is to be trained: SDXL is refused.
 pub(crate) fn of_diffusers_unet(
+    unet: &Component,
+    config: Option<&Value>,
+) -> Result<Finding, FormatError> {
+    let finding = of_any_diffusers_unet(unet, config)?;
+    if finding.family == Family::Sdxl {
+        return Err(FormatError::UnsupportedFamily {
+            path: unet.path().to_path_buf(),
+            family: "SDXL",
+            because: finding.because,
+        });
+    }
+    Ok(finding)
+}
+
+/// The family of a U-Net in diffusers' layout, SDXL too.
+pub(crate) fn of_any_diffusers_unet(
     unet: &Component,
     config: Option<&Value>,
 ) -> Result<Finding, FormatError> {
@@ -154,14 +198,11 @@ pub(crate) fn of_diffusers_unet(
     let text_time = config.and_then(|c| c.get("addition_embed_type")).is_some_and(|v| !v.is_null());
     let added = names.iter().find(|name| name.starts_with("add_embedding."));
     if added.is_some() || text_time {
-        return Err(FormatError::UnsupportedFamily {
-            path: unet.path().to_path_buf(),
-            family: "SDXL",
-            because: added.map_or_else(
-                || "its U-Net config sets `addition_embed_type`".to_owned(),
-                |name| format!("its U-Net has `{name}`"),
-            ),
-        });
+        let because = added.map_or_else(
+            || "its U-Net config sets `addition_embed_type`".to_owned(),
+            |name| format!("its U-Net has `{name}`"),
+        );
+        return Ok(Finding { family: Family::Sdxl, because });
     }
     let proj_in = names.iter().find(|name| name.ends_with(".proj_in.weight"));
     let rank = proj_in.and_then(|name| unet.shape(name)).map(|shape| shape.len());

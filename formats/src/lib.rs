@@ -18,6 +18,7 @@ mod keys;
 pub mod lora_file;
 mod lora_modules;
 mod mmap;
+pub mod model_files;
 pub mod model_hash;
 pub mod model_spec;
 pub mod pickle;

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use crate::FormatError;
 use crate::family::{self, Family, Finding, LDM_UNET, OPEN_CLIP};
 use crate::keys::{
-    Component, KeyMap, map_diffusers_vae, map_ldm_unet, map_ldm_vae, map_open_clip,
+    Component, KeyMap, OpenClip, map_diffusers_vae, map_ldm_unet, map_ldm_vae, map_open_clip,
     map_transformers_clip,
 };
 use crate::tensor_file::{TensorFile, open_tensor_file};
 
-const LDM_VAE: &str = "first_stage_model.";
+/// The prefix of the VAE in single files.
+pub(crate) const LDM_VAE: &str = "first_stage_model.";
 
 /// The components of one file; the VAE may be missing when it is replaced anyway.
 pub(crate) struct SingleFile {
@@ -29,7 +30,7 @@ pub(crate) fn open(path: &Path) -> Result<SingleFile, FormatError> {
     let mut notes = Vec::new();
     let unet = map_ldm_unet(file.as_ref(), LDM_UNET);
     let text = match finding.family {
-        Family::Sd2 => map_open_clip(file.as_ref(), OPEN_CLIP),
+        Family::Sd2 => map_open_clip(file.as_ref(), OPEN_CLIP, OpenClip::BeforeLast),
         // SDXL is refused above.
         Family::Sd1 | Family::Sdxl => {
             map_transformers_clip(file.as_ref(), clip_prefix(file.as_ref()))
@@ -50,7 +51,7 @@ pub(crate) fn open(path: &Path) -> Result<SingleFile, FormatError> {
 }
 
 /// Checkpoints differ in how deep the text model lies below `cond_stage_model.`.
-fn clip_prefix(file: &dyn TensorFile) -> &'static str {
+pub(crate) fn clip_prefix(file: &dyn TensorFile) -> &'static str {
     const TRANSFORMER: &str = "cond_stage_model.transformer.";
     if file.names().iter().any(|name| name.starts_with(TRANSFORMER)) {
         TRANSFORMER

@@ -3,6 +3,7 @@
 //! No arithmetic beyond conversion of number types.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use crate::dtype::{bytes_from_f32, extend_f32};
 use crate::{Dtype, FormatError};
@@ -35,6 +36,23 @@ impl TensorView<'_> {
         let mut out = Vec::with_capacity(self.len());
         extend_f32(self.dtype, &self.data, &mut out);
         out
+    }
+
+    /// The rows of this range (of the outermost dimension), within its bounds.
+    #[must_use]
+    pub(crate) fn rows(self, range: Range<usize>) -> Self {
+        let Some(count) = self.shape.first().copied() else { return self };
+        let row = self.data.len() / count.max(1);
+        let end = range.end.min(count);
+        let start = range.start.min(end);
+        let mut shape = self.shape;
+        shape[0] = end - start;
+        let bytes = start * row..end * row;
+        let data = match self.data {
+            Cow::Borrowed(data) => Cow::Borrowed(&data[bytes]),
+            Cow::Owned(data) => Cow::Owned(data[bytes].to_vec()),
+        };
+        Self { dtype: self.dtype, shape, data }
     }
 
     /// A copy that does not borrow the file.

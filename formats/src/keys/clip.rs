@@ -3,9 +3,12 @@
 //! SD1 checkpoints hold that model itself under one of several prefixes. SD2 checkpoints hold
 //! OpenCLIP: joined q/k/v projections, other names, and one layer more than Stable Diffusion 2
 //! uses (it reads the last but one layer), so the last layer is left out here, as in diffusers.
+//! SDXL has both: CLIP ViT-L and, with all its layers and the projection, OpenCLIP bigG.
 
 use super::{KeyMap, Part, split_index, under};
 use crate::tensor_file::TensorFile;
+
+const PROJECTION: &str = "text_projection.weight";
 
 /// The table for a transformers text model whose keys start with `prefix`; `text_model.` is added
 /// where the file leaves it out.
@@ -29,12 +32,30 @@ pub(crate) fn map_transformers_clip(file: &dyn TensorFile, prefix: &str) -> KeyM
     map
 }
 
+/// The table for `CLIPTextModelWithProjection`, SDXL's second text encoder in diffusers folders.
+pub(crate) fn map_transformers_clip_with_projection(file: &dyn TensorFile) -> KeyMap {
+    let mut map = map_transformers_clip(file, "");
+    if file.describe(PROJECTION).is_some() {
+        map.insert(PROJECTION.to_owned(), PROJECTION, Part::Whole);
+    }
+    map
+}
+
+/// How much of an OpenCLIP text model is the text encoder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OpenClip {
+    /// SD2: all layers but the last.
+    BeforeLast,
+    /// SDXL: all layers, and the projection of the pooled output.
+    WithProjection,
+}
+
 /// The table for an OpenCLIP text model whose keys start with `prefix`.
-pub(crate) fn map_open_clip(file: &dyn TensorFile, prefix: &str) -> KeyMap {
+pub(crate) fn map_open_clip(file: &dyn TensorFile, prefix: &str, extent: OpenClip) -> KeyMap {
     let mut map = KeyMap::default();
     let tensors = under(file, prefix);
     let layers = tensors.iter().filter_map(|(_, rest)| layer_of(rest).map(|(layer, _)| layer));
-    let last_layer = layers.max();
+    let left_out = if extent == OpenClip::BeforeLast { layers.max() } else { None };
     for (key, rest) in tensors {
         let outer = match rest {
             "positional_embedding" => Some("embeddings.position_embedding.weight"),
@@ -47,14 +68,19 @@ pub(crate) fn map_open_clip(file: &dyn TensorFile, prefix: &str) -> KeyMap {
             map.insert(format!("text_model.{name}"), key, Part::Whole);
             continue;
         }
-        // Parts of CLIP that no text encoder needs.
+        if rest == "text_projection" && extent == OpenClip::WithProjection {
+            map.insert(PROJECTION.to_owned(), key, Part::Transposed);
+            continue;
+        }
+        // Parts of CLIP that no text encoder needs, and a buffer that some programs add.
         if matches!(rest, "text_projection" | "logit_scale" | "attn_mask")
             || rest.starts_with("visual.")
+            || rest.ends_with(".position_ids")
         {
             continue;
         }
         match layer_of(rest) {
-            Some((layer, _)) if Some(layer) == last_layer => {}
+            Some((layer, _)) if Some(layer) == left_out => {}
             Some((layer, rest)) => map_layer(&mut map, key, layer, rest),
             None => map.ignored.push(key.to_owned()),
         }

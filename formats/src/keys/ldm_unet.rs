@@ -54,9 +54,11 @@ pub(crate) fn map_ldm_unet(file: &dyn TensorFile, prefix: &str) -> KeyMap {
 
 /// Parts outside the blocks.
 fn outer_name(rest: &str) -> Option<String> {
-    const OUTER: [(&str, &str); 4] = [
+    const OUTER: [(&str, &str); 6] = [
         ("time_embed.0.", "time_embedding.linear_1."),
         ("time_embed.2.", "time_embedding.linear_2."),
+        ("label_emb.0.0.", "add_embedding.linear_1."),
+        ("label_emb.0.2.", "add_embedding.linear_2."),
         ("out.0.", "conv_norm_out."),
         ("out.2.", "conv_out."),
     ];

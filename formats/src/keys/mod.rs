@@ -7,27 +7,33 @@
 mod clip;
 mod ldm_unet;
 mod ldm_vae;
+mod to_ldm_unet;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-pub(crate) use clip::{map_open_clip, map_transformers_clip};
+pub(crate) use clip::{
+    OpenClip, map_open_clip, map_transformers_clip, map_transformers_clip_with_projection,
+};
 pub(crate) use ldm_unet::map_ldm_unet;
 pub(crate) use ldm_vae::{map_diffusers_vae, map_ldm_vae};
+pub(crate) use to_ldm_unet::LdmUnetNames;
 
 use crate::tensor_file::TensorFile;
 use crate::{Dtype, FormatError, TensorView, Weights};
 
 /// Which part of a stored tensor a name stands for.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Part {
+pub(crate) enum Part {
     Whole,
     /// The n-th third of the rows: q, k or v of a joined projection.
     Third(usize),
     /// A 1x1 convolution seen as the matrix of a Linear.
     Matrix,
+    /// A matrix with rows and columns exchanged.
+    Transposed,
 }
 
 #[derive(Clone, Debug)]
@@ -89,6 +95,7 @@ impl Component {
                 Part::Third(_) => {
                     (shape.first().is_some_and(|rows| rows % 3 == 0), "divisible by 3 in rows")
                 }
+                Part::Transposed => (shape.len() == 2, "a matrix"),
                 Part::Matrix => (
                     shape.len() >= 2 && shape[2..].iter().all(|size| *size == 1),
                     "a matrix or a 1x1 convolution",
@@ -110,6 +117,11 @@ impl Component {
     pub fn whole_file(file: Arc<dyn TensorFile>) -> Self {
         let map = KeyMap::identity(file.as_ref());
         Self { file, slots: map.slots }
+    }
+
+    /// The names with the key and the part of it that each stands for, sorted by name.
+    pub(crate) fn slots(&self) -> impl Iterator<Item = (&str, &str, Part)> {
+        self.slots.iter().map(|(name, slot)| (name.as_str(), slot.key.as_str(), slot.part))
     }
 
     /// The file that holds the tensors.
@@ -138,14 +150,10 @@ impl Weights for Component {
         match slot.part {
             Part::Whole => {}
             Part::Matrix => view.shape.truncate(2),
-            Part::Third(index) => {
-                let bytes = view.data.len() / 3;
-                let range = index * bytes..(index + 1) * bytes;
-                view.shape[0] /= 3;
-                view.data = match view.data {
-                    Cow::Borrowed(data) => Cow::Borrowed(&data[range]),
-                    Cow::Owned(data) => Cow::Owned(data[range].to_vec()),
-                };
+            Part::Transposed => view = transposed(&view),
+            Part::Third(third) => {
+                let rows = view.shape[0] / 3;
+                view = view.rows(third * rows..(third + 1) * rows);
             }
         }
         Ok(view)
@@ -157,11 +165,25 @@ impl Weights for Component {
         match slot.part {
             Part::Whole => {}
             Part::Matrix => shape.truncate(2),
+            Part::Transposed => shape.reverse(),
             // Checked to have rows when the component was made.
             Part::Third(_) => shape[0] /= 3,
         }
         Some(shape)
     }
+}
+
+/// A copy of a matrix with rows and columns exchanged.
+fn transposed(view: &TensorView<'_>) -> TensorView<'static> {
+    let (rows, columns, size) = (view.shape[0], view.shape[1], view.dtype.size());
+    let mut data = Vec::with_capacity(view.data.len());
+    for column in 0..columns {
+        for row in 0..rows {
+            let start = (row * columns + column) * size;
+            data.extend_from_slice(&view.data[start..start + size]);
+        }
+    }
+    TensorView { dtype: view.dtype, shape: vec![columns, rows], data: Cow::Owned(data) }
 }
 
 /// Keys of `file` that start with `prefix`: (whole key, rest).
@@ -277,7 +299,7 @@ mod tests {
             "logit_scale",
         ];
         let file = file(&keys);
-        let map = map_open_clip(&file, "");
+        let map = map_open_clip(&file, "", OpenClip::BeforeLast);
         let component = Component::new(Arc::new(file), map).unwrap();
         let layer = "text_model.encoder.layers.0";
         let names = [
@@ -303,7 +325,7 @@ mod tests {
         let mut bytes = Vec::new();
         write_safetensors(&mut bytes, &tensors, None).unwrap();
         let file = SafetensorsFile::from_bytes(Path::new("x"), bytes).unwrap();
-        let map = map_open_clip(&file, "");
+        let map = map_open_clip(&file, "", OpenClip::BeforeLast);
         let text = Component::new(Arc::new(file), map).unwrap_err().to_string();
         assert!(text.contains(key) && text.ends_with("its shape is: [4]"), "{text}");
     }
