@@ -16,6 +16,7 @@
 //! - `quickstart`: the README's example
 //! - `resume`: stopped or killed anywhere and resumed, a run ends with the bytes of one that was not
 //! - `selftest`: agreement with the PyTorch reference, and that a changed reference is noticed
+//! - `tools`: the offline tools as commands, beside sd-scripts' results
 //! - `validation`: it changes nothing and is the same on any number of ranks; logs
 //! - `watch`: steps that are not finite are left out; the average of the weights
 
@@ -35,5 +36,6 @@ mod plan;
 mod quickstart;
 mod resume;
 mod selftest;
+mod tools;
 mod validation;
 mod watch;
