@@ -13,14 +13,15 @@ fn root() -> PathBuf {
 fn allowed() -> BTreeMap<&'static str, BTreeSet<&'static str>> {
     [
         ("launcher", vec!["trainer", "tools", "collectives", "engine"]),
-        ("trainer", vec!["collectives", "models", "engine", "formats"]),
-        ("tools", vec!["formats"]),
+        ("trainer", vec!["collectives", "models", "engine", "formats", "pictures"]),
+        ("tools", vec!["formats", "pictures"]),
         ("models", vec!["engine", "formats"]),
         ("bench-model", vec![]),
         ("bench-step", vec!["trainer", "models", "engine", "formats"]),
         ("engine", vec![]),
         ("emulator", vec!["engine"]),
         ("formats", vec![]),
+        ("pictures", vec![]),
         ("collectives", vec![]),
     ]
     .into_iter()

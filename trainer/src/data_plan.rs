@@ -2,10 +2,9 @@
 
 use anyhow::{Context, Result, bail};
 
-use crate::dataset::{
-    DatasetDefaults, DatasetGroup, DatasetInput, DatasetOptions, Interpolation, SubsetOptions,
-};
+use crate::dataset::{DatasetDefaults, DatasetGroup, DatasetInput, DatasetOptions, SubsetOptions};
 use crate::options::{Options, Parsed};
+use pictures::Interpolation;
 
 /// Where the datasets of a run are described.
 pub fn dataset_input(parsed: &Parsed) -> Result<DatasetInput> {

@@ -105,7 +105,7 @@ impl BucketChooser {
         // Rounding can leave the resized image one pixel short of a bucket only for absurd aspect
         // ratios; covering it is what the crop after it relies on.
         let resized = (resized.0.max(bucket.0), resized.1.max(bucket.1));
-        if u64::from(resized.0) * u64::from(resized.1) > super::image_file::MAX_PIXELS {
+        if u64::from(resized.0) * u64::from(resized.1) > pictures::image_file::MAX_PIXELS {
             return Err(format!("its aspect ratio is too extreme ({}x{})", size.0, size.1));
         }
         let aspect_error = f64::from(bucket.0) / f64::from(bucket.1) - aspect;

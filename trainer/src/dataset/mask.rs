@@ -6,7 +6,8 @@
 //! with it.
 
 use super::error::DatasetError;
-use super::image_file::{self, EXTENSIONS, Pixels};
+use pictures::Pixels;
+use pictures::image_file::{self, EXTENSIONS};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, BTreeSet, HashSet};

@@ -2,8 +2,8 @@
 //!
 //! The way of a sample: [`config`] reads what was asked for, [`group`] finds the images and sorts
 //! them into [`buckets`], [`order`] says which rank uses which sample when, [`latent_cache`] keeps
-//! what the VAE makes of them, and [`loader`] prepares batches in the background ([`image_file`],
-//! [`resize`], [`caption`], [`tokenizer`]). Every random choice is keyed by the global sample index.
+//! what the VAE makes of them, and [`loader`] prepares batches in the background (the crate
+//! `pictures`, [`caption`], [`tokenizer`]). Every random choice is keyed by the global sample index.
 
 pub mod buckets;
 pub mod caption;
@@ -12,7 +12,6 @@ mod error;
 pub mod fixed;
 pub mod group;
 mod held_out;
-pub mod image_file;
 pub mod latent_cache;
 pub mod latent_file;
 pub mod loader;
@@ -21,14 +20,12 @@ pub mod order;
 mod ordered;
 pub mod picture;
 mod prompt_weights;
-pub mod resize;
 mod scan;
 mod summary;
 pub mod tokenizer;
 
 pub use config::{
-    DatasetConfig, DatasetDefaults, DatasetInput, DatasetOptions, Interpolation, SubsetOptions,
-    plan_datasets,
+    DatasetConfig, DatasetDefaults, DatasetInput, DatasetOptions, SubsetOptions, plan_datasets,
 };
 pub use error::DatasetError;
 pub use fixed::FixedBatches;

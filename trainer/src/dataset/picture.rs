@@ -6,10 +6,9 @@
 use super::buckets::{Size, crop_in_bucket};
 use super::config::SubsetOptions;
 use super::group::{Dataset, ImageEntry};
-use super::image_file::{self, Pixels};
 use super::mask::attach;
-use super::resize::resize;
 use crate::rng::{Purpose, Rng, stream};
+use pictures::{Pixels, image_file, resize};
 use std::path::Path;
 
 /// Pixels of an image to pixels of its latents, on each side.

@@ -3,8 +3,8 @@
 
 use super::config::{SubsetPlan, SubsetSource};
 use super::error::DatasetError;
-use super::image_file::{self, EXTENSIONS};
 use super::mask::{Mask, find_masks};
+use pictures::image_file::{self, EXTENSIONS};
 use rayon::prelude::*;
 use std::path::{Path, PathBuf};
 

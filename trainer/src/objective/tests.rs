@@ -2,12 +2,12 @@
 //! (`tests/data/objective`, made by `reference_scripts/make_noise.py`).
 
 use super::*;
-use crate::dataset::image_file::Pixels;
 use crate::dataset::picture::latent_alpha;
 use crate::noise::Octave;
 use engine::{DType, Device, LossSpec, Tape, Tensor, Value};
 use formats::TensorFile;
 use formats::safetensors_file::SafetensorsFile;
+use pictures::Pixels;
 
 /// The stored draws and results.
 struct Reference {

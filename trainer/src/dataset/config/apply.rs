@@ -1,7 +1,8 @@
 //! What the tables of the dataset configuration set: each key into its option.
 
-use super::plan::{DatasetOptions, Interpolation, SubsetOptions};
+use super::plan::{DatasetOptions, SubsetOptions};
 use super::schema;
+use pictures::Interpolation;
 use toml::{Table, Value};
 
 /// Reads options out of a table that the schema has checked.

@@ -13,15 +13,15 @@ mod schema;
 mod tests;
 
 pub use plan::{
-    DatasetConfig, DatasetDefaults, DatasetOptions, DatasetPlan, Interpolation, SubsetOptions,
-    SubsetPlan, SubsetSource,
+    DatasetConfig, DatasetDefaults, DatasetOptions, DatasetPlan, SubsetOptions, SubsetPlan,
+    SubsetSource,
 };
 
 pub use schema::{DatasetOption, dataset_options};
 
 use super::error::DatasetError;
-use super::image_file::MAX_PIXELS;
 use apply::{apply_dataset_options, apply_subset_options};
+use pictures::image_file::MAX_PIXELS;
 use schema::{Level, Method};
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};

@@ -3,43 +3,8 @@
 //! The defaults are those of sd-scripts 0.10.1. Lengths of images are in pixels, resolutions are
 //! (width, height).
 
+use pictures::Interpolation;
 use std::path::PathBuf;
-
-/// How an image is resized to its bucket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Interpolation {
-    /// Pillow's antialiased Lanczos filter.
-    Lanczos,
-    /// The nearest pixel.
-    Nearest,
-    /// OpenCV's bilinear filter (no antialiasing).
-    Bilinear,
-    /// OpenCV's bicubic filter (no antialiasing).
-    Bicubic,
-    /// OpenCV's pixel area relation.
-    Area,
-    /// Pillow's box filter.
-    Box,
-}
-
-impl Interpolation {
-    /// The names accepted by `resize_interpolation`.
-    pub const NAMES: [&'static str; 8] =
-        ["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"];
-
-    /// The interpolation of a name of [`Self::NAMES`].
-    pub fn from_name(name: &str) -> Option<Self> {
-        Some(match name {
-            "lanczos" => Self::Lanczos,
-            "nearest" => Self::Nearest,
-            "bilinear" | "linear" => Self::Bilinear,
-            "bicubic" | "cubic" => Self::Bicubic,
-            "area" => Self::Area,
-            "box" => Self::Box,
-            _ => return None,
-        })
-    }
-}
 
 /// Options that may be set for each subset.
 #[derive(Debug, Clone, PartialEq)]

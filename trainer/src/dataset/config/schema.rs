@@ -1,8 +1,8 @@
 //! Which options exist, where they may stand and what they hold; checks a table against that.
 
 use super::Origin;
-use super::plan::Interpolation;
 use crate::dataset::error::DatasetError;
+use pictures::Interpolation;
 use toml::{Table, Value};
 
 /// A place where options may stand.

@@ -4,8 +4,7 @@
 //!
 //! Golden pictures of both libraries hold each filter in the tests.
 
-use super::config::Interpolation;
-use super::image_file::Pixels;
+use crate::{Interpolation, Pixels};
 
 /// Resizes to `width` x `height`; without `interpolation` by area when neither side grows and by
 /// Lanczos otherwise. Both sides must be at least 1.
@@ -392,7 +391,7 @@ mod tests {
     use super::*;
 
     /// Pictures resized by OpenCV and Pillow: `tests/data/dataset/make_resize.py`.
-    const GOLDEN: &str = include_str!("../../../tests/data/dataset/resize.json");
+    const GOLDEN: &str = include_str!("../../tests/data/dataset/resize.json");
 
     #[derive(serde::Deserialize)]
     struct Golden {

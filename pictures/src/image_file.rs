@@ -4,6 +4,7 @@
 //! claims more than [`MAX_PIXELS`] is refused before memory is taken, and every fault comes back as
 //! a sentence about the image.
 
+use crate::Pixels;
 use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 use std::fs::File;
@@ -15,44 +16,6 @@ pub const EXTENSIONS: [&str; 5] = ["png", "jpg", "jpeg", "webp", "bmp"];
 
 /// Largest picture that is decoded, in pixels (as Pillow's limit against decompression bombs).
 pub const MAX_PIXELS: u64 = 178_956_970;
-
-/// Eight-bit pixels, rows from top to bottom, channels interleaved: `[height, width, channels]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Pixels {
-    /// Width in pixels.
-    pub width: usize,
-    /// Height in pixels.
-    pub height: usize,
-    /// 3 (RGB) or 4 (RGBA, not premultiplied).
-    pub channels: usize,
-    /// `height * width * channels` values.
-    pub data: Vec<u8>,
-}
-
-impl Pixels {
-    /// The part of `width` x `height` whose top left corner is (`left`, `top`); must lie inside.
-    pub fn crop(&self, left: usize, top: usize, width: usize, height: usize) -> Pixels {
-        let (row, part) = (self.width * self.channels, width * self.channels);
-        let mut data = Vec::with_capacity(part * height);
-        for y in top..top + height {
-            let start = y * row + left * self.channels;
-            data.extend_from_slice(&self.data[start..start + part]);
-        }
-        Pixels { width, height, channels: self.channels, data }
-    }
-
-    /// Mirrored left to right.
-    pub fn mirror(&mut self) {
-        for row in self.data.chunks_exact_mut(self.width * self.channels) {
-            for left in 0..self.width / 2 {
-                for channel in 0..self.channels {
-                    let right = self.width - 1 - left;
-                    row.swap(left * self.channels + channel, right * self.channels + channel);
-                }
-            }
-        }
-    }
-}
 
 /// Width and height of a picture as it is shown (after EXIF orientation), from its header.
 ///
@@ -221,6 +184,75 @@ fn ends_like_a_jpeg(bytes: &[u8]) -> bool {
                 .position(|pair| pair[0] == 0xFF && !matches!(pair[1], 0x00 | 0xD0..=0xD7));
             let Some(next) = next else { return false };
             at += next;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::{ImageBuffer, Rgb, RgbImage};
+
+    fn gradient(width: u32, height: u32) -> RgbImage {
+        ImageBuffer::from_fn(width, height, |x, y| Rgb([(x % 256) as u8, (y % 256) as u8, 77]))
+    }
+
+    #[test]
+    fn exif_orientation_turns_size_and_pixels() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.jpg");
+        let mut jpeg = Vec::new();
+        image::codecs::jpeg::JpegEncoder::new_with_quality(&mut jpeg, 100)
+            .encode_image(&ImageBuffer::from_fn(64, 32, |x, _| {
+                Rgb([if x < 32 { 250u8 } else { 5 }; 3])
+            }))
+            .unwrap();
+        // Orientation 6: the picture must be turned clockwise to be upright.
+        let exif = [
+            &b"\xFF\xE1\x00\x22Exif\0\0"[..],
+            b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0",
+        ]
+        .concat();
+        let turned = [&jpeg[..2], &exif, &jpeg[2..]].concat();
+        std::fs::write(&path, &turned).unwrap();
+        assert_eq!(read_size(&path), Ok((32, 64)));
+        let pixels = decode(&path, false).unwrap();
+        assert_eq!((pixels.width, pixels.height), (32, 64));
+        assert!(pixels.data[0] > 200 && pixels.data[pixels.data.len() - 1] < 50);
+        for end in [3, 40, turned.len() / 2, turned.len() - 20] {
+            std::fs::write(&path, &turned[..end]).unwrap();
+            assert!(decode(&path, false).is_err(), "{end}");
+        }
+    }
+
+    #[test]
+    fn bad_files_are_errors_and_bounded() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.png");
+        let mut png = Vec::new();
+        gradient(16, 16)
+            .write_to(&mut std::io::Cursor::new(&mut png), image::ImageFormat::Png)
+            .unwrap();
+        for end in 0..png.len() - 12 {
+            assert!(decode_bytes(&png[..end], true).is_err(), "{end}");
+        }
+        // A header that claims 60000 x 60000 pixels, with a right checksum.
+        let mut claim = png.clone();
+        claim[16..24].copy_from_slice(&[0, 0, 0xEA, 0x60, 0, 0, 0xEA, 0x60]);
+        let crc = crc32fast::hash(&claim[12..29]);
+        claim[29..33].copy_from_slice(&crc.to_be_bytes());
+        std::fs::write(&path, &claim).unwrap();
+        assert!(read_size(&path).unwrap_err().contains("60000x60000"));
+        assert!(decode(&path, false).unwrap_err().contains("60000x60000"));
+        for seed in 0..200u64 {
+            let mut damaged = png.clone();
+            let mut state = seed;
+            for _ in 0..3 {
+                // Knuth's linear congruential generator; its high bits are good enough to aim with.
+                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                damaged[(state >> 33) as usize % png.len()] = (state >> 56) as u8;
+            }
+            let _ = decode_bytes(&damaged, false);
         }
     }
 }
