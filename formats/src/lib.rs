@@ -5,6 +5,7 @@
 //! appears complete or not at all. This crate knows no networks and no ranks.
 #![deny(missing_docs)]
 
+pub mod adapter;
 pub mod atomic;
 pub mod atomic_folder;
 mod base_model;
