@@ -1,4 +1,4 @@
-//! ModelSpec 1.0.1 metadata (`modelspec.*`) as sd-scripts writes it for LoRAs.
+//! ModelSpec 1.0.1 metadata (`modelspec.*`) as sd-scripts writes it for LoRAs and checkpoints.
 //!
 //! <https://github.com/Stability-AI/ModelSpec>.
 
@@ -8,7 +8,10 @@ use std::path::Path;
 
 use crate::{Family, FormatError};
 
-/// What a LoRA's ModelSpec keys are made of.
+/// What implements checkpoints in their original layout.
+const STABILITY_AI: &str = "https://github.com/Stability-AI/generative-models";
+
+/// What the ModelSpec keys of a LoRA or a checkpoint are made of.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
     /// Of the base model.
@@ -49,15 +52,28 @@ pub struct OptionalSpec {
 }
 
 impl ModelSpec {
-    /// The `modelspec.*` keys.
+    /// The `modelspec.*` keys of a LoRA.
     pub fn to_metadata(&self) -> BTreeMap<String, String> {
+        let implementation = match self.family {
+            Family::Sd1 | Family::Sd2 => "diffusers",
+            Family::Sdxl => STABILITY_AI,
+        };
+        self.keys(&format!("{}/lora", self.architecture()), implementation)
+    }
+
+    /// The `modelspec.*` keys of a whole model in the layout of its first publication.
+    pub fn to_checkpoint_metadata(&self) -> BTreeMap<String, String> {
+        self.keys(self.architecture(), STABILITY_AI)
+    }
+
+    fn keys(&self, architecture: &str, implementation: &str) -> BTreeMap<String, String> {
         let mut out = BTreeMap::new();
         let mut set = |key: &str, value: String| {
             out.insert(format!("modelspec.{key}"), value);
         };
         set("sai_model_spec", "1.0.1".to_owned());
-        set("architecture", format!("{}/lora", self.architecture()));
-        set("implementation", "diffusers".to_owned());
+        set("architecture", architecture.to_owned());
+        set("implementation", implementation.to_owned());
         set("implementation_version", self.implementation_version.clone());
         set("title", self.title.clone());
         set("date", iso_date(self.timestamp));
