@@ -30,7 +30,10 @@ fn inputs() -> &'static Path {
         let lora = "lierla_r4.safetensors";
         std::fs::copy(data("lora").join(lora), folder.join(lora)).expect("a copy");
         let model = data("parity/model");
-        run_in(&folder, &format!("convert --model {} --save_to tiny_ldm.safetensors", model.display()));
+        run_in(
+            &folder,
+            &format!("convert --model {} --save_to tiny_ldm.safetensors", model.display()),
+        );
         let mut tensors = read(&folder.join("tiny_ldm.safetensors"));
         tensors.extend(read(&data("tools/in/perturbed_tensors.safetensors")));
         write(&folder.join("tiny_ldm_perturbed.safetensors"), &tensors);

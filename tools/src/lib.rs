@@ -5,10 +5,12 @@
 //! complete or not at all. A tool is one file, one line in [`Command`] and one in [`Command::run`].
 //! Results go to stdout, everything else to stderr.
 
+mod delta;
 mod exit;
 mod extract_dylora;
 mod finite;
 mod matrix;
+mod merge;
 mod output;
 mod precision;
 mod progress;
@@ -23,6 +25,13 @@ pub enum Command {
     /// Cut a DyLoRA into LoRAs, one for every multiple of `unit`
     #[command(name = "extract-dylora", alias = "extract_lora_from_dylora")]
     ExtractDylora(extract_dylora::Options),
+    /// Merge LoRAs into a model, or into one LoRA
+    #[command(
+        name = "merge",
+        visible_alias = "sdxl-merge",
+        aliases = ["merge_lora", "sdxl_merge_lora"]
+    )]
+    Merge(merge::Options),
 }
 
 impl Command {
@@ -31,6 +40,7 @@ impl Command {
     pub fn run(&self) -> i32 {
         let result = match self {
             Self::ExtractDylora(options) => extract_dylora::run(options),
+            Self::Merge(options) => merge::run(options),
         };
         exit::code_of(result)
     }
