@@ -229,3 +229,7 @@ pub(super) fn round(values: &mut [f32], dtype: Dtype) -> anyhow::Result<()> {
     values.copy_from_slice(&rounded);
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "change_tests.rs"]
+mod tests;
