@@ -63,12 +63,28 @@ pub fn decode_bytes(bytes: &[u8], with_alpha: bool) -> Result<Pixels, String> {
     let mut image = DynamicImage::from_decoder(decoder)
         .map_err(|error| format!("it cannot be decoded: {error}"))?;
     image.apply_orientation(orientation);
+    cut_sixteen_bits(&mut image);
     let (width, height) = (image.width() as usize, image.height() as usize);
     Ok(if with_alpha {
         Pixels { width, height, channels: 4, data: image.into_rgba8().into_raw() }
     } else {
         Pixels { width, height, channels: 3, data: image.into_rgb8().into_raw() }
     })
+}
+
+/// Makes the low byte of 16-bit values one that rounding to eight bits drops: Pillow, and so the
+/// reference, takes the high byte as it is. (Its grey pictures of 16 bits come out white: not here.)
+fn cut_sixteen_bits(image: &mut DynamicImage) {
+    let values: &mut [u16] = match image {
+        DynamicImage::ImageLuma16(image) => image,
+        DynamicImage::ImageLumaA16(image) => image,
+        DynamicImage::ImageRgb16(image) => image,
+        DynamicImage::ImageRgba16(image) => image,
+        _ => return,
+    };
+    for value in values {
+        *value = (*value >> 8) * 257;
+    }
 }
 
 fn decoder<'a, R: BufRead + Seek + 'a>(reader: R) -> Result<Box<dyn ImageDecoder + 'a>, String> {

@@ -5,12 +5,17 @@
 pub enum Interpolation {
     /// Pillow's antialiased Lanczos filter.
     Lanczos,
-    /// The nearest pixel.
+    /// The nearest pixel as OpenCV 4 finds it.
     Nearest,
+    /// The nearest pixel as OpenCV 5 finds it. Has no name for `resize_interpolation`.
+    NearestCentre,
     /// OpenCV's bilinear filter (no antialiasing).
     Bilinear,
     /// OpenCV's bicubic filter (no antialiasing).
     Bicubic,
+    /// Pillow's antialiased bicubic filter, which it takes when no filter is named. Has no name for
+    /// `resize_interpolation`.
+    AntialiasedBicubic,
     /// OpenCV's pixel area relation.
     Area,
     /// Pillow's box filter.

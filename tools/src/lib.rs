@@ -14,6 +14,7 @@ mod merge;
 mod output;
 mod precision;
 mod progress;
+mod resize_images;
 
 use clap::Subcommand;
 
@@ -32,6 +33,9 @@ pub enum Command {
         aliases = ["merge_lora", "sdxl_merge_lora"]
     )]
     Merge(merge::Options),
+    /// Shrink a folder of pictures to one or more resolutions
+    #[command(name = "resize-images", alias = "resize_images_to_resolution")]
+    ResizeImages(resize_images::Options),
 }
 
 impl Command {
@@ -41,6 +45,7 @@ impl Command {
         let result = match self {
             Self::ExtractDylora(options) => extract_dylora::run(options),
             Self::Merge(options) => merge::run(options),
+            Self::ResizeImages(options) => resize_images::run(options),
         };
         exit::code_of(result)
     }

@@ -108,7 +108,7 @@ fn cover_and_crop(
     rng: Option<&mut Rng>,
 ) -> Pixels {
     let (width, height) = (image.resized.0 as usize, image.resized.1 as usize);
-    let pixels = resize(pixels, width, height, options.resize_interpolation);
+    let pixels = resize(&pixels, width, height, options.resize_interpolation);
     crop_to(pixels, image.bucket, rng)
 }
 
@@ -190,7 +190,7 @@ fn crop_face(
         scaled(width).max(i64::from(bucket.0)) as usize,
         scaled(height).max(i64::from(bucket.1)) as usize,
     );
-    let pixels = resize(pixels, new_width, new_height, options.resize_interpolation);
+    let pixels = resize(&pixels, new_width, new_height, options.resize_interpolation);
     let mut start = |axis: usize, length: i64, target: i64| -> usize {
         let center = scaled(face.center[axis] as f64);
         let mut at = center - target / 2;
