@@ -13,8 +13,10 @@ use std::time::Duration;
 
 use crate::env::{DEFAULT_TIMEOUT, Env};
 use crate::error::{CollectiveError, Result};
-use crate::group::{Group, Order};
+use crate::group::Group;
+use crate::mesh::{self, Meeting, Mesh, Seat};
 use crate::segment::{Author, Segment};
+use crate::sums::Order;
 use crate::witness::Witness;
 
 /// This rank's membership in the group of all ranks of a run. Dropping it leaves the group; peers
@@ -31,7 +33,7 @@ pub struct Comm {
 enum Link {
     /// There are no others.
     Alone,
-    /// All ranks are on this host.
+    /// Through shared memory to those of this host, and from there to the other hosts.
     Shared(Shared),
 }
 
@@ -95,26 +97,60 @@ impl Comm {
         if env.world_size == 1 {
             return Ok(Comm::new(0, 1, env.collective_timeout, Link::Alone));
         }
+        let segment = match env.segment_fd {
+            Some(fd) => Segment::attach(fd, env.local_world_size, env.generation)?,
+            // A rank that has its host to itself needs no launcher to share memory with.
+            None if env.local_world_size == 1 => Segment::create_from(env.rank, 1, env.generation)?,
+            None => {
+                return Err(CollectiveError::Unsupported {
+                    what: format!(
+                        "the launcher has passed no shared memory to the ranks, got: {} ranks",
+                        env.local_world_size
+                    ),
+                    hint: "start ranks with `lorarun --num_processes N`",
+                });
+            }
+        };
+        let segment = Arc::new(segment);
+        let mut group = Group::join(segment.clone(), env.local_rank, env.collective_timeout)?;
         if env.local_world_size != env.world_size {
+            group.mesh = Some(Comm::reach_hosts(env, &segment)?);
+        }
+        Comm::over(segment, group, env.collective_timeout)
+    }
+
+    /// Connects this rank to those of its number on the other hosts.
+    fn reach_hosts(env: &Env, segment: &Arc<Segment>) -> Result<Mesh> {
+        let first_of_host = env.rank.checked_sub(env.local_rank);
+        let even = env.world_size.is_multiple_of(env.local_world_size)
+            && first_of_host.is_some_and(|first| first.is_multiple_of(env.local_world_size));
+        if !even {
             return Err(CollectiveError::Unsupported {
                 what: format!(
-                    "ranks on several hosts are not supported yet, got: {} of {} ranks on this host",
-                    env.local_world_size, env.world_size
+                    "hosts should have the same number of ranks, in order, got: rank {} of {} as \
+                     rank {} of {} on its host",
+                    env.rank, env.world_size, env.local_rank, env.local_world_size
                 ),
-                hint: "start all ranks on one host with `lorarun --num_processes N`",
+                hint: "start the same number of processes on every host",
             });
         }
-        let Some(fd) = env.segment_fd else {
-            return Err(CollectiveError::Unsupported {
-                what: format!(
-                    "the launcher has passed no shared memory to the ranks, got: {} ranks",
-                    env.world_size
-                ),
-                hint: "start ranks with `lorarun --num_processes N`",
-            });
+        let seat = Seat {
+            rank: env.rank,
+            world_size: env.world_size,
+            ranks_per_host: env.local_world_size,
+            generation: env.generation,
+            token: env.token.clone(),
         };
-        let segment = Segment::attach(fd, env.world_size, env.generation)?;
-        Comm::over(Arc::new(segment), env.rank, env.collective_timeout)
+        let meeting = Meeting {
+            address: (&env.master_addr, env.master_port),
+            listener: env.meeting_listener(),
+            deadline: env.collective_timeout,
+            watch: &|| segment.check_aborted(),
+        };
+        mesh::meet(&seat, meeting).inspect_err(|error| {
+            // The other ranks of this host wait in vain then.
+            segment.abort(Author::Rank(env.rank), None, &error.to_string());
+        })
     }
 
     /// A group whose ranks are threads of this process, for tests and tools: one handle per rank.
@@ -128,7 +164,10 @@ impl Comm {
             let joining: Vec<_> = (0..world_size)
                 .map(|rank| {
                     let segment = segment.clone();
-                    scope.spawn(move || Comm::over(segment, rank, DEFAULT_TIMEOUT))
+                    scope.spawn(move || {
+                        let group = Group::join(segment.clone(), rank, DEFAULT_TIMEOUT)?;
+                        Comm::over(segment, group, DEFAULT_TIMEOUT)
+                    })
                 })
                 .collect();
             joining
@@ -144,9 +183,8 @@ impl Comm {
         })
     }
 
-    fn over(segment: Arc<Segment>, rank: usize, deadline: Duration) -> Result<Comm> {
-        let world_size = segment.world_size();
-        let group = Group::join(segment.clone(), rank, deadline)?;
+    fn over(segment: Arc<Segment>, group: Group, deadline: Duration) -> Result<Comm> {
+        let (rank, world_size) = (group.name(group.rank), group.ranks_of_all_hosts());
         let lane = Arc::new(Lane {
             group: Mutex::new(group),
             outstanding: Mutex::new(0),
@@ -276,7 +314,8 @@ impl Comm {
             Link::Alone => None,
             Link::Shared(shared) => Some(shared.segment.clone()),
         };
-        Witness::new(self.rank, segment)
+        let first = segment.as_ref().map_or(0, |segment| segment.first_rank());
+        Witness::new(self.rank - first, segment)
     }
 }
 

@@ -5,9 +5,12 @@
 //! contradictory value is an error that names the variable and the value.
 
 use std::ffi::OsString;
-use std::os::fd::RawFd;
+use std::net::TcpListener;
+use std::os::fd::{FromRawFd, RawFd};
 use std::str::FromStr;
 use std::time::Duration;
+
+use crate::mesh::Token;
 
 /// Number of this rank among all, from 0.
 pub const RANK: &str = "RANK";
@@ -23,6 +26,11 @@ pub const MASTER_ADDR: &str = "MASTER_ADDR";
 pub const MASTER_PORT: &str = "MASTER_PORT";
 /// Descriptor of the shared segment that the launcher passes on.
 pub const SEGMENT_FD: &str = "LORARUN_SEGMENT_FD";
+/// Descriptor of the listener at `MASTER_ADDR` and `MASTER_PORT` that the launcher passes to rank 0.
+pub const MEETING_FD: &str = "LORARUN_MEETING_FD";
+/// A text that all processes of a job share and nobody else knows; it seals what hosts say to each
+/// other.
+pub const TOKEN: &str = "LORARUN_TOKEN";
 /// Number of the start of this run; everything stamped with another one is refused.
 pub const GENERATION: &str = "LORARUN_GENERATION";
 /// CPU threads this rank may use.
@@ -100,6 +108,10 @@ pub struct Env {
     pub generation: u64,
     /// Descriptor of the shared segment, when a launcher made one.
     pub segment_fd: Option<RawFd>,
+    /// Descriptor of rank 0's listener for the ranks of other hosts, when a launcher made one.
+    pub meeting_fd: Option<RawFd>,
+    /// Seals what hosts say to each other.
+    pub token: Token,
     /// CPU threads this rank may use; `None` leaves the choice to the thread pool.
     pub threads: Option<usize>,
     /// Deadline of one collective.
@@ -124,6 +136,8 @@ impl Env {
             master_port: 29500,
             generation: 0,
             segment_fd: None,
+            meeting_fd: None,
+            token: Token::new(""),
             threads: None,
             collective_timeout: DEFAULT_TIMEOUT,
             card: None,
@@ -179,7 +193,9 @@ impl Env {
                 .number(MASTER_PORT, "a port from 0 to 65535")?
                 .unwrap_or(alone.master_port),
             generation: read.number(GENERATION, "a whole number from 0")?.unwrap_or(0),
-            segment_fd: read.descriptor()?,
+            segment_fd: read.descriptor(SEGMENT_FD)?,
+            meeting_fd: read.descriptor(MEETING_FD)?,
+            token: Token::new(&read.text(TOKEN, "a text")?.unwrap_or_default()),
             threads,
             collective_timeout: read.timeout()?.unwrap_or(DEFAULT_TIMEOUT),
             card: read.number(CARD, "the number of a card from 0")?,
@@ -203,6 +219,12 @@ impl Env {
         if let Some(fd) = self.segment_fd {
             variables.push((SEGMENT_FD, fd.to_string()));
         }
+        if let Some(fd) = self.meeting_fd {
+            variables.push((MEETING_FD, fd.to_string()));
+        }
+        if !self.token.is_empty() {
+            variables.push((TOKEN, self.token.text().to_owned()));
+        }
         if let Some(threads) = self.threads {
             variables.push((THREADS, threads.to_string()));
         }
@@ -218,6 +240,17 @@ impl Env {
             variables.push((NCCL_ON_SHARED_CARD, "1".to_owned()));
         }
         variables
+    }
+
+    /// The listener that a launcher handed to this rank.
+    pub(crate) fn meeting_listener(&self) -> Option<TcpListener> {
+        let fd = self.meeting_fd?;
+        // SAFETY: fcntl checks the descriptor itself and returns -1 for what is none; a duplicate is
+        // owned by nobody else.
+        unsafe {
+            let own = libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3);
+            (own >= 0).then(|| TcpListener::from_raw_fd(own))
+        }
     }
 
     /// The card of this rank, as CUDA counts those that `CUDA_VISIBLE_DEVICES` shows: what the
@@ -284,10 +317,10 @@ impl<F: Fn(&str) -> Option<OsString>> Reader<F> {
         }
     }
 
-    fn descriptor(&self) -> Result<Option<RawFd>, EnvError> {
+    fn descriptor(&self, name: &'static str) -> Result<Option<RawFd>, EnvError> {
         let expected = "an open descriptor from 3";
-        match self.number::<RawFd>(SEGMENT_FD, expected)? {
-            Some(fd) if fd < 3 => Err(malformed(SEGMENT_FD, expected, fd.to_string())),
+        match self.number::<RawFd>(name, expected)? {
+            Some(fd) if fd < 3 => Err(malformed(name, expected, fd.to_string())),
             other => Ok(other),
         }
     }

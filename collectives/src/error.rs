@@ -73,6 +73,18 @@ pub enum CollectiveError {
         /// Number of ranks.
         world_size: usize,
     },
+    /// The ranks of several hosts did not find each other.
+    #[error(
+        "cannot meet the ranks of the other hosts at {address}: {why}\n\
+         hint: every host must reach that address and port, and every process must have been \
+         started for the same job"
+    )]
+    Meeting {
+        /// Where rank 0 is to be found.
+        address: String,
+        /// What happened.
+        why: String,
+    },
     /// The environment describes a group that this build cannot form.
     #[error("{what}\nhint: {hint}")]
     Unsupported {

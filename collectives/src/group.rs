@@ -12,26 +12,20 @@ use std::time::{Duration, Instant};
 use crate::error::{CollectiveError, Result};
 use crate::futex;
 use crate::liveness::Watch;
+use crate::mesh::{Label, Mesh, Wait};
 use crate::segment::{ABORT_BIT, ABSENT, Author, BUFFERS, JOINED, LEFT, Segment};
+use crate::sums::Order;
 
 /// How often a waiting rank looks whether its peers still live.
 const LIVENESS_INTERVAL: Duration = Duration::from_millis(100);
 
-/// In which order the ranks' values are added.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Order {
-    /// Rank 0 + rank 1 + rank 2 + ...
-    Ranks,
-    /// (0 + 1) + (2 + 3), then these in pairs, and so on: what halving the ranks gives. Two groups
-    /// whose sizes are powers of two then add in the same order what is contiguous in both.
-    Pairs,
-}
-
 /// What a rank calls; equal on all ranks, or the call is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Op {
-    /// First meeting of all ranks.
+    /// First meeting of all ranks of the host.
     Connect,
+    /// Bytes to the counterparts of the other hosts, before a collective within the host.
+    Counterparts,
     Barrier,
     /// Lengths must be equal.
     AllReduce(Order),
@@ -46,6 +40,7 @@ impl Op {
     fn code(self) -> u64 {
         match self {
             Op::Connect => 1,
+            Op::Counterparts => 7,
             Op::Barrier => 2,
             Op::AllReduce(Order::Ranks) => 3,
             Op::AllReduce(Order::Pairs) => 6,
@@ -58,6 +53,7 @@ impl Op {
     fn describe(code: u64, length: u64) -> String {
         match code & 0xff {
             1 => "connect".to_owned(),
+            7 => "exchange of bytes between hosts".to_owned(),
             2 => "barrier".to_owned(),
             3 => format!("all_reduce of {length} floats"),
             6 => format!("all_reduce of {length} floats in pairs"),
@@ -77,11 +73,15 @@ pub(crate) struct Call {
     agreed: bool,
 }
 
-/// One rank's end of the group. Used by one thread at a time.
+/// One rank's end of the group of its host. Used by one thread at a time. Ranks are counted from the
+/// host's first one here; what leaves this crate names them among all.
 pub(crate) struct Group {
     pub(crate) segment: Arc<Segment>,
     pub(crate) rank: usize,
     pub(crate) world_size: usize,
+    /// The way to the other hosts, where there are any.
+    pub(crate) mesh: Option<Mesh>,
+    generation: u64,
     /// Phases finished.
     phase: u64,
     /// Collectives begun.
@@ -93,8 +93,9 @@ pub(crate) struct Group {
 }
 
 impl Group {
-    /// Joins the group and waits until all ranks have joined.
+    /// Joins the group of the host as its rank `rank` and waits until all of it have joined.
     pub(crate) fn join(segment: Arc<Segment>, rank: usize, deadline: Duration) -> Result<Group> {
+        let generation = segment.generation();
         let world_size = segment.world_size();
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
         let slot = segment.slot(rank);
@@ -103,6 +104,8 @@ impl Group {
         let mut group = Group {
             rank,
             world_size,
+            mesh: None,
+            generation,
             phase: 0,
             seq: 0,
             watches: (0..world_size).map(|_| None).collect(),
@@ -140,10 +143,44 @@ impl Group {
                 _ => None,
             };
             if !matches!(error, CollectiveError::Aborted { .. }) {
-                self.segment.abort(Author::Rank(self.rank), culprit, &error.to_string());
+                let by = Author::Rank(self.name(self.rank));
+                self.segment.abort(by, culprit, &error.to_string());
+            }
+            if let Some(mesh) = &self.mesh {
+                mesh.close();
             }
             self.failed = Some(error.clone());
         })
+    }
+
+    /// The number among all ranks of one of this host's.
+    pub(crate) fn name(&self, rank: usize) -> usize {
+        self.segment.first_rank() + rank
+    }
+
+    /// Runs a part of a collective that goes to the other hosts; there must be some.
+    pub(crate) fn across_hosts<T>(
+        &mut self,
+        call: &Call,
+        run: impl FnOnce(&mut Mesh, &Wait<'_>) -> Result<T>,
+    ) -> Result<Option<T>> {
+        let Some(mut mesh) = self.mesh.take() else { return Ok(None) };
+        let length = match call.op {
+            Op::AllReduce(_) => self.announced_length(call, self.rank) as u64,
+            _ => 0,
+        };
+        let kind = call.op.code();
+        let wait = Wait {
+            label: Label { generation: self.generation, seq: call.seq, kind, length },
+            op: self.describe(call),
+            start: call.start,
+            deadline: call.deadline,
+            watch: &|| self.segment.check_aborted(),
+            describe: &|theirs: Label| Op::describe(theirs.kind, theirs.length),
+        };
+        let result = run(&mut mesh, &wait);
+        self.mesh = Some(mesh);
+        result.map(Some)
     }
 
     /// Finishes this rank's phase and waits for the peers to finish theirs.
@@ -192,6 +229,7 @@ impl Group {
             if waited >= call.deadline {
                 let missing_ranks = self.missing_ranks()?;
                 let op = self.describe(call);
+                let missing_ranks = missing_ranks.into_iter().map(|rank| self.name(rank)).collect();
                 return Err(CollectiveError::Deadline { op, seq: call.seq, waited, missing_ranks });
             }
         }
@@ -246,7 +284,8 @@ impl Group {
             // It may have finished this phase before it went.
             if !self.has_arrived(peer)? {
                 let op = self.describe(call);
-                return Err(CollectiveError::PeerLost { rank: peer, op, seq: call.seq, how });
+                let rank = self.name(peer);
+                return Err(CollectiveError::PeerLost { rank, op, seq: call.seq, how });
             }
         }
         Ok(())
@@ -270,9 +309,9 @@ impl Group {
             if theirs != ours {
                 return Err(CollectiveError::Mismatch {
                     seq: call.seq,
-                    rank: self.rank,
+                    rank: self.name(self.rank),
                     ours: self.describe(call),
-                    peer,
+                    peer: self.name(peer),
                     theirs: Op::describe(theirs.1, theirs.2),
                 });
             }

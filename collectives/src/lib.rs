@@ -9,7 +9,7 @@
 //! - nothing is left behind: the shared segment has no name in any file system.
 //!
 //! Read in this order: [`env`], [`Comm`] (`comm.rs`), `group.rs` (ranks in lockstep),
-//! `shm.rs` (the algorithms), `segment.rs` (the memory they work on); [`nccl`] for sums between cards.
+//! `shm.rs` (the algorithms), `segment.rs` (the memory they work on), `mesh` (between hosts); [`nccl`] for sums between cards.
 
 #![deny(missing_docs)]
 
@@ -19,14 +19,18 @@ mod error;
 pub mod exit_code;
 mod futex;
 mod group;
+mod hosts;
 mod liveness;
+mod mesh;
 pub mod nccl;
 mod segment;
 mod shm;
 pub mod signals;
+mod sums;
 mod witness;
 
 pub use comm::{Comm, Pending};
 pub use env::{Env, EnvError, ReduceWay};
 pub use error::{CollectiveError, Result};
+pub use mesh::Token;
 pub use segment::{AbortRecord, Author, MAX_RANKS, Segment, SegmentError, report_failure};

@@ -20,7 +20,7 @@ use crate::futex;
 /// First bytes of every segment: `LORARUN` and a binary mark.
 const MAGIC: u64 = u64::from_le_bytes(*b"LORARUN\xA5");
 /// Layout version; another one is refused.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Most ranks of one host.
 pub const MAX_RANKS: usize = 256;
 /// Data buffers per rank; `shm.rs` explains why three.
@@ -151,6 +151,8 @@ struct Header {
     world_size: AtomicU32,
     generation: AtomicU64,
     buffer_bytes: AtomicU64,
+    /// Number among all ranks of this host's first one.
+    first_rank: AtomicU32,
     abort_by: AtomicU32,
     abort_culprit: AtomicU32,
     abort_reason: Text,
@@ -207,6 +209,16 @@ impl Segment {
     /// Makes a segment for `world_size` ranks. Its descriptor closes on exec; see
     /// [`fd`](Segment::fd) for passing it on.
     pub fn create(world_size: usize, generation: u64) -> Result<Segment, SegmentError> {
+        Segment::create_from(0, world_size, generation)
+    }
+
+    /// As [`create`](Segment::create), for the `world_size` ranks of one host of several, whose
+    /// first one is `first_rank` among all.
+    pub fn create_from(
+        first_rank: usize,
+        world_size: usize,
+        generation: u64,
+    ) -> Result<Segment, SegmentError> {
         if world_size == 0 || world_size > MAX_RANKS {
             return Err(SegmentError::WorldSize { world_size });
         }
@@ -230,6 +242,7 @@ impl Segment {
         header.version.store(VERSION, Ordering::Relaxed);
         header.world_size.store(world_size as u32, Ordering::Relaxed);
         header.generation.store(generation, Ordering::Relaxed);
+        header.first_rank.store(first_rank as u32, Ordering::Relaxed);
         header.buffer_bytes.store(BUFFER_BYTES as u64, Ordering::Relaxed);
         header.magic.store(MAGIC, Ordering::Release);
         Ok(segment)
@@ -277,6 +290,16 @@ impl Segment {
     /// Descriptor of the memory file.
     pub fn fd(&self) -> RawFd {
         self.fd
+    }
+
+    /// Number among all ranks of this host's first one. Slots and buffers count from it.
+    pub fn first_rank(&self) -> usize {
+        self.header().first_rank.load(Ordering::Relaxed) as usize
+    }
+
+    /// Number of the start that it was made for.
+    pub(crate) fn generation(&self) -> u64 {
+        self.header().generation.load(Ordering::Relaxed)
     }
 
     /// Number of ranks it was made for.
@@ -405,9 +428,9 @@ impl fmt::Debug for Segment {
 /// unless they already have another one.
 pub fn report_failure(env: &Env, message: &str) {
     if let Some(fd) = env.segment_fd
-        && let Ok(segment) = Segment::attach(fd, env.world_size, env.generation)
+        && let Ok(segment) = Segment::attach(fd, env.local_world_size, env.generation)
     {
-        segment.leave_last_words(env.rank, message);
+        segment.leave_last_words(env.local_rank, message);
         segment.abort(Author::Rank(env.rank), Some(env.rank), message);
         return;
     }
@@ -484,7 +507,9 @@ mod tests {
         let segment = Segment::create(2, 3).unwrap();
         let env = Env {
             rank: 1,
+            local_rank: 1,
             world_size: 2,
+            local_world_size: 2,
             generation: 3,
             segment_fd: Some(segment.fd()),
             ..Env::single()

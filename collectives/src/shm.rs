@@ -19,24 +19,27 @@
 
 use std::time::Duration;
 
-use crate::error::{CollectiveError, Result};
-use crate::group::{Group, Op, Order};
+use crate::error::Result;
+use crate::group::{Call, Group, Op};
 use crate::segment::BUFFER_BYTES;
+use crate::sums::{BLOCK, Order, Sums};
 
 /// Floats in one buffer.
 const CHUNK: usize = BUFFER_BYTES / size_of::<f32>();
-/// Floats summed at a time: 16 kB stay in the first-level cache while all ranks are added.
-const BLOCK: usize = 4096;
 /// Shards begin at multiples of a cache line.
 const LINE: usize = 64 / size_of::<f32>();
 
 impl Group {
     /// Waits until all ranks have called it.
     pub(crate) fn barrier(&mut self, deadline: Duration) -> Result<()> {
-        self.call(Op::Barrier, 0, deadline, Group::meet)
+        self.call(Op::Barrier, 0, deadline, |group, call| {
+            group.meet(call)?;
+            group.across_hosts(call, |mesh, wait| mesh.gather(&[], wait)).map(drop)
+        })
     }
 
-    /// Replaces `values` with the sum over all ranks, added in `order`.
+    /// Replaces `values` with the sum over all ranks, added in `order`: the ranks of each host first,
+    /// then the hosts.
     pub(crate) fn all_reduce(
         &mut self,
         values: &mut [f32],
@@ -52,6 +55,7 @@ impl Group {
             group.meet(call)?;
             while let Some(chunk) = current {
                 group.sum_own_shard(buffer, chunk, order);
+                group.sum_over_hosts(call, buffer, chunk, order)?;
                 let next = chunks.next();
                 let next_buffer = group.writable_buffer();
                 group.put_shards(next_buffer, next.as_deref().unwrap_or_default());
@@ -63,16 +67,13 @@ impl Group {
         })
     }
 
-    /// Gives every rank the bytes of `root`; those of the other ranks are dropped.
-    pub(crate) fn broadcast(
+    /// Gives every rank of this host the bytes of its rank `root`; those of the others are dropped.
+    pub(crate) fn broadcast_here(
         &mut self,
         root: usize,
         mut bytes: Vec<u8>,
         deadline: Duration,
     ) -> Result<Vec<u8>> {
-        if root >= self.world_size {
-            return Err(CollectiveError::NoSuchRoot { root, world_size: self.world_size });
-        }
         let sends = root == self.rank;
         if !sends {
             bytes.clear();
@@ -99,8 +100,12 @@ impl Group {
         Ok(bytes)
     }
 
-    /// The bytes of all ranks, by rank. Lengths may differ.
-    pub(crate) fn all_gather(&mut self, own: &[u8], deadline: Duration) -> Result<Vec<Vec<u8>>> {
+    /// The bytes of all ranks of this host, by rank. Lengths may differ.
+    pub(crate) fn all_gather_here(
+        &mut self,
+        own: &[u8],
+        deadline: Duration,
+    ) -> Result<Vec<Vec<u8>>> {
         self.call(Op::AllGather, own.len(), deadline, |group, call| {
             let mut gathered: Vec<Vec<u8>> = vec![Vec::new(); group.world_size];
             let mut done = 0;
@@ -170,6 +175,27 @@ impl Group {
         }
     }
 
+    /// Adds the own shard's sums of the other hosts, in the chunk and in the own buffer.
+    fn sum_over_hosts(
+        &mut self,
+        call: &Call,
+        buffer: usize,
+        chunk: &mut [f32],
+        order: Order,
+    ) -> Result<()> {
+        let own = shard(chunk.len(), self.rank, self.world_size);
+        let sum = &mut chunk[own.clone()];
+        if self.across_hosts(call, |mesh, wait| mesh.all_reduce(sum, order, wait))?.is_some() {
+            let target = self.segment.buffer(self.rank, buffer).cast::<f32>();
+            // SAFETY: the own shard of the own buffer: within bounds, and no peer reads it before
+            // this phase is finished.
+            unsafe {
+                std::ptr::copy_nonoverlapping(sum.as_ptr(), target.add(own.start), sum.len())
+            };
+        }
+        Ok(())
+    }
+
     /// Copies the other ranks' summed shards into the chunk.
     fn fetch_shards(&self, buffer: usize, chunk: &mut [f32]) {
         for rank in (0..self.world_size).filter(|&rank| rank != self.rank) {
@@ -206,64 +232,8 @@ impl Group {
     }
 }
 
-/// Partial sums of one block; ranks are added from 0 on.
-struct Sums {
-    order: Order,
-    /// The first `depth` are in use.
-    blocks: Vec<[f32; BLOCK]>,
-    depth: usize,
-}
-
-impl Sums {
-    fn new(order: Order) -> Self {
-        Self { order, blocks: Vec::new(), depth: 0 }
-    }
-
-    /// Adds the part of the next rank.
-    fn add(&mut self, rank: usize, part: &[f32]) {
-        // In pairs a rank ends as many pairs as its number ends in ones: 1 ends (0 1), 3 ends (2 3)
-        // and ((0 1) (2 3)).
-        let merges = match self.order {
-            Order::Ranks => u32::from(rank > 0),
-            Order::Pairs => rank.trailing_ones(),
-        };
-        if merges == 0 {
-            if self.blocks.len() == self.depth {
-                self.blocks.push([0.0; BLOCK]);
-            }
-            self.blocks[self.depth][..part.len()].copy_from_slice(part);
-            self.depth += 1;
-            return;
-        }
-        add(&mut self.blocks[self.depth - 1], part);
-        (1..merges).for_each(|_| self.merge());
-    }
-
-    /// Adds the last block to the one before.
-    fn merge(&mut self) {
-        self.depth -= 1;
-        let (before, last) = self.blocks.split_at_mut(self.depth);
-        add(&mut before[self.depth - 1], &last[0]);
-    }
-
-    /// The sum; the next block begins anew.
-    fn finish(&mut self) -> &[f32] {
-        while self.depth > 1 {
-            self.merge();
-        }
-        self.depth = 0;
-        &self.blocks[0]
-    }
-}
-
-fn add(sum: &mut [f32], part: &[f32]) {
-    for (total, value) in sum.iter_mut().zip(part) {
-        *total += value;
-    }
-}
-
 /// The part of a chunk of `length` floats that `rank` sums.
-fn shard(length: usize, rank: usize, world_size: usize) -> std::ops::Range<usize> {
+pub(crate) fn shard(length: usize, rank: usize, world_size: usize) -> std::ops::Range<usize> {
     let lines = length.div_ceil(LINE);
     let bound = |rank: usize| (lines * rank / world_size * LINE).min(length);
     bound(rank)..bound(rank + 1)
@@ -272,35 +242,6 @@ fn shard(length: usize, rank: usize, world_size: usize) -> std::ops::Range<usize
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn ranks_are_added_one_by_one_or_in_pairs() {
-        let parts: Vec<f32> = (0..8).map(|rank| 1.1_f32.powi(rank * 7)).collect();
-        let sum = |order, world_size: usize| {
-            let mut sums = Sums::new(order);
-            for (rank, part) in parts[..world_size].iter().enumerate() {
-                sums.add(rank, &[*part]);
-            }
-            sums.finish()[0].to_bits()
-        };
-        fn tree(parts: &[f32]) -> f32 {
-            match parts {
-                [one] => *one,
-                _ => {
-                    let (left, right) = parts.split_at(parts.len() / 2);
-                    tree(left) + tree(right)
-                }
-            }
-        }
-        for world_size in [1, 2, 4, 8] {
-            let one_by_one: f32 = parts[1..world_size].iter().fold(parts[0], |sum, x| sum + x);
-            assert_eq!(sum(Order::Ranks, world_size), one_by_one.to_bits());
-            assert_eq!(sum(Order::Pairs, world_size), tree(&parts[..world_size]).to_bits());
-        }
-        assert_ne!(sum(Order::Ranks, 8), sum(Order::Pairs, 8), "the orders cannot be told apart");
-        let odd = (parts[0] + parts[1]) + parts[2];
-        assert_eq!(sum(Order::Pairs, 3), odd.to_bits());
-    }
 
     #[test]
     fn shards_cover_a_chunk_without_gap_or_overlap() {

@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::liveness::Watch;
 use crate::segment::{Author, JOINED, LEFT, Segment};
 
-/// What one rank sees of the others. Without others it sees nothing.
+/// What one rank sees of the others of its host. Without others it sees nothing.
 pub(crate) struct Witness {
     rank: usize,
     segment: Option<Arc<Segment>>,
@@ -28,6 +28,11 @@ impl Witness {
         Witness { rank, segment, watches }
     }
 
+    /// The number among all ranks of one of this host's.
+    fn name(&self, rank: usize) -> usize {
+        self.segment.as_ref().map_or(0, |segment| segment.first_rank()) + rank
+    }
+
     /// Fails once a rank or the launcher has called for everyone to stop.
     pub(crate) fn check_aborted(&self) -> Result<()> {
         self.segment.as_ref().map_or(Ok(()), |segment| segment.check_aborted())
@@ -38,8 +43,10 @@ impl Witness {
         let segment = self.segment.as_ref()?;
         let peers = (0..segment.world_size()).filter(|peer| *peer != self.rank);
         peers.into_iter().find_map(|peer| match segment.slot(peer).state.load(Ordering::Acquire) {
-            LEFT => Some((peer, "it left the group")),
-            JOINED if self.watches[peer].is_gone() => Some((peer, "its process has ended")),
+            LEFT => Some((self.name(peer), "it left the group")),
+            JOINED if self.watches[peer].is_gone() => {
+                Some((self.name(peer), "its process has ended"))
+            }
             _ => None,
         })
     }
@@ -60,13 +67,14 @@ impl Witness {
     pub(crate) fn behind(&self, number: u64) -> Vec<usize> {
         let Some(segment) = &self.segment else { return Vec::new() };
         let waits = |rank: usize| segment.slot(rank).waits.load(Ordering::Relaxed);
-        (0..segment.world_size()).filter(|rank| waits(*rank) < number).collect()
+        let behind = (0..segment.world_size()).filter(|rank| waits(*rank) < number);
+        behind.map(|rank| self.name(rank)).collect()
     }
 
     /// Makes every rank's present or next collective fail.
     pub(crate) fn abort(&self, culprit: Option<usize>, reason: &str) {
         if let Some(segment) = &self.segment {
-            segment.abort(Author::Rank(self.rank), culprit, reason);
+            segment.abort(Author::Rank(self.name(self.rank)), culprit, reason);
         }
     }
 }
