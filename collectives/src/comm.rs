@@ -15,6 +15,7 @@ use crate::env::{DEFAULT_TIMEOUT, Env};
 use crate::error::{CollectiveError, Result};
 use crate::group::Group;
 use crate::mesh::{self, Meeting, Mesh, Seat};
+use crate::recorder::Recorder;
 use crate::segment::{Author, Segment};
 use crate::sums::Order;
 use crate::witness::Witness;
@@ -113,6 +114,13 @@ impl Comm {
         };
         let segment = Arc::new(segment);
         let mut group = Group::join(segment.clone(), env.local_rank, env.collective_timeout)?;
+        if let Some(folder) = &env.flight_dir {
+            let recorder = Recorder::create(folder, env.rank, env.world_size, env.generation);
+            group.recorder = Some(recorder.map_err(|error| CollectiveError::Recorder {
+                folder: folder.display().to_string(),
+                why: error.to_string(),
+            })?);
+        }
         if env.local_world_size != env.world_size {
             group.mesh = Some(Comm::reach_hosts(env, &segment)?);
         }

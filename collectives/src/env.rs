@@ -7,6 +7,7 @@
 use std::ffi::OsString;
 use std::net::TcpListener;
 use std::os::fd::{FromRawFd, RawFd};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -31,6 +32,8 @@ pub const MEETING_FD: &str = "LORARUN_MEETING_FD";
 /// A text that all processes of a job share and nobody else knows; it seals what hosts say to each
 /// other.
 pub const TOKEN: &str = "LORARUN_TOKEN";
+/// Folder for the flight recorder: a file for each rank with its last collectives.
+pub const FLIGHT_DIR: &str = "LORARUN_FLIGHT_DIR";
 /// Number of the start of this run; everything stamped with another one is refused.
 pub const GENERATION: &str = "LORARUN_GENERATION";
 /// CPU threads this rank may use.
@@ -112,6 +115,8 @@ pub struct Env {
     pub meeting_fd: Option<RawFd>,
     /// Seals what hosts say to each other.
     pub token: Token,
+    /// Where the flight recorder writes.
+    pub flight_dir: Option<PathBuf>,
     /// CPU threads this rank may use; `None` leaves the choice to the thread pool.
     pub threads: Option<usize>,
     /// Deadline of one collective.
@@ -138,6 +143,7 @@ impl Env {
             segment_fd: None,
             meeting_fd: None,
             token: Token::new(""),
+            flight_dir: None,
             threads: None,
             collective_timeout: DEFAULT_TIMEOUT,
             card: None,
@@ -196,6 +202,7 @@ impl Env {
             segment_fd: read.descriptor(SEGMENT_FD)?,
             meeting_fd: read.descriptor(MEETING_FD)?,
             token: Token::new(&read.text(TOKEN, "a text")?.unwrap_or_default()),
+            flight_dir: (read.lookup)(FLIGHT_DIR).map(PathBuf::from),
             threads,
             collective_timeout: read.timeout()?.unwrap_or(DEFAULT_TIMEOUT),
             card: read.number(CARD, "the number of a card from 0")?,
@@ -224,6 +231,9 @@ impl Env {
         }
         if !self.token.is_empty() {
             variables.push((TOKEN, self.token.text().to_owned()));
+        }
+        if let Some(folder) = &self.flight_dir {
+            variables.push((FLIGHT_DIR, folder.display().to_string()));
         }
         if let Some(threads) = self.threads {
             variables.push((THREADS, threads.to_string()));

@@ -73,6 +73,14 @@ pub enum CollectiveError {
         /// Number of ranks.
         world_size: usize,
     },
+    /// The flight recorder has no place to write.
+    #[error("cannot keep the flight recorder in `{folder}`: {why}")]
+    Recorder {
+        /// The folder that was given.
+        folder: String,
+        /// The operating system's words.
+        why: String,
+    },
     /// The ranks of several hosts did not find each other.
     #[error(
         "cannot meet the ranks of the other hosts at {address}: {why}\n\

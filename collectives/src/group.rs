@@ -13,6 +13,7 @@ use crate::error::{CollectiveError, Result};
 use crate::futex;
 use crate::liveness::Watch;
 use crate::mesh::{Label, Mesh, Wait};
+use crate::recorder::Recorder;
 use crate::segment::{ABORT_BIT, ABSENT, Author, BUFFERS, JOINED, LEFT, Segment};
 use crate::sums::Order;
 
@@ -50,7 +51,7 @@ impl Op {
     }
 
     /// Words for an announcement, also for one that this rank did not make.
-    fn describe(code: u64, length: u64) -> String {
+    pub(crate) fn describe(code: u64, length: u64) -> String {
         match code & 0xff {
             1 => "connect".to_owned(),
             7 => "exchange of bytes between hosts".to_owned(),
@@ -81,6 +82,8 @@ pub(crate) struct Group {
     pub(crate) world_size: usize,
     /// The way to the other hosts, where there are any.
     pub(crate) mesh: Option<Mesh>,
+    /// Notes what is called, where a folder for it was given.
+    pub(crate) recorder: Option<Recorder>,
     generation: u64,
     /// Phases finished.
     phase: u64,
@@ -105,6 +108,7 @@ impl Group {
             rank,
             world_size,
             mesh: None,
+            recorder: None,
             generation,
             phase: 0,
             seq: 0,
@@ -135,8 +139,15 @@ impl Group {
         announcement.seq.store(self.seq, Ordering::Relaxed);
         announcement.kind.store(op.code(), Ordering::Relaxed);
         announcement.length.store(length as u64, Ordering::Relaxed);
+        if let Some(recorder) = &self.recorder {
+            recorder.enter(self.seq, op.code(), length as u64);
+        }
         let mut call = Call { op, seq: self.seq, start: Instant::now(), deadline, agreed: false };
-        run(self, &mut call).inspect_err(|error| {
+        let result = run(self, &mut call);
+        if let Some(recorder) = &self.recorder {
+            recorder.leave(self.seq, result.is_ok());
+        }
+        result.inspect_err(|error| {
             let culprit = match error {
                 CollectiveError::PeerLost { rank, .. } => Some(*rank),
                 CollectiveError::Deadline { missing_ranks, .. } => missing_ranks.first().copied(),

@@ -23,6 +23,7 @@ mod hosts;
 mod liveness;
 mod mesh;
 pub mod nccl;
+pub mod recorder;
 mod segment;
 mod shm;
 pub mod signals;
