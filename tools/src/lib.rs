@@ -9,6 +9,7 @@ mod delta;
 mod exit;
 mod extract_dylora;
 mod finite;
+mod linalg;
 mod matrix;
 mod merge;
 mod output;
