@@ -6,16 +6,21 @@
 //! Results go to stdout, everything else to stderr.
 
 mod delta;
+mod dynamic_rank;
 mod exit;
+mod extract;
 mod extract_dylora;
+mod factors;
 mod finite;
 mod linalg;
+mod lora_metadata;
 mod matrix;
 mod merge;
 mod output;
 mod precision;
 mod progress;
 mod resize_images;
+mod resize_lora;
 
 use clap::Subcommand;
 
@@ -37,6 +42,15 @@ pub enum Command {
     /// Shrink a folder of pictures to one or more resolutions
     #[command(name = "resize-images", alias = "resize_images_to_resolution")]
     ResizeImages(resize_images::Options),
+    /// Extract a LoRA from the difference of two models
+    #[command(
+        name = "extract",
+        aliases = ["extract_lora", "extract_lora_from_models"]
+    )]
+    Extract(extract::Options),
+    /// Cut a LoRA to a smaller rank
+    #[command(name = "resize-lora", alias = "resize_lora")]
+    ResizeLora(resize_lora::Options),
 }
 
 impl Command {
@@ -47,6 +61,8 @@ impl Command {
             Self::ExtractDylora(options) => extract_dylora::run(options),
             Self::Merge(options) => merge::run(options),
             Self::ResizeImages(options) => resize_images::run(options),
+            Self::Extract(options) => extract::run(options),
+            Self::ResizeLora(options) => resize_lora::run(options),
         };
         exit::code_of(result)
     }

@@ -1,0 +1,32 @@
+//! The `modelspec.` metadata of LoRAs that tools make.
+
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use formats::Family;
+use formats::lora_file::Metadata;
+use formats::model_spec::{ModelSpec, OptionalSpec};
+
+/// ModelSpec keys of a LoRA written to `save_to`, whose name is the title.
+pub(crate) fn model_spec(
+    save_to: &Path,
+    family: Family,
+    v_parameterization: bool,
+    merged_from: Option<String>,
+) -> Metadata {
+    let title = save_to.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    // A clock before 1970 gives 1970.
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let spec = ModelSpec {
+        family,
+        v_parameterization,
+        title,
+        resolution: None,
+        timestamp: now.as_secs().cast_signed(),
+        timestep_range: None,
+        clip_skip: None,
+        implementation_version: concat!("lorarun/", env!("CARGO_PKG_VERSION")).to_owned(),
+        optional: OptionalSpec { merged_from, ..OptionalSpec::default() },
+    };
+    spec.to_metadata()
+}
