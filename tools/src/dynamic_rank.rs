@@ -9,23 +9,25 @@ const SMALLEST: f64 = 1e-6;
 
 /// What a rank is chosen by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-#[value(rename_all = "snake_case")]
 pub(crate) enum DynamicMethod {
     /// Keep the singular values above the largest divided by `dynamic_param`
-    SvRatio,
+    #[value(name = "sv_ratio")]
+    Ratio,
     /// Keep this share of the Frobenius norm
-    SvFro,
+    #[value(name = "sv_fro")]
+    Frobenius,
     /// Keep this share of the sum of the singular values
-    SvCumulative,
+    #[value(name = "sv_cumulative")]
+    Cumulative,
 }
 
 impl DynamicMethod {
     /// As it is spelt in options and metadata.
     pub fn name(self) -> &'static str {
         match self {
-            Self::SvRatio => "sv_ratio",
-            Self::SvFro => "sv_fro",
-            Self::SvCumulative => "sv_cumulative",
+            Self::Ratio => "sv_ratio",
+            Self::Frobenius => "sv_fro",
+            Self::Cumulative => "sv_cumulative",
         }
     }
 }
@@ -58,8 +60,8 @@ impl Rule {
             };
         };
         let (range, meant) = match method {
-            DynamicMethod::SvRatio => ("1 or more", 1.0..=f64::MAX),
-            DynamicMethod::SvFro | DynamicMethod::SvCumulative => {
+            DynamicMethod::Ratio => ("1 or more", 1.0..=f64::MAX),
+            DynamicMethod::Frobenius | DynamicMethod::Cumulative => {
                 ("above 0 and at most 1", f64::MIN_POSITIVE..=1.0)
             }
         };
@@ -88,12 +90,14 @@ impl Rule {
             reached.unwrap_or(spectrum.length) + 1
         };
         let index = match self.method {
-            DynamicMethod::SvRatio => {
+            DynamicMethod::Ratio => {
                 let least = leading.first().copied().unwrap_or(0.0) / self.target;
                 leading.iter().filter(|s| **s > least).count()
             }
-            DynamicMethod::SvFro => place_of(|s| s * s, spectrum.energy, self.target * self.target),
-            DynamicMethod::SvCumulative => place_of(|s| s, spectrum.sum, self.target),
+            DynamicMethod::Frobenius => {
+                place_of(|s| s * s, spectrum.energy, self.target * self.target)
+            }
+            DynamicMethod::Cumulative => place_of(|s| s, spectrum.sum, self.target),
         };
         // sd-scripts holds the index within the matrix, then adds 1 to it.
         index.min(spectrum.length - 1).max(1) + 1
@@ -152,26 +156,26 @@ mod tests {
     fn ranks_are_those_of_the_reference() {
         // Values of resize_lora.py's index functions on these spectra, plus one.
         let falling = [8.0, 4.0, 2.0, 1.0, 0.5, 0.0, 0.0, 0.0];
-        use DynamicMethod::{SvCumulative, SvFro, SvRatio};
+        use DynamicMethod::{Cumulative, Frobenius, Ratio};
         for (method, target, expected) in [
-            (SvRatio, 2.0, 2),
-            (SvRatio, 5.0, 4),
-            (SvRatio, 100.0, 6),
-            (SvFro, 0.85, 2),
-            (SvFro, 0.9, 3),
-            (SvFro, 0.99, 4),
-            (SvCumulative, 0.5, 2),
-            (SvCumulative, 0.75, 3),
-            (SvCumulative, 0.95, 5),
+            (Ratio, 2.0, 2),
+            (Ratio, 5.0, 4),
+            (Ratio, 100.0, 6),
+            (Frobenius, 0.85, 2),
+            (Frobenius, 0.9, 3),
+            (Frobenius, 0.99, 4),
+            (Cumulative, 0.5, 2),
+            (Cumulative, 0.75, 3),
+            (Cumulative, 0.95, 5),
         ] {
             assert_eq!(rank(&falling, 8, method, target), expected, "{method:?} {target}");
         }
         // The index stays below the smaller side.
-        assert_eq!(rank(&[1.0, 1.0], 2, SvFro, 1.0), 2);
-        assert_eq!(rank(&[1.0], 1, SvFro, 1.0), 1);
+        assert_eq!(rank(&[1.0, 1.0], 2, Frobenius, 1.0), 2);
+        assert_eq!(rank(&[1.0], 1, Frobenius, 1.0), 1);
         // A matrix of nothing keeps one rank.
-        assert_eq!(rank(&[1e-7, 1e-8], 9, SvRatio, 100.0), 1);
-        assert_eq!(rank(&[0.0, 0.0], 9, SvCumulative, 0.9), 1);
+        assert_eq!(rank(&[1e-7, 1e-8], 9, Ratio, 100.0), 1);
+        assert_eq!(rank(&[0.0, 0.0], 9, Cumulative, 0.9), 1);
     }
 
     #[test]
@@ -185,12 +189,12 @@ mod tests {
 
     #[test]
     fn options_that_cannot_be_meant_are_refused() {
-        use DynamicMethod::{SvFro, SvRatio};
+        use DynamicMethod::{Frobenius, Ratio};
         for (method, target, word) in [
-            (Some(SvRatio), None, "dynamic_param"),
-            (Some(SvRatio), Some(0.5), "0.5"),
-            (Some(SvFro), Some(1.5), "1.5"),
-            (Some(SvFro), Some(0.0), "0"),
+            (Some(Ratio), None, "dynamic_param"),
+            (Some(Ratio), Some(0.5), "0.5"),
+            (Some(Frobenius), Some(1.5), "1.5"),
+            (Some(Frobenius), Some(0.0), "0"),
             (None, Some(0.5), "dynamic_method"),
         ] {
             let error = Rule::from_options(method, target).unwrap_err().to_string();

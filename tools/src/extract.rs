@@ -19,6 +19,7 @@ use crate::dynamic_rank::{DynamicMethod, Rule, Spectrum};
 use crate::factors::{Factors, Quantile};
 use crate::finite::FiniteRule;
 use crate::linalg::{Dense, Method, singular_values, truncated};
+use crate::model_spec::model_spec;
 use crate::precision::Precision;
 use crate::progress::{Progress, tell};
 use crate::{Usage, output};
@@ -242,7 +243,7 @@ fn cut(
     let svd = truncated(&matrix, most, method, SEED)?;
     let sum = match rule {
         // The one rule that asks for every singular value.
-        Some(Rule { method: DynamicMethod::SvCumulative, .. }) if svd.energy > 0.0 => {
+        Some(Rule { method: DynamicMethod::Cumulative, .. }) if svd.energy > 0.0 => {
             singular_values(&matrix)?.iter().sum()
         }
         _ => svd.s.iter().sum(),
@@ -283,12 +284,8 @@ fn metadata(options: &Options, family: Family, rule: Option<Rule>) -> Metadata {
     set("ss_network_alpha", &alpha);
     set("ss_network_args", &network_args);
     if !options.no_metadata {
-        metadata.extend(crate::lora_metadata::model_spec(
-            &options.save_to,
-            family,
-            v_parameterization,
-            None,
-        ));
+        let spec = model_spec(&options.save_to, family, v_parameterization, None);
+        metadata.extend(spec.to_metadata());
     }
     metadata
 }

@@ -121,7 +121,7 @@ mod tests {
             let found = Quantile::new(quantile).unwrap().of_symmetric(magnitudes());
             assert!((found - expected).abs() < 1e-5, "{quantile}: {found} {expected}");
         }
-        assert_eq!(Quantile::new(0.9).unwrap().of_symmetric(vec![2.0]), 1.6);
+        assert!((Quantile::new(0.9).unwrap().of_symmetric(vec![2.0]) - 1.6).abs() < 1e-6);
         for bad in [0.0, 0.5, 1.01, f64::NAN] {
             assert!(Quantile::new(bad).is_err(), "{bad}");
         }
@@ -135,7 +135,10 @@ mod tests {
         factors.clamp(Quantile::new(1.0).unwrap());
         assert_eq!(factors.up.values, [-4.0, 1.0]);
         factors.clamp(Quantile::new(0.8).unwrap());
-        assert_eq!((factors.up.values[0], factors.down.values[0]), (-2.6, 2.6));
+        assert!(
+            (factors.up.values[0] + 2.6).abs() < 1e-6
+                && (factors.down.values[0] - 2.6).abs() < 1e-6
+        );
         assert_eq!((factors.up.values[1], factors.down.values[1]), (1.0, 2.0));
     }
 

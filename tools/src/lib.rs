@@ -12,15 +12,17 @@ mod extract;
 mod extract_dylora;
 mod factors;
 mod finite;
+mod lbw;
 mod linalg;
-mod lora_metadata;
 mod matrix;
 mod merge;
+mod model_spec;
 mod output;
 mod precision;
 mod progress;
 mod resize_images;
 mod resize_lora;
+mod svd_merge;
 
 use clap::Subcommand;
 
@@ -51,6 +53,9 @@ pub enum Command {
     /// Cut a LoRA to a smaller rank
     #[command(name = "resize-lora", alias = "resize_lora")]
     ResizeLora(resize_lora::Options),
+    /// Merge adapters of any kinds and ranks into one LoRA of a given rank
+    #[command(name = "svd-merge", alias = "svd_merge_lora")]
+    SvdMerge(svd_merge::Options),
 }
 
 impl Command {
@@ -63,6 +68,7 @@ impl Command {
             Self::ResizeImages(options) => resize_images::run(options),
             Self::Extract(options) => extract::run(options),
             Self::ResizeLora(options) => resize_lora::run(options),
+            Self::SvdMerge(options) => svd_merge::run(options),
         };
         exit::code_of(result)
     }

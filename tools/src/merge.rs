@@ -6,10 +6,10 @@
 
 mod change;
 mod folder;
-mod input;
+pub(crate) mod input;
 mod into_model;
 mod loras;
-mod metadata;
+pub(crate) mod metadata;
 mod plan;
 mod shuffle;
 

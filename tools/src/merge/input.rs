@@ -6,7 +6,7 @@ use formats::adapter::AdapterFile;
 
 /// An adapter and its ratio.
 #[derive(Debug)]
-pub(super) struct Input {
+pub(crate) struct Input {
     /// The file.
     pub file: AdapterFile,
     /// How much of it is taken.

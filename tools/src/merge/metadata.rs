@@ -3,15 +3,15 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use formats::adapter::AdapterFile;
 use formats::lora_file::Metadata;
 use formats::model_files::{Container, ModelFiles};
-use formats::model_spec::{ModelSpec, OptionalSpec};
+use formats::model_spec::ModelSpec;
 use formats::{Family, TensorFile};
 
 use super::input::Input;
+use crate::model_spec;
 
 /// Keys of a model that stay true when adapters are merged into it.
 const KEPT: [&str; 3] = ["modelspec.license", "modelspec.resolution", "modelspec.usage_hint"];
@@ -20,7 +20,7 @@ const TITLE: &str = "modelspec.title";
 const PREDICTION: &str = "modelspec.prediction_type";
 
 /// Metadata, and what the user should know of them.
-pub(super) type Told = (Metadata, Option<&'static str>);
+pub(crate) type Told = (Metadata, Option<&'static str>);
 
 const GUESSED: &str = "nothing tells whether this is a v-prediction model, the metadata say that it \
                        is, as sd-scripts' do";
@@ -46,7 +46,7 @@ pub(super) fn of_model(model: &ModelFiles, inputs: &[Input], save_to: &Path) -> 
 }
 
 /// A LoRA's metadata: rank and alpha of its modules are named where all have the same.
-pub(super) fn of_lora(
+pub(crate) fn of_lora(
     inputs: &[Input],
     ranks: &[(usize, f32)],
     save_to: &Path,
@@ -103,18 +103,7 @@ fn spec(
     save_to: &Path,
     titles: Vec<String>,
 ) -> ModelSpec {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    ModelSpec {
-        family,
-        v_parameterization,
-        title: stem(save_to),
-        resolution: None,
-        timestamp: now.cast_signed(),
-        timestep_range: None,
-        clip_skip: None,
-        implementation_version: concat!("lorarun/", env!("CARGO_PKG_VERSION")).to_owned(),
-        optional: OptionalSpec { merged_from: Some(titles.join(", ")), ..OptionalSpec::default() },
-    }
+    model_spec::model_spec(save_to, family, v_parameterization, Some(titles.join(", ")))
 }
 
 /// (whether the model predicts v, whether that is a guess). Files say so by ModelSpec or by

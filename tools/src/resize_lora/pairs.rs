@@ -139,7 +139,10 @@ mod tests {
 
     use super::*;
 
-    fn found(entries: &[(&str, &[usize])]) -> anyhow::Result<Vec<Pair>> {
+    /// Key and shape.
+    type Entry<'a> = (&'a str, &'a [usize]);
+
+    fn found(entries: &[Entry<'_>]) -> anyhow::Result<Vec<Pair>> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.safetensors");
         let tensor = |shape: &[usize]| {
@@ -179,7 +182,7 @@ mod tests {
                 rank: 6,
                 is_convolution: false,
             };
-            assert_eq!(pairs, [expected.clone()]);
+            assert_eq!(pairs, std::slice::from_ref(&expected));
             let pairs = found(&[(&down, shapes[0]), (&up, shapes[1]), (&alpha, &[])]).unwrap();
             assert_eq!(pairs, [Pair { scale: 0.5, ..expected }]);
         }
@@ -189,7 +192,7 @@ mod tests {
     fn what_is_no_pair_is_refused() {
         let down = "lora_unet_a.lora_down.weight";
         let up = "lora_unet_a.lora_up.weight";
-        let cases: [(&[(&str, &[usize])], &str); 5] = [
+        let cases: [(&[Entry<'_>], &str); 5] = [
             (&[(down, &[2, 3])], "without the other"),
             (&[(down, &[2, 3]), (up, &[4, 5])], "do not fit"),
             (&[(down, &[2]), (up, &[4, 2])], "two or four"),
