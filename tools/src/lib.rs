@@ -12,6 +12,7 @@ mod extract;
 mod extract_dylora;
 mod factors;
 mod finite;
+mod inspect;
 mod lbw;
 mod linalg;
 mod matrix;
@@ -23,6 +24,7 @@ mod progress;
 mod resize_images;
 mod resize_lora;
 mod svd_merge;
+mod verify;
 
 use clap::Subcommand;
 
@@ -56,6 +58,10 @@ pub enum Command {
     /// Merge adapters of any kinds and ranks into one LoRA of a given rank
     #[command(name = "svd-merge", alias = "svd_merge_lora")]
     SvdMerge(svd_merge::Options),
+    /// Tell what a LoRA or a checkpoint is, and which programs would load it
+    Inspect(inspect::Options),
+    /// Check that files are whole and their numbers finite and consistent
+    Verify(verify::Options),
 }
 
 impl Command {
@@ -69,6 +75,8 @@ impl Command {
             Self::Extract(options) => extract::run(options),
             Self::ResizeLora(options) => resize_lora::run(options),
             Self::SvdMerge(options) => svd_merge::run(options),
+            Self::Inspect(options) => inspect::run(options),
+            Self::Verify(options) => verify::run(options),
         };
         exit::code_of(result)
     }
