@@ -73,11 +73,6 @@ impl Matrix {
     }
 }
 
-/// Every core, for one product at a time.
-pub(crate) fn all_cores() -> Par {
-    Par::rayon(0)
-}
-
 /// `target += factor * left * right` on the calling thread. `target` is `[n, right.cols]` and `left`
 /// `[n, right.rows]`, row by row: a block of rows of a larger sum, so that many threads can work on
 /// one layer and each block stays in a core's cache.
@@ -125,7 +120,7 @@ mod tests {
         for (rows, inner, cols) in [(3, 2, 5), (1, 7, 9), (130, 8, 301), (65, 33, 1), (4, 1, 40)] {
             let (a, b) = (numbers(rows, inner, 1), numbers(inner, cols, 2));
             let want = by_hand(&a, &b);
-            for par in [Par::Seq, all_cores()] {
+            for par in [Par::Seq, Par::rayon(0)] {
                 let got = a.product(&b, par);
                 assert_eq!((got.rows, got.cols), (rows, cols));
                 for (got, want) in got.values.iter().zip(&want) {

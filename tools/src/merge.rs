@@ -52,6 +52,10 @@ pub struct Options {
         overrides_with = "ratios"
     )]
     ratios: Vec<f64>,
+    /// How much of each LoRA is taken in each block, a JSON list for each: 17 or 26 numbers for SD1
+    /// and SD2, 12 or 20 for SDXL
+    #[arg(long = "lbws", value_name = "LIST", num_args = 1.., overrides_with = "lbws")]
+    lbws: Vec<String>,
     /// The number type that the merge is made in; all but `float` round every step
     #[arg(long = "precision", value_name = "TYPE", default_value = "float")]
     precision: Precision,
@@ -103,13 +107,15 @@ impl Options {
 /// Options that cannot be meant, files that cannot be read or do not fit each other, what cannot be
 /// written.
 pub fn run(options: &Options) -> anyhow::Result<()> {
-    if options.models.len() != options.ratios.len() {
-        return Err(Usage(format!(
-            "`models` and `ratios` should be equally many, they are: {} and {}",
-            options.models.len(),
-            options.ratios.len()
-        ))
-        .into());
+    for (name, count) in [("ratios", options.ratios.len()), ("lbws", options.lbws.len())] {
+        let is_given = name == "ratios" || count > 0;
+        if is_given && count != options.models.len() {
+            return Err(Usage(format!(
+                "`models` and `{name}` should be equally many, they are: {} and {count}",
+                options.models.len()
+            ))
+            .into());
+        }
     }
     if let Some(ratio) = options.ratios.iter().find(|ratio| !ratio.is_finite()) {
         return Err(Usage(format!("`ratios` should be numbers, one is: {ratio}")).into());
@@ -118,6 +124,12 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
         Some(model) => merge_into_model(options, model),
         None => merge_loras(options),
     }
+}
+
+fn open_inputs(options: &Options) -> anyhow::Result<Vec<Input>> {
+    let mut inputs = Input::open_all(&options.models, &options.ratios)?;
+    Input::set_blocks(&mut inputs, &options.lbws)?;
+    Ok(inputs)
 }
 
 fn merge_into_model(options: &Options, path: &Path) -> anyhow::Result<()> {
@@ -148,7 +160,7 @@ fn merge_into_model(options: &Options, path: &Path) -> anyhow::Result<()> {
             None
         }
     };
-    let inputs = Input::open_all(&options.models, &options.ratios)?;
+    let inputs = open_inputs(options)?;
     let rounding = options.rounding();
     let (plan, told) = Plan::new(&model, &inputs, rounding, options.finite)?;
     told.iter().for_each(|line| tell(line));
@@ -179,7 +191,7 @@ fn merge_loras(options: &Options) -> anyhow::Result<()> {
         (true, true) => Way::ReferenceStack,
         (false, _) => Way::Add,
     };
-    let inputs = Input::open_all(&options.models, &options.ratios)?;
+    let inputs = open_inputs(options)?;
     let request = Request {
         way,
         shuffle: options.shuffle.then_some(options.seed),

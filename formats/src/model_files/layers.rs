@@ -12,6 +12,8 @@ pub(super) struct Found {
     pub layers: Vec<Layer>,
     /// (other name, name).
     other_names: Vec<(String, String)>,
+    /// Normalisations by all their names.
+    pub norms: HashMap<String, LayerPlace>,
 }
 
 impl Found {
@@ -32,8 +34,17 @@ impl Found {
             else {
                 continue;
             };
+            if shape.len() == 1 && kind != ComponentKind::Vae {
+                let place = LayerPlace { file: file_of(key), key: key.to_owned(), rows: None };
+                for path in [Some(name.to_owned()), ldm.as_ref().and_then(|ldm| ldm.name(name))] {
+                    let Some(path) = path else { continue };
+                    let module = path.strip_suffix(".weight").unwrap_or(&path).replace('.', "_");
+                    self.norms.insert(format!("{prefix}{module}"), place.clone());
+                }
+                continue;
+            }
             let Some(target) = target(kind, module) else { continue };
-            // Normalisations have one dimension; a matrix that is stored transposed is no layer.
+            // A matrix that is stored transposed is no layer.
             if !matches!(shape.len(), 2 | 4) || part == Part::Transposed {
                 continue;
             }

@@ -124,6 +124,7 @@ pub struct ModelFiles {
     /// Other names of layers, with their indices.
     aliases: HashMap<String, usize>,
     at: HashMap<(usize, String), Vec<usize>>,
+    norms: HashMap<String, LayerPlace>,
 }
 
 impl std::fmt::Debug for ModelFiles {
@@ -158,6 +159,12 @@ impl ModelFiles {
         let found = self.layers.binary_search_by(|layer| layer.name.as_str().cmp(name));
         let index = found.ok().or_else(|| self.aliases.get(name).copied())?;
         self.layers.get(index)
+    }
+
+    /// Where the scale of a normalisation is stored, by kohya's name of it; its bias lies beside,
+    /// under the same key with `bias` for `weight`.
+    pub fn norm(&self, name: &str) -> Option<&LayerPlace> {
+        self.norms.get(name)
     }
 
     /// Indices in [`Self::layers`] of the layers that the tensor `key` of a file holds: none, one,

@@ -119,11 +119,12 @@ fn finish(
     path: &Path,
     container: Container,
     files: Vec<StoredFile>,
-    (notes, components, found): (Vec<String>, Components, Found),
+    (notes, components, mut found): (Vec<String>, Components, Found),
 ) -> ModelFiles {
+    let norms = std::mem::take(&mut found.norms);
     let (layers, aliases, at) = found.finish();
     let path = path.to_path_buf();
-    ModelFiles { family, path, container, files, notes, components, layers, aliases, at }
+    ModelFiles { family, path, container, files, notes, components, layers, aliases, at, norms }
 }
 
 /// One component of a folder.

@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use formats::adapter::AdapterFile;
 
+use crate::Usage;
+use crate::lbw::BlockWeights;
+
 /// An adapter and its ratio.
 #[derive(Debug)]
 pub(crate) struct Input {
@@ -11,6 +14,8 @@ pub(crate) struct Input {
     pub file: AdapterFile,
     /// How much of it is taken.
     pub ratio: f64,
+    /// And in each block of the network.
+    blocks: Option<BlockWeights>,
 }
 
 impl Input {
@@ -20,9 +25,21 @@ impl Input {
     /// What cannot be read.
     pub fn open_all(models: &[PathBuf], ratios: &[f64]) -> anyhow::Result<Vec<Self>> {
         let open = |(path, ratio): (&PathBuf, &f64)| {
-            Ok(Self { file: AdapterFile::open(path)?, ratio: *ratio })
+            Ok(Self { file: AdapterFile::open(path)?, ratio: *ratio, blocks: None })
         };
         models.iter().zip(ratios).map(open).collect()
+    }
+
+    /// Gives the files weights for their blocks, in this order; none leaves them as they are.
+    ///
+    /// # Errors
+    /// A [`Usage`] for a list that is none of the file's family.
+    pub fn set_blocks(inputs: &mut [Self], lists: &[String]) -> Result<(), Usage> {
+        for (input, weights) in inputs.iter_mut().zip(BlockWeights::parse_all(lists)?) {
+            weights.check_family(input.file.family)?;
+            input.blocks = Some(weights);
+        }
+        Ok(())
     }
 
     /// How much of a module is taken.
@@ -37,7 +54,7 @@ impl Input {
         ((scale.abs() * weight) as f32, (scale * weight) as f32)
     }
 
-    fn block_weight(&self, _module: &str) -> f64 {
-        1.0
+    fn block_weight(&self, module: &str) -> f64 {
+        self.blocks.as_ref().map_or(1.0, |blocks| blocks.weight_of(module))
     }
 }

@@ -86,11 +86,11 @@ impl Merge<'_> {
             return self.fill_weight(path, &view, changes, sink);
         }
         let rounding = self.rounding.filter(|_| is_rounded(stored, &spec.name));
-        let added = self.plan.bias_at(index, &spec.name)?;
+        let added = self.plan.added_at(index, &spec.name)?;
         if !added.is_empty() {
             let mut values = view.to_f32();
-            for (first, bias) in &added {
-                for (sum, value) in values[*first..].iter_mut().zip(bias) {
+            for (first, added) in &added {
+                for (sum, value) in values[*first..].iter_mut().zip(added) {
                     *sum += value;
                 }
             }
@@ -170,8 +170,25 @@ impl Merge<'_> {
             change::round(block, dtype)?;
         }
         self.finite.check_block(path, &sink.spec().name, first, block)?;
+        if sink.spec().dtype == Dtype::F16 && !self.finite.allow_nan {
+            check_half(path, &sink.spec().name, block)?;
+        }
         Ok(sink.write_f32(block)?)
     }
+}
+
+/// That no value becomes infinite in half precision.
+fn check_half(path: &Path, name: &str, values: &[f32]) -> anyhow::Result<()> {
+    /// Halfway between the largest number and the next, which there is not.
+    const LIMIT: f32 = 65520.0;
+    let most = values.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
+    ensure!(
+        most < LIMIT,
+        "`{}` has a value in `{name}` that half precision cannot hold, after the merge it is: \
+         {most}\nhint: `--save_precision bf16` or `float` can",
+        path.display()
+    );
+    Ok(())
 }
 
 /// The tensors as they are written.

@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{bail, ensure};
 use formats::Dtype;
 use formats::adapter::{AdapterFile, AdapterKind, AdapterModule};
-use formats::model_files::{Layer, ModelFiles};
+use formats::model_files::{Layer, LayerPlace, ModelFiles};
 
 use super::change::Change;
 use super::input::Input;
@@ -25,8 +25,8 @@ pub(super) struct Plan<'a> {
     rounding: Option<Dtype>,
     /// For each layer the modules in the order of the inputs.
     layers: HashMap<usize, Vec<Place>>,
-    /// For each stored bias, by file and key, the modules with the rows that they change.
-    biases: BTreeMap<(usize, String), Vec<BiasPlace>>,
+    /// For each stored bias or scale of a normalisation, by file and key, what is added to it.
+    vectors: BTreeMap<(usize, String), Vec<Addend>>,
 }
 
 /// A module of an input.
@@ -36,11 +36,13 @@ struct Place {
     module: usize,
 }
 
-/// A module that changes a bias.
+/// What is added to a stored vector.
 #[derive(Clone, Debug)]
-struct BiasPlace {
+struct Addend {
     place: Place,
-    /// The first of the layer's numbers in the stored bias.
+    /// Key in the adapter's file.
+    key: String,
+    /// The first of the layer's numbers in the stored vector.
     first: usize,
 }
 
@@ -64,8 +66,8 @@ impl<'a> Plan<'a> {
         rounding: Option<Dtype>,
         finite: FiniteRule,
     ) -> anyhow::Result<(Self, Vec<String>)> {
-        let (layers, biases) = (HashMap::new(), BTreeMap::new());
-        let mut plan = Self { model, inputs, finite, rounding, layers, biases };
+        let (layers, vectors) = (HashMap::new(), BTreeMap::new());
+        let mut plan = Self { model, inputs, finite, rounding, layers, vectors };
         let mut told = Vec::new();
         for input in 0..inputs.len() {
             plan.add(input, &mut told)?;
@@ -77,25 +79,15 @@ impl<'a> Plan<'a> {
         let Input { file, ratio, .. } = &self.inputs[input];
         let mut left_out = Vec::new();
         for (index, module) in file.modules.iter().enumerate() {
-            let layer = match module.kind {
-                AdapterKind::Norm { .. } => None,
-                _ => self.model.layer(&module.name),
-            };
-            let Some(layer) = layer else {
-                left_out.push(module.name.as_str());
-                continue;
-            };
-            check_shape(file, module, layer, self.model)?;
             let place = Place { input, module: index };
-            let layers = self.model.layers();
-            let at = layers.partition_point(|other| other.name < layer.name);
-            self.layers.entry(at).or_default().push(place);
-            if module.bias.is_some() && !self.add_bias(layer, place) {
-                told.push(format!(
-                    "`{}` adds a bias to `{}`, which has none in the model: left out",
-                    file.path.display(),
-                    module.name
-                ));
+            let found = match &module.kind {
+                AdapterKind::Norm { w_norm, b_norm } => {
+                    self.add_norm(module, place, [w_norm.as_deref(), b_norm.as_deref()])?
+                }
+                _ => self.add_layer(file, module, place, told)?,
+            };
+            if !found {
+                left_out.push(module.name.as_str());
             }
         }
         let merged = file.modules.len() - left_out.len();
@@ -124,21 +116,76 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    /// False when the layer has no bias.
-    fn add_bias(&mut self, layer: &Layer, place: Place) -> bool {
-        let Some(key) = layer.place.key.strip_suffix("weight") else { return false };
-        let key = format!("{key}bias");
-        let stored = &self.model.files[layer.place.file];
-        let fits = stored.file.shape(&key).is_some_and(|shape| {
-            let rows = layer.place.rows.clone().unwrap_or(0..layer.shape[0]);
-            shape.len() == 1 && shape[0] >= rows.end
-        });
-        if fits {
-            let first = layer.place.rows.as_ref().map_or(0, |rows| rows.start);
-            let entry = self.biases.entry((layer.place.file, key)).or_default();
-            entry.push(BiasPlace { place, first });
+    /// False when the model has no such layer.
+    fn add_layer(
+        &mut self,
+        file: &AdapterFile,
+        module: &AdapterModule,
+        place: Place,
+        told: &mut Vec<String>,
+    ) -> anyhow::Result<bool> {
+        let Some(layer) = self.model.layer(&module.name) else { return Ok(false) };
+        check_shape(file, module, layer, self.model)?;
+        let layers = self.model.layers();
+        let at = layers.partition_point(|other| other.name < layer.name);
+        self.layers.entry(at).or_default().push(place);
+        let Some(key) = &module.bias else { return Ok(true) };
+        if !self.add_vector((&layer.place, "bias"), place, key)? {
+            told.push(format!(
+                "`{}` adds a bias to `{}`, which has none in the model: left out",
+                file.path.display(),
+                module.name
+            ));
         }
-        fits
+        Ok(true)
+    }
+
+    /// A normalisation's scale and bias, or a layer's bias alone; false when the model has none.
+    fn add_norm(
+        &mut self,
+        module: &AdapterModule,
+        place: Place,
+        [scale, bias]: [Option<&str>; 2],
+    ) -> anyhow::Result<bool> {
+        let model = self.model;
+        let stored = match (model.norm(&module.name), model.layer(&module.name)) {
+            (Some(stored), _) => stored,
+            (None, Some(layer)) if scale.is_none() => &layer.place,
+            (None, _) => return Ok(false),
+        };
+        let mut found = true;
+        for (ending, key) in [("weight", scale), ("bias", bias)] {
+            if let Some(key) = key {
+                found &= self.add_vector((stored, ending), place, key)?;
+            }
+        }
+        Ok(found)
+    }
+
+    /// False when the model has no such vector; an error when its length is another.
+    fn add_vector(
+        &mut self,
+        (stored, ending): (&LayerPlace, &str),
+        place: Place,
+        key: &str,
+    ) -> anyhow::Result<bool> {
+        let Some(start) = stored.key.strip_suffix("weight") else { return Ok(false) };
+        let stored_key = format!("{start}{ending}");
+        let model_file = &self.model.files[stored.file].file;
+        let Some([length]) = model_file.shape(&stored_key) else { return Ok(false) };
+        let rows = stored.rows.clone().unwrap_or(0..*length);
+        let file = &self.inputs[place.input].file;
+        let given: usize = file.file.shape(key).unwrap_or_default().iter().product();
+        ensure!(
+            rows.end <= *length && given == rows.len(),
+            "`{}` does not fit `{}`, `{key}` is for {} numbers, it has: {given}",
+            file.path.display(),
+            self.model.path.display(),
+            rows.len()
+        );
+        let addend = Addend { place, key: key.to_owned(), first: rows.start };
+        self.vectors.entry((stored.file, stored_key)).or_default().push(addend);
+        Ok(true)
     }
 
     /// The layers of a stored tensor that are changed, in the order of their rows.
@@ -166,23 +213,23 @@ impl<'a> Plan<'a> {
         Ok(found)
     }
 
-    /// What is added to a stored bias; empty when it stays.
+    /// What is added to a stored vector, and from which number on; empty when it stays.
     ///
     /// # Errors
-    /// Those of reading, and a length that is not the layer's.
-    pub fn bias_at(&self, file: usize, key: &str) -> anyhow::Result<Vec<(usize, Vec<f32>)>> {
-        let Some(steps) = self.biases.get(&(file, key.to_owned())) else { return Ok(Vec::new()) };
-        let read = |BiasPlace { place, first }: &BiasPlace| {
+    /// Those of reading.
+    pub fn added_at(&self, file: usize, key: &str) -> anyhow::Result<Vec<(usize, Vec<f32>)>> {
+        let Some(addends) = self.vectors.get(&(file, key.to_owned())) else {
+            return Ok(Vec::new());
+        };
+        let read = |Addend { place, key, first }: &Addend| {
             let input = &self.inputs[place.input];
-            let module = &input.file.modules[place.module];
-            let key = module.bias.as_deref().context("a bias")?;
             let mut values = input.file.view(key)?.to_f32();
             self.finite.check(&input.file.path, key, &values)?;
-            let ratio = input.ratio_of(&module.name);
+            let ratio = input.ratio_of(&input.file.modules[place.module].name);
             values.iter_mut().for_each(|value| *value *= ratio);
             Ok((*first, values))
         };
-        steps.iter().map(read).collect()
+        addends.iter().map(read).collect()
     }
 }
 
@@ -215,16 +262,6 @@ fn check_shape(
         model.family.title(),
         of.unwrap_or_default()
     );
-    if let Some(key) = &module.bias {
-        let length = file.file.shape(key).map(|shape| shape.iter().product::<usize>());
-        ensure!(
-            length == Some(layer.shape[0]),
-            "`{}` has a bias that does not fit its layer of {} outputs, `{key}`, its length is: {}",
-            file.path.display(),
-            layer.shape[0],
-            length.unwrap_or_default()
-        );
-    }
     Ok(())
 }
 
