@@ -9,6 +9,7 @@ pub mod adapter;
 pub mod atomic;
 pub mod atomic_folder;
 mod base_model;
+pub mod clip_vocabulary;
 mod container;
 mod diffusers_dir;
 mod dtype;

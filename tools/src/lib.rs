@@ -5,6 +5,7 @@
 //! complete or not at all. A tool is one file, one line in [`Command`] and one in [`Command::run`].
 //! Results go to stdout, everything else to stderr.
 
+mod convert;
 mod delta;
 mod dynamic_rank;
 mod exit;
@@ -33,6 +34,8 @@ pub use exit::Usage;
 /// The tools of the command line.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Convert a model: single file to diffusers folder and back, safetensors to ckpt and back
+    Convert(convert::Options),
     /// Cut a DyLoRA into LoRAs, one for every multiple of `unit`
     #[command(name = "extract-dylora", alias = "extract_lora_from_dylora")]
     ExtractDylora(extract_dylora::Options),
@@ -69,6 +72,7 @@ impl Command {
     /// for any other failure, whose message has gone to stderr.
     pub fn run(&self) -> i32 {
         let result = match self {
+            Self::Convert(options) => convert::run(options),
             Self::ExtractDylora(options) => extract_dylora::run(options),
             Self::Merge(options) => merge::run(options),
             Self::ResizeImages(options) => resize_images::run(options),

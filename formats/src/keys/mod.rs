@@ -8,6 +8,8 @@ mod clip;
 mod ldm_unet;
 mod ldm_vae;
 mod to_ldm_unet;
+mod to_ldm_vae;
+mod to_open_clip;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -20,6 +22,8 @@ pub(crate) use clip::{
 pub(crate) use ldm_unet::map_ldm_unet;
 pub(crate) use ldm_vae::{map_diffusers_vae, map_ldm_vae};
 pub(crate) use to_ldm_unet::LdmUnetNames;
+pub(crate) use to_ldm_vae::{last_vae_level, ldm_vae_name};
+pub(crate) use to_open_clip::{OpenClipTensor, open_clip_tensors};
 
 use crate::tensor_file::TensorFile;
 use crate::{Dtype, FormatError, TensorView, Weights};
@@ -174,7 +178,7 @@ impl Weights for Component {
 }
 
 /// A copy of a matrix with rows and columns exchanged.
-fn transposed(view: &TensorView<'_>) -> TensorView<'static> {
+pub(crate) fn transposed(view: &TensorView<'_>) -> TensorView<'static> {
     let (rows, columns, size) = (view.shape[0], view.shape[1], view.dtype.size());
     let mut data = Vec::with_capacity(view.data.len());
     for column in 0..columns {

@@ -5,12 +5,15 @@
 //! headers alone; tensors are views of the mapped files.
 
 mod layers;
+mod ldm;
 mod open;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+pub use ldm::{LdmLayout, LdmTensor};
 
 use crate::tensor_file::TensorFile;
 use crate::{Component, Family, FormatError, TensorView};

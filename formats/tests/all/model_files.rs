@@ -308,3 +308,88 @@ fn what_is_no_model_is_named() {
     let text = error_of(&dir);
     assert!(text.contains("its pipeline is `StableDiffusionXLPipeline`"), "{text}");
 }
+
+#[test]
+fn full_size_folders_have_the_ldm_layout_of_sd_scripts() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, family) in FAMILIES {
+        let dir = folder.path().join(name);
+        write_folder(&dir, name);
+        let layout = ModelFiles::open(&dir).unwrap().ldm_layout();
+        assert!(layout.left_out.is_empty(), "{:?}", layout.left_out);
+        let mut found: BTreeMap<String, Vec<usize>> =
+            layout.tensors.into_iter().map(|t| (t.spec.name, t.spec.shape)).collect();
+        let expected: BTreeMap<String, Vec<usize>> =
+            rows(name).into_iter().map(|row| (row.key, row.shape)).collect();
+        if family == Family::Sd2 {
+            let extra: Vec<String> =
+                found.keys().filter(|key| !expected.contains_key(*key)).cloned().collect();
+            // sd-scripts' `make_dummy_weights`: layer 23, and two tensors.
+            assert_eq!(extra.len(), 12 + 2);
+            assert!(layout.notes[0].starts_with("layer 23 of the text encoder repeats layer 22"));
+            let prefix = "cond_stage_model.model.";
+            for key in extra {
+                let rest = key.strip_prefix(prefix).unwrap();
+                let shape = found.remove(&key).unwrap();
+                match rest {
+                    "text_projection" => assert_eq!(shape, [1024, 1024]),
+                    "logit_scale" => assert!(shape.is_empty()),
+                    _ => assert_eq!(shape, expected[&key.replace(".23.", ".22.")]),
+                }
+            }
+        } else {
+            assert!(layout.notes.is_empty());
+        }
+        assert_eq!(found, expected, "{name}");
+    }
+}
+
+/// The tensors of a layout, pieces joined.
+fn assembled(model: &ModelFiles) -> Tensors {
+    let tensors = model.ldm_layout().tensors.into_iter().map(|tensor| {
+        let pieces = tensor.read(model).unwrap();
+        assert!(pieces.iter().all(|piece| piece.dtype == tensor.spec.dtype));
+        let data: Vec<u8> = pieces.iter().flat_map(|piece| piece.data.to_vec()).collect();
+        let spec = tensor.spec;
+        assert_eq!(spec.bytes(), data.len(), "{}", spec.name);
+        (spec.name, OwnedTensor { dtype: spec.dtype, shape: spec.shape, data })
+    });
+    tensors.collect()
+}
+
+#[test]
+fn a_folder_and_its_file_are_assembled_alike() {
+    let folder = tempfile::tempdir().unwrap();
+    for set in ["parity", "parity-sd2"] {
+        let mut expected = ldm_model(set);
+        let file = folder.path().join("model.safetensors");
+        save(&file, &expected);
+        let from_file = assembled(&ModelFiles::open(&file).unwrap());
+        let from_folder = assembled(&ModelFiles::open(&data(&format!("{set}/model"))).unwrap());
+        assert!(from_file == from_folder, "{set}");
+        let made_up = |key: &str| {
+            key.contains(".resblocks.4.") || key.ends_with("_projection") || key.ends_with("_scale")
+        };
+        expected.retain(|key, _| set == "parity" || !made_up(key));
+        let is_known = |(key, _): &(&String, &OwnedTensor)| set == "parity" || !made_up(key);
+        let found: Vec<_> = from_folder.iter().filter(is_known).collect();
+        assert!(found.into_iter().eq(expected.iter()), "{set}");
+    }
+}
+
+#[test]
+fn what_no_component_has_is_outside() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("sd1.safetensors");
+    let mut tensors = ldm_model("parity");
+    let tensor = OwnedTensor::from_f32(&[2], &[0.5, 1.0], Dtype::F32).unwrap();
+    let position_ids = "cond_stage_model.transformer.text_model.embeddings.position_ids";
+    for key in ["alphas_cumprod", position_ids] {
+        tensors.insert(key.to_owned(), tensor.clone());
+    }
+    save(&file, &tensors);
+    let model = ModelFiles::open(&file).unwrap();
+    assert_eq!(model.outside_components(), [(0, "alphas_cumprod"), (0, position_ids)]);
+    let model = ModelFiles::open(&data("parity/model")).unwrap();
+    assert!(model.outside_components().is_empty());
+}

@@ -1,5 +1,5 @@
 """Makes tokens.json: ids of transformers' CLIPTokenizer for a list of captions, from the embedded
-vocabulary. Usage: python make_tokens.py ../../../trainer/data/clip_bpe_merges.txt > tokens.json
+vocabulary. Usage: python make_tokens.py ../../../formats/data/clip_bpe_merges.txt > tokens.json
 """
 import json
 import os

@@ -6,6 +6,7 @@
 
 use super::error::DatasetError;
 use super::prompt_weights::parse_weights;
+use formats::clip_vocabulary::{self, BEGIN, END};
 use std::path::Path;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::normalizers::{Lowercase, NFC, Replace, Sequence as Normalizers};
@@ -17,9 +18,6 @@ use tokenizers::tokenizer::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 /// Ids in one chunk, with the begin and end tokens.
 pub const CHUNK: usize = 77;
 
-const MERGES: &str = include_str!("../../data/clip_bpe_merges.txt");
-const BEGIN: &str = "<|startoftext|>";
-const END: &str = "<|endoftext|>";
 const EMBEDDED: &str = "embedded CLIP vocabulary";
 /// Words, single digits, runs of anything else, English contractions.
 const PATTERN: &str =
@@ -95,7 +93,7 @@ impl ClipTokenizer {
     /// # Errors
     /// None in a sound build; the tokenizer library's constructors can fail.
     pub fn embedded(v2: bool) -> Result<Self, DatasetError> {
-        let (vocabulary, merges) = clip_vocabulary();
+        let (vocabulary, merges) = embedded_vocabulary();
         let pad = if v2 { "!" } else { END };
         build(EMBEDDED, vocabulary, merges, pad)
     }
@@ -248,31 +246,12 @@ fn parse_merges(text: &str) -> Result<Merges, String> {
         .collect()
 }
 
-/// The characters that stand for the 256 bytes, in the order of CLIP's vocabulary: printable ones
-/// for themselves first, then the others as the characters from U+0100 on.
-fn byte_characters() -> Vec<char> {
-    let printable = |byte: &u32| matches!(byte, 0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF);
-    let own = (0..256u32).filter(printable);
-    let others = (0..256u32).filter(|byte| !printable(byte)).count() as u32;
-    own.chain(256..256 + others).filter_map(char::from_u32).collect()
-}
-
-/// CLIP's vocabulary: bytes, bytes that end a word, merges in order, two special tokens.
-fn clip_vocabulary() -> (Vocab, Merges) {
-    let bytes = byte_characters();
-    let merges: Merges = MERGES
-        .lines()
-        .filter_map(|line| line.split_once(' '))
-        .map(|(left, right)| (left.to_owned(), right.to_owned()))
-        .collect();
-    let names = bytes
-        .iter()
-        .map(char::to_string)
-        .chain(bytes.iter().map(|byte| format!("{byte}</w>")))
-        .chain(merges.iter().map(|(left, right)| format!("{left}{right}")))
-        .chain([BEGIN.to_owned(), END.to_owned()]);
-    let vocabulary = names.enumerate().map(|(id, name)| (name, id as u32)).collect();
-    (vocabulary, merges)
+/// The vocabulary and merges embedded in this program.
+fn embedded_vocabulary() -> (Vocab, Merges) {
+    let merges = clip_vocabulary::merges();
+    let merges = merges.map(|(left, right)| (left.to_owned(), right.to_owned())).collect();
+    let tokens = clip_vocabulary::tokens().into_iter().enumerate();
+    (tokens.map(|(id, name)| (name, id as u32)).collect(), merges)
 }
 
 fn build(

@@ -112,7 +112,7 @@ fn folders_of_both_layouts_and_their_faults() {
     let text = ClipTokenizer::open(Some(folder.path()), false).unwrap_err().to_string();
     assert!(text.contains("neither"), "{text}");
 
-    let (vocabulary, merges) = clip_vocabulary();
+    let (vocabulary, merges) = embedded_vocabulary();
     let vocabulary: std::collections::BTreeMap<_, _> = vocabulary.into_iter().collect();
     std::fs::write(at("vocab.json"), serde_json::to_string(&vocabulary).unwrap()).unwrap();
     let lines: Vec<String> = merges.iter().map(|(l, r)| format!("{l} {r}")).collect();
