@@ -8,6 +8,8 @@ mod copy;
 mod folder;
 mod pipeline;
 mod shapes;
+#[cfg(test)]
+mod tests;
 
 use std::path::{Path, PathBuf};
 
