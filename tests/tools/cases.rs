@@ -136,7 +136,7 @@ fn assert_clamped_products_close(ours: &Tensors, theirs: &Tensors, tolerance: f6
     assert_products_close(&ours, &theirs, tolerance);
     // The limits are the same in the mean, or the rule is another.
     let differ = differ / modules_count;
-    assert!(differ.abs() < 0.02, "limits differ by {differ} in the mean");
+    assert!(differ.abs() < 0.05, "limits differ by {differ} in the mean");
 }
 
 #[test]
