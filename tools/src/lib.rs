@@ -85,3 +85,6 @@ impl Command {
         exit::code_of(result)
     }
 }
+
+#[cfg(test)]
+mod svd_tools_tests;

@@ -17,7 +17,6 @@ use rayon::prelude::*;
 use crate::delta::{Delta, delta_of};
 use crate::factors::{Factors, Quantile};
 use crate::finite::FiniteRule;
-use crate::lbw::BlockWeights;
 use crate::linalg::{Dense, Method, Product, Svd, of_low_rank_sum, truncated};
 use crate::merge::input::Input;
 use crate::merge::metadata::of_lora;
@@ -85,21 +84,18 @@ pub struct Options {
 pub fn run(options: &Options) -> anyhow::Result<()> {
     check(options)?;
     let quantile = Quantile::new(options.clamp_quantile)?;
-    let lbws = BlockWeights::parse_all(&options.lbws)?;
     let read: Vec<&Path> = options.models.iter().map(PathBuf::as_path).collect();
     let save_as = output::prepare(&options.save_to, &read)?;
     if options.device.is_some() {
         tell("`--device` is not needed here: the work is done on the CPU");
     }
-    let inputs = Input::open_all(&options.models, &options.ratios)?;
-    for (input, weights) in inputs.iter().zip(&lbws) {
-        weights.check_family(input.file.family)?;
-    }
+    let mut inputs = Input::open_all(&options.models, &options.ratios)?;
+    Input::set_blocks(&mut inputs, &options.lbws)?;
     check_families(&inputs)?;
     let layers = layers(&inputs)?;
     let progress = Progress::of_pieces("modules", layers.len());
     let cut = |(name, parts): &(&str, Vec<Part<'_>>)| {
-        let cut = cut(&inputs, &lbws, name, parts, options);
+        let cut = cut(&inputs, name, parts, options);
         progress.advance(1);
         let (shape, mut factors) = cut.with_context(|| format!("module `{name}`"))?;
         factors.clamp(quantile);
@@ -196,7 +192,6 @@ fn layers(inputs: &[Input]) -> anyhow::Result<Vec<(&str, Vec<Part<'_>>)>> {
 /// The layer's shape and the factors of the sum.
 fn cut(
     inputs: &[Input],
-    lbws: &[BlockWeights],
     name: &str,
     parts: &[Part<'_>],
     options: &Options,
@@ -210,8 +205,7 @@ fn cut(
         if options.finite.allow_nan {
             without_nan(&mut delta);
         }
-        let weight = lbws.get(*index).map_or(1.0, |weights| weights.weight_of(name));
-        Ok((delta, input.ratio * weight))
+        Ok((delta, input.ratio * input.block_weight(name)))
     };
     let deltas: Vec<(Delta, f64)> = parts.iter().map(read).collect::<anyhow::Result<_>>()?;
     let shapes: Vec<Vec<usize>> =

@@ -238,6 +238,12 @@ fn narrow<T: Scalar>(matrix: MatRef<'_, f64>) -> Mat<T> {
     Mat::from_fn(matrix.nrows(), matrix.ncols(), |row, col| T::of(matrix[(row, col)]))
 }
 
+/// In 64 bits. Columns lie together in memory: run along them, as this is done to the whole basis
+/// with every block.
 fn wide<T: Scalar>(matrix: MatRef<'_, T>) -> Mat<f64> {
-    Mat::from_fn(matrix.nrows(), matrix.ncols(), |row, col| matrix[(row, col)].wide())
+    let mut out = Mat::zeros(matrix.nrows(), matrix.ncols());
+    for (to, from) in out.as_mut().col_iter_mut().zip(matrix.col_iter()) {
+        to.iter_mut().zip(from.iter()).for_each(|(to, from)| *to = from.wide());
+    }
+    out
 }

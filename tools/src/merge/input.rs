@@ -54,7 +54,8 @@ impl Input {
         ((scale.abs() * weight) as f32, (scale * weight) as f32)
     }
 
-    fn block_weight(&self, module: &str) -> f64 {
+    /// The weight of a module's block, 1 without weights.
+    pub fn block_weight(&self, module: &str) -> f64 {
         self.blocks.as_ref().map_or(1.0, |blocks| blocks.weight_of(module))
     }
 }
