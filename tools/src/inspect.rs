@@ -127,23 +127,9 @@ pub(crate) fn open(path: &Path) -> Result<Opened, FormatError> {
         return Ok(Opened::Model(Box::new(ModelFiles::open(path)?)));
     }
     let file = open_tensor_file(path)?;
-    let names = file.names();
-    const ADAPTER: [&str; 9] = [
-        "lora_",
-        ".lora.",
-        ".hada_",
-        ".lokr_",
-        ".diff",
-        ".w_norm",
-        ".b_norm",
-        "lora_linear_layer",
-        ".dora_scale",
-    ];
-    if names.iter().any(|name| ADAPTER.iter().any(|part| name.contains(part))) {
-        drop(names);
+    if is_adapter(file.as_ref()) {
         return Ok(Opened::Adapter(AdapterFile::of(file)?));
     }
-    drop(names);
     match ModelFiles::open(path) {
         Ok(model) => Ok(Opened::Model(Box::new(model))),
         Err(
@@ -153,6 +139,16 @@ pub(crate) fn open(path: &Path) -> Result<Opened, FormatError> {
         ) => Ok(Opened::Tensors(file, error.to_string())),
         Err(error) => Err(error),
     }
+}
+
+/// Whether the keys of a file are those of adapters, sound or not.
+pub(crate) fn is_adapter(file: &dyn formats::TensorFile) -> bool {
+    const PARTS: [&str; 5] = ["lora_", ".lora.", ".hada_", ".lokr_", "lora_linear_layer"];
+    const ENDINGS: [&str; 5] = [".diff", ".diff_b", ".w_norm", ".b_norm", ".dora_scale"];
+    file.names().iter().any(|name| {
+        PARTS.iter().any(|part| name.contains(part))
+            || ENDINGS.iter().any(|ending| name.ends_with(ending))
+    })
 }
 
 fn look(path: &Path) -> anyhow::Result<Report> {
@@ -165,4 +161,79 @@ fn look(path: &Path) -> anyhow::Result<Report> {
             Report::Model(Box::new(model::report_tensors(file.as_ref(), why)))
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn data(name: &str) -> PathBuf {
+        PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/data").join(name)
+    }
+
+    /// The fields that scripts read: names and values of the JSON.
+    #[test]
+    fn the_json_of_an_adapter_and_of_a_model() {
+        let json = |name: &str| serde_json::to_value(look(&data(name)).unwrap()).unwrap();
+        let lora = json("lora/lierla_r4.safetensors");
+        assert_eq!(lora["kind"], "adapter");
+        assert_eq!(lora["family"], "sd1");
+        assert_eq!(lora["naming"], "kohya");
+        assert_eq!(lora["network"], "LoRA (LierLa)");
+        // Its numbers were drawn anew after sd-scripts had written it.
+        assert_eq!(lora["hashes"]["sshs_model_agrees"], false);
+        let resized = json("formats/sd_scripts_resized.safetensors");
+        assert_eq!(resized["hashes"]["sshs_model_agrees"], true);
+        assert_eq!(lora["training"]["steps"], "3");
+        assert_eq!(lora["programs"][0]["program"], "webui");
+        assert_eq!(lora["programs"][0]["loads"], "yes");
+        let unet = &lora["parts"][1];
+        assert_eq!((&unet["part"], &unet["modules"]), (&"unet".into(), &192.into()));
+        assert_eq!(unet["ranks"], serde_json::json!([{"value": 4, "modules": 192}]));
+        assert!(unet["norm_mean"].as_f64().unwrap() > 0.0);
+        let model = json("parity/model");
+        assert_eq!(model["kind"], "diffusers folder");
+        assert_eq!((&model["family"], &model["prediction"]), (&"sd1".into(), &"epsilon".into()));
+        let components: Vec<&str> = model["components"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(|part| part["component"].as_str())
+            .collect();
+        assert_eq!(components, ["unet", "text_encoder", "vae"]);
+        let other = json("objective/draws.safetensors");
+        assert_eq!((&other["kind"], &other["family"]), (&"tensors".into(), &().into()));
+    }
+
+    /// Norms beside the fixtures' own: the sum of squares of what each module adds.
+    #[test]
+    fn norms_are_those_of_the_library_that_wrote_the_file() {
+        let text = std::fs::read_to_string(data("adapters/expected.json")).unwrap();
+        let expected: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let mut compared = 0;
+        for (name, layers) in expected.as_object().unwrap() {
+            let file = AdapterFile::open(&data("adapters").join(name)).unwrap();
+            for (module, norm) in file.modules.iter().zip(norms::norms(&file).unwrap()) {
+                let exact = layers[&module.name]["squares"].as_f64().unwrap().sqrt();
+                assert!(
+                    (norm / exact - 1.0).abs() < 1e-5,
+                    "{name} {}: {norm} {exact}",
+                    module.name
+                );
+                compared += 1;
+            }
+        }
+        assert_eq!(compared, 26);
+    }
+
+    #[test]
+    fn texts_name_what_matters() {
+        let text = |name: &str| text_of(&look(&data(name)).unwrap(), false);
+        let lora = text("adapters/diffusers_metadata.safetensors");
+        for part in ["LoRA (C3Lier)", "PEFT's names", "alpha 3 to 5", "does not load", "drops 8:"] {
+            assert!(lora.contains(part), "{part}\n{lora}");
+        }
+        let model = text("parity/model");
+        assert!(model.contains("M parameters in") && model.contains("predicts epsilon"), "{model}");
+    }
 }

@@ -344,4 +344,31 @@ mod tests {
         let findings = check(&path);
         assert!(findings.problems[0].contains("truncated"), "{findings:?}");
     }
+
+    #[test]
+    fn files_that_cannot_be_read_are_findings_too() {
+        let data =
+            |name: &str| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/data").join(name);
+        let evil = check(&data("formats/evil.ckpt"));
+        assert!(evil.problems[0].contains("was refused"), "{evil:?}");
+        let missing = check(&data("formats/no-such-file.safetensors"));
+        assert!(missing.problems[0].contains("no-such-file"), "{missing:?}");
+        let sound = [
+            "formats/sd_scripts_resized.safetensors",
+            "adapters/diffusers_sdxl.safetensors",
+            "adapters/peft_lokr/adapter_model.safetensors",
+            "formats/lora.pt",
+            "parity/model",
+        ];
+        for name in sound {
+            let findings = check(&data(name));
+            assert!(findings.problems.is_empty(), "{name}: {findings:?}");
+        }
+        // The whole tool: one bad path makes it fail, a folder without files is no silent success.
+        let paths = vec![data("formats/evil.ckpt"), data("formats/lora.pt")];
+        let error = run(&Options { paths }).unwrap_err().to_string();
+        assert_eq!(error, "something is wrong with 1 of 2 files");
+        let empty = tempfile::tempdir().unwrap();
+        assert!(run(&Options { paths: vec![empty.path().to_path_buf()] }).is_err());
+    }
 }

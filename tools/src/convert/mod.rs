@@ -1,11 +1,12 @@
 //! `convert`: the same weights in another layout or container.
 //!
 //! Checkpoints: a single file in the LDM layout to a diffusers folder and back, `.safetensors` to
-//! `.ckpt` and back, and either in another precision.
+//! `.ckpt` and back, and either in another precision. LoRAs: sd-scripts' names to diffusers' and back.
 
 mod checkpoint;
 mod copy;
 mod folder;
+mod lora;
 mod pipeline;
 mod shapes;
 #[cfg(test)]
@@ -15,21 +16,26 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use formats::SaveAs;
+use formats::adapter::AdapterFile;
 
 use crate::finite::FiniteRule;
+use crate::inspect::is_adapter;
 use crate::precision::Precision;
 use crate::{Usage, output};
 
 /// Options of `convert`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// What to convert: a `.safetensors` or `.ckpt` file, or a diffusers folder
+    /// What to convert: a LoRA, a model as a `.safetensors` or `.ckpt` file, or a diffusers folder
     #[arg(long = "model", value_name = "MODEL")]
     model: PathBuf,
     /// Where to write: `NAME.safetensors` or `NAME.ckpt` makes a single file (for WebUI, ComfyUI,
     /// sd-scripts), a name without an ending a diffusers folder
     #[arg(long = "save_to", value_name = "FILE_OR_FOLDER")]
     save_to: PathBuf,
+    /// Of a LoRA, whose names to write; the other ones when left out
+    #[arg(long = "to", value_enum)]
+    to: Option<lora::Target>,
     /// Number type of the weights; as they are when left out
     #[arg(long = "save_precision", value_enum)]
     save_precision: Option<Precision>,
@@ -64,6 +70,19 @@ enum Destination {
 /// A destination that is or lies in the source, is there already, or has an unknown ending; what
 /// cannot be read, what cannot be written.
 pub fn run(options: &Options) -> anyhow::Result<()> {
+    if let Some(file) = adapter(&options.model)? {
+        let save_as = output::prepare(&options.save_to, &[&options.model])?;
+        let Options { to, save_to, save_precision, finite, .. } = options;
+        return lora::convert(&file, *to, save_to, save_as, *save_precision, *finite);
+    }
+    if options.to.is_some() {
+        return Err(Usage(format!(
+            "`to` is for LoRAs, this is a model: `{}`\nhint: leave `to` out, the ending of \
+             `save_to` says what to make",
+            options.model.display()
+        ))
+        .into());
+    }
     let destination = destination(&options.save_to)?;
     refuse_inside(&options.save_to, &options.model)?;
     match destination {
@@ -76,6 +95,15 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
             checkpoint::to_folder(options)
         }
     }
+}
+
+/// The adapter, if the file is one.
+fn adapter(path: &Path) -> anyhow::Result<Option<AdapterFile>> {
+    if path.is_dir() {
+        return Ok(None);
+    }
+    let file = formats::open_tensor_file(path)?;
+    Ok(if is_adapter(file.as_ref()) { Some(AdapterFile::of(file)?) } else { None })
 }
 
 /// A known ending means a file, none a folder.

@@ -23,6 +23,7 @@ fn options(model: &Path, save_to: &Path) -> Options {
     Options {
         model: model.to_path_buf(),
         save_to: save_to.to_path_buf(),
+        to: None,
         save_precision: None,
         prediction_type: None,
         finite: FiniteRule::default(),
