@@ -1,3 +1,5 @@
+//! Files of every naming and kind beside what their makers mean by them, and files that cannot be.
+
 use std::path::PathBuf;
 
 use serde_json::Value;

@@ -1,3 +1,5 @@
+//! Which program loads which file, and which keys each would drop.
+
 use std::path::PathBuf;
 
 use formats::lora_file::{self, SaveAs};
