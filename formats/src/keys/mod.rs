@@ -196,10 +196,11 @@ fn under<'f>(file: &'f dyn TensorFile, prefix: &str) -> Vec<(&'f str, &'f str)> 
     names.filter_map(|key| Some((key, key.strip_prefix(prefix)?))).collect()
 }
 
-/// Splits `12.rest` into the number and the rest.
+/// Splits `12.rest` into the number and the rest. No model counts anything beyond 16 bits, so that
+/// numbers from a hostile file can be added up.
 fn split_index(text: &str) -> Option<(usize, &str)> {
     let (number, rest) = text.split_once('.')?;
-    Some((number.parse().ok()?, rest))
+    Some((number.parse::<u16>().ok()?.into(), rest))
 }
 
 #[cfg(test)]

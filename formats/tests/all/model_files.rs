@@ -393,3 +393,31 @@ fn what_no_component_has_is_outside() {
     let model = ModelFiles::open(&data("parity/model")).unwrap();
     assert!(model.outside_components().is_empty());
 }
+
+#[test]
+fn numbers_that_no_model_has_are_no_places() {
+    let folder = tempfile::tempdir().unwrap();
+    write_folder(folder.path(), "sdxl");
+    let mut unet = components("sdxl").remove("unet").unwrap();
+    let strange = [
+        "down_blocks.18446744073709551615.resnets.0.conv1.weight",
+        "down_blocks.1.resnets.18446744073709551615.conv1.weight",
+        "up_blocks.65535.upsamplers.0.conv.weight",
+        "mid_block.attentions.9999999999999999999999.proj_in.weight",
+    ];
+    for name in strange {
+        unet.insert(name.to_owned(), vec![2, 2]);
+    }
+    let path = folder.path().join("unet/diffusion_pytorch_model.safetensors");
+    crate::layouts::write_hollow(&path, &unet);
+    let model = ModelFiles::open(folder.path()).unwrap();
+    let left_out = model.ldm_layout().left_out;
+    for name in [strange[0], strange[1], strange[3]] {
+        assert!(left_out.contains(&format!("unet/{name}")), "{left_out:?}");
+        // It is a layer all the same, under diffusers' name.
+        let module = name.strip_suffix(".weight").unwrap().replace('.', "_");
+        assert!(model.layer(&format!("lora_unet_{module}")).is_some(), "{module}");
+    }
+    let layer = model.layer("lora_unet_input_blocks_4_1_proj_in").unwrap();
+    assert_eq!(layer.place.key, "down_blocks.1.attentions.0.proj_in.weight");
+}

@@ -81,6 +81,7 @@ fn unet(sizes: &Sizes<'_>, model: &ModelFiles) -> anyhow::Result<Value> {
         let blocks = format!("{path}.attentions.0.transformer_blocks");
         depths.push(sizes.count(|block| format!("{blocks}.{block}.attn1.to_q.weight")));
     }
+    check_depths(sizes, &layers, &depths)?;
     let names = |attention: &'static str, plain: &'static str| {
         depths.iter().map(move |depth| if *depth > 0 { attention } else { plain })
     };
@@ -131,6 +132,43 @@ fn unet(sizes: &Sizes<'_>, model: &ModelFiles) -> anyhow::Result<Value> {
         config["projection_class_embeddings_input_dim"] = json!(input);
     }
     Ok(config)
+}
+
+/// A config tells one depth of the transformers for each level, the same on the way down and up,
+/// and the last one for the middle.
+fn check_depths(sizes: &Sizes<'_>, layers: &[usize], depths: &[usize]) -> anyhow::Result<()> {
+    let depth = |path: String| {
+        sizes.count(|block| format!("{path}.transformer_blocks.{block}.attn1.to_q.weight"))
+    };
+    let levels = layers.len();
+    for (level, (layers, expected)) in layers.iter().zip(depths).enumerate() {
+        let down = (0..*layers).map(|block| format!("down_blocks.{level}.attentions.{block}"));
+        let up = levels - 1 - level;
+        let up = (0..=*layers).map(|block| format!("up_blocks.{up}.attentions.{block}"));
+        let paths: Vec<String> = down.chain(up).collect();
+        for path in paths {
+            let found = depth(path.clone());
+            if found != *expected {
+                return Err(irregular(sizes, &path, found, *expected));
+            }
+        }
+    }
+    let (path, expected) =
+        ("mid_block.attentions.0", depths.last().map_or(1, |depth| *depth.max(&1)));
+    let found = depth(path.to_owned());
+    if found != expected {
+        return Err(irregular(sizes, path, found, expected));
+    }
+    Ok(())
+}
+
+fn irregular(sizes: &Sizes<'_>, path: &str, found: usize, expected: usize) -> anyhow::Error {
+    anyhow::anyhow!(
+        "`{}` is built in another way than Stable Diffusion, no config can be made from its \
+         shapes: `{path}` has {found} transformer blocks instead of {expected}\nhint: convert its \
+         diffusers folder, which has a config, or to a single file",
+        sizes.component.path().display()
+    )
 }
 
 fn vae(sizes: &Sizes<'_>, family: Family) -> anyhow::Result<Value> {

@@ -460,6 +460,14 @@ fn damaged_and_incomplete_models_are_refused_and_leave_nothing() {
     let text = refusal(&options(&at("in-no-vae.safetensors"), &at("out")));
     assert!(text.contains("holds no VAE"), "{text}");
     clean(&text);
+    // Models whose transformers were cut to other depths.
+    let mut tensors = load(&at("in.safetensors"));
+    tensors.retain(|name, _| !name.contains(".output_blocks.5.1.transformer_blocks."));
+    save(&at("in-cut-out.safetensors"), &tensors, &[]);
+    let text = refusal(&options(&at("in-cut-out.safetensors"), &at("out")));
+    let expected = "`up_blocks.1.attentions.2` has 0 transformer blocks instead of 1";
+    assert!(text.contains(expected), "{text}");
+    clean(&text);
     // A value that the smaller type cannot hold.
     let name = "model.diffusion_model.out.2.bias";
     let large = OwnedTensor::from_f32(&[4], &[0.0, 65519.0, 7e4, 0.0], Dtype::F32).unwrap();
