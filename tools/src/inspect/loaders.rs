@@ -294,6 +294,7 @@ fn diffusers(file: &AdapterFile) -> Verdict {
         if let Some(key) = module.dora_scale.as_ref().filter(|key| key.ends_with(".dora_scale")) {
             verdict.drop_keys([key.clone()], "it leaves `dora_scale` out, with a warning");
             verdict.misread(module, "without its magnitudes a DoRA is another change");
+            verdict.because("`lorarun convert --to diffusers` makes a file that it reads");
         }
         let prefixed = ["unet.", "text_encoder.", "text_encoder_2."];
         if dotted > 0 && !prefixed.iter().any(|prefix| module.stored.starts_with(prefix)) {

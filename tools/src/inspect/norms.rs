@@ -40,13 +40,27 @@ fn gram_of_rows(m: &Matrix) -> Vec<f64> {
     let mut gram = vec![0.0; m.rows * m.rows];
     for i in 0..m.rows {
         for j in 0..=i {
-            let pairs = m.row(i).iter().zip(m.row(j));
-            let sum: f64 = pairs.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+            let sum = dot(m.row(i), m.row(j));
             gram[i * m.rows + j] = sum;
             gram[j * m.rows + i] = sum;
         }
     }
     gram
+}
+
+/// In eight sums side by side, which the compiler makes vectors of.
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    const LANES: usize = 8;
+    let (blocks_a, rest_a) = a.as_chunks::<LANES>();
+    let (blocks_b, rest_b) = b.as_chunks::<LANES>();
+    let mut sums = [0.0_f64; LANES];
+    for (x, y) in blocks_a.iter().zip(blocks_b) {
+        for lane in 0..LANES {
+            sums[lane] += f64::from(x[lane]) * f64::from(y[lane]);
+        }
+    }
+    let rest: f64 = rest_a.iter().zip(rest_b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
+    sums.iter().sum::<f64>() + rest
 }
 
 /// `mᵀ · m`.
@@ -60,8 +74,11 @@ mod tests {
 
     #[test]
     fn the_trace_is_the_norm_of_the_product() {
-        let up = Matrix::new(3, 2, vec![1.0, 2.0, -1.0, 0.5, 0.0, 3.0]);
-        let down = Matrix::new(2, 4, vec![1.0, 0.0, 2.0, -1.0, 0.5, 1.0, 0.0, 2.0]);
+        // Eleven columns: a block of eight and a rest.
+        let make = |rows: usize, cols: usize| {
+            Matrix::new(rows, cols, (0..rows * cols).map(|i| (i * 7 % 11) as f32 - 4.5).collect())
+        };
+        let (up, down) = (make(3, 2), make(2, 11));
         let product = up.product(&down, faer::Par::Seq);
         let direct: f64 = product.values.iter().map(|value| f64::from(*value).powi(2)).sum();
         let (ups, downs) = (gram_of_columns(&up), gram_of_rows(&down));
