@@ -2,10 +2,12 @@
 //!
 //! - `cases`: sd-scripts' results on the small model, argument for argument
 //! - `hostile`: every kind of bad input gives one clear error and no file
+//! - `merge`: what merged models predict, folders, metadata, what fits no model
 //! - `resize_images`: the reference's pictures, exit codes, what is left behind
 
 mod cases;
 mod hostile;
+mod merge;
 mod resize_images;
 
 use std::path::{Path, PathBuf};
