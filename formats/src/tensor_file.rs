@@ -57,10 +57,40 @@ pub(crate) fn describe_known_stranger(bytes: &[u8]) -> Option<String> {
         Some("it is empty".to_owned())
     } else if bytes.starts_with(b"version https://git-lfs") {
         Some("it is a Git LFS pointer\nhint: fetch the file itself with `git lfs pull`".to_owned())
-    } else if bytes.trim_ascii_start().starts_with(b"<") {
+    } else if bytes.trim_ascii_start().starts_with(b"<")
+        && !bytes[..bytes.len().min(8)].contains(&0)
+    {
+        // The length of a safetensors header can read ` <` too, and ends in zeros.
         let hint = "the download failed, get the file again (perhaps after signing in)";
         Some(format!("it is a web page\nhint: {hint}"))
     } else {
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::OwnedTensor;
+    use crate::lora_file::{SaveAs, write};
+
+    #[test]
+    fn a_header_whose_length_begins_like_a_web_page_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let tensors =
+            BTreeMap::from([("a".to_owned(), OwnedTensor::scalar(1.0, Dtype::F32).unwrap())]);
+        let length = |filler: usize| {
+            let metadata = BTreeMap::from([("filler".to_owned(), "x".repeat(filler))]);
+            write(&path, &tensors, &metadata, SaveAs::Safetensors).unwrap();
+            let bytes = std::fs::read(&path).unwrap();
+            u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize
+        };
+        // ` <` as a number of two bytes.
+        let wanted = usize::from(u16::from_le_bytes(*b" <"));
+        assert_eq!(length(wanted - length(0)), wanted);
+        assert!(open_tensor_file(&path).is_ok());
     }
 }
