@@ -23,7 +23,7 @@ use crate::finite::FiniteRule;
 use crate::precision::Precision;
 use crate::progress::{Progress, tell};
 use crate::{Usage, output};
-use input::Input;
+use input::Mix;
 use into_model::Merge;
 use loras::{Request, Way};
 use plan::Plan;
@@ -38,24 +38,8 @@ pub struct Options {
     /// Where to write: `.safetensors` or `.ckpt`; a folder when the model is one
     #[arg(long = "save_to", value_name = "PATH")]
     save_to: PathBuf,
-    /// The LoRAs: names of sd-scripts, diffusers or PEFT; into a model also LoHa, LoKr, DoRA and
-    /// whole differences
-    #[arg(long = "models", value_name = "FILE", num_args = 1.., required = true, overrides_with = "models")]
-    models: Vec<PathBuf>,
-    /// How much of each LoRA is taken, in the order of `models`: 1 is its full strength
-    #[arg(
-        long = "ratios",
-        value_name = "NUMBER",
-        num_args = 1..,
-        required = true,
-        allow_negative_numbers = true,
-        overrides_with = "ratios"
-    )]
-    ratios: Vec<f64>,
-    /// How much of each LoRA is taken in each block, a JSON list for each: 17 or 26 numbers for SD1
-    /// and SD2, 12 or 20 for SDXL
-    #[arg(long = "lbws", value_name = "LIST", num_args = 1.., overrides_with = "lbws")]
-    lbws: Vec<String>,
+    #[command(flatten)]
+    mix: Mix,
     /// The number type that the merge is made in; all but `float` round every step
     #[arg(long = "precision", value_name = "TYPE", default_value = "float")]
     precision: Precision,
@@ -97,7 +81,7 @@ impl Options {
     }
 
     fn read_paths(&self) -> Vec<&Path> {
-        self.sd_model.iter().chain(&self.models).map(PathBuf::as_path).collect()
+        self.sd_model.as_deref().into_iter().chain(self.mix.paths()).collect()
     }
 }
 
@@ -107,29 +91,11 @@ impl Options {
 /// Options that cannot be meant, files that cannot be read or do not fit each other, what cannot be
 /// written.
 pub fn run(options: &Options) -> anyhow::Result<()> {
-    for (name, count) in [("ratios", options.ratios.len()), ("lbws", options.lbws.len())] {
-        let is_given = name == "ratios" || count > 0;
-        if is_given && count != options.models.len() {
-            return Err(Usage(format!(
-                "`models` and `{name}` should be equally many, they are: {} and {count}",
-                options.models.len()
-            ))
-            .into());
-        }
-    }
-    if let Some(ratio) = options.ratios.iter().find(|ratio| !ratio.is_finite()) {
-        return Err(Usage(format!("`ratios` should be numbers, one is: {ratio}")).into());
-    }
+    options.mix.check()?;
     match &options.sd_model {
         Some(model) => merge_into_model(options, model),
         None => merge_loras(options),
     }
-}
-
-fn open_inputs(options: &Options) -> anyhow::Result<Vec<Input>> {
-    let mut inputs = Input::open_all(&options.models, &options.ratios)?;
-    Input::set_blocks(&mut inputs, &options.lbws)?;
-    Ok(inputs)
 }
 
 fn merge_into_model(options: &Options, path: &Path) -> anyhow::Result<()> {
@@ -160,7 +126,7 @@ fn merge_into_model(options: &Options, path: &Path) -> anyhow::Result<()> {
             None
         }
     };
-    let inputs = open_inputs(options)?;
+    let inputs = options.mix.open()?;
     let rounding = options.rounding();
     let (plan, told) = Plan::new(&model, &inputs, rounding, options.finite)?;
     told.iter().for_each(|line| tell(line));
@@ -191,7 +157,7 @@ fn merge_loras(options: &Options) -> anyhow::Result<()> {
         (true, true) => Way::ReferenceStack,
         (false, _) => Way::Add,
     };
-    let inputs = open_inputs(options)?;
+    let inputs = options.mix.open()?;
     let request = Request {
         way,
         shuffle: options.shuffle.then_some(options.seed),

@@ -18,7 +18,7 @@ use crate::delta::{Delta, delta_of};
 use crate::factors::{Factors, Quantile};
 use crate::finite::FiniteRule;
 use crate::linalg::{Dense, Method, Product, Svd, of_low_rank_sum, truncated};
-use crate::merge::input::Input;
+use crate::merge::input::{Input, Mix};
 use crate::merge::metadata::of_lora;
 use crate::precision::Precision;
 use crate::progress::{Progress, tell};
@@ -30,23 +30,8 @@ const SEED: u64 = 0;
 /// Options of `svd-merge`.
 #[derive(Debug, Args)]
 pub struct Options {
-    /// The adapters: LoRA, LoHa, LoKr or whole differences, of any ranks and namings
-    #[arg(long = "models", value_name = "FILE", num_args = 1.., required = true, overrides_with = "models")]
-    models: Vec<PathBuf>,
-    /// How much of each adapter is taken, in the order of `models`: 1 is its full strength
-    #[arg(
-        long = "ratios",
-        value_name = "NUMBER",
-        num_args = 1..,
-        required = true,
-        allow_negative_numbers = true,
-        overrides_with = "ratios"
-    )]
-    ratios: Vec<f64>,
-    /// How much of each adapter is taken in each block, a JSON list for each: 17 or 26 numbers for
-    /// SD1 and SD2, 12 or 20 for SDXL
-    #[arg(long = "lbws", value_name = "LIST", num_args = 1.., overrides_with = "lbws")]
-    lbws: Vec<String>,
+    #[command(flatten)]
+    mix: Mix,
     /// Where to write
     #[arg(long = "save_to", value_name = "FILE")]
     save_to: PathBuf,
@@ -84,13 +69,12 @@ pub struct Options {
 pub fn run(options: &Options) -> anyhow::Result<()> {
     check(options)?;
     let quantile = Quantile::new(options.clamp_quantile)?;
-    let read: Vec<&Path> = options.models.iter().map(PathBuf::as_path).collect();
+    let read: Vec<&Path> = options.mix.paths().collect();
     let save_as = output::prepare(&options.save_to, &read)?;
     if options.device.is_some() {
         tell("`--device` is not needed here: the work is done on the CPU");
     }
-    let mut inputs = Input::open_all(&options.models, &options.ratios)?;
-    Input::set_blocks(&mut inputs, &options.lbws)?;
+    let inputs = options.mix.open()?;
     check_families(&inputs)?;
     let layers = layers(&inputs)?;
     let progress = Progress::of_pieces("modules", layers.len());
@@ -117,18 +101,7 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
 }
 
 fn check(options: &Options) -> Result<(), Usage> {
-    for (name, count) in [("ratios", options.ratios.len()), ("lbws", options.lbws.len())] {
-        let is_given = name == "ratios" || count > 0;
-        if is_given && count != options.models.len() {
-            return Err(Usage(format!(
-                "`models` and `{name}` should be equally many, they are: {} and {count}",
-                options.models.len()
-            )));
-        }
-    }
-    if let Some(ratio) = options.ratios.iter().find(|ratio| !ratio.is_finite()) {
-        return Err(Usage(format!("`ratios` should be numbers, one is: {ratio}")));
-    }
+    options.mix.check()?;
     for (name, rank) in
         [("new_rank", Some(options.new_rank)), ("new_conv_rank", options.new_conv_rank)]
     {
