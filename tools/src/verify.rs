@@ -186,7 +186,9 @@ fn check_adapter(file: &AdapterFile, findings: &mut Findings) {
         Ok((model, legacy)) => {
             if *stored != model {
                 findings.problems.push(format!(
-                    "`sshs_model_hash` of the header is that of other numbers, here it is: {model}"
+                    "`sshs_model_hash` of the header is that of other numbers, here it is: {model}\n\
+                     hint: the file was changed after it was written, or it is a DyLoRA split or a \
+                     merge in another precision by sd-scripts, which hashes what it had before"
                 ));
             }
             let told = file.metadata.get("sshs_legacy_hash");
