@@ -31,6 +31,17 @@ impl Family {
             Self::Sdxl => "Stable Diffusion XL",
         }
     }
+
+    /// `ss_base_model_version` of sd-scripts; `v`: whether the model predicts v.
+    pub const fn version_tag(self, v: bool) -> &'static str {
+        match (self, v) {
+            (Self::Sd1, false) => "sd_v1",
+            (Self::Sd1, true) => "sd_v1_v",
+            (Self::Sd2, false) => "sd_v2",
+            (Self::Sd2, true) => "sd_v2_v",
+            (Self::Sdxl, _) => "sdxl_base_v1-0",
+        }
+    }
 }
 
 /// A family and how it was seen.

@@ -260,13 +260,6 @@ fn cut(
 fn metadata(options: &Options, family: Family, rule: Option<Rule>) -> Metadata {
     let v2 = family == Family::Sd2;
     let v_parameterization = options.v_parameterization || v2;
-    let version = match (family, v_parameterization) {
-        (Family::Sd1, false) => "sd_v1",
-        (Family::Sd1, true) => "sd_v1_v",
-        (Family::Sd2, false) => "sd_v2",
-        (Family::Sd2, true) => "sd_v2_v",
-        (Family::Sdxl, _) => "sdxl_base_v1-0",
-    };
     let network_args = options.conv_dim.map_or_else(
         || "{}".to_owned(),
         |dim| format!("{{\"conv_dim\": \"{dim}\", \"conv_alpha\": \"{dim}.0\"}}"),
@@ -278,7 +271,7 @@ fn metadata(options: &Options, family: Family, rule: Option<Rule>) -> Metadata {
     let mut metadata = Metadata::new();
     let mut set = |key: &str, value: &str| metadata.insert(key.to_owned(), value.to_owned());
     set("ss_v2", if v2 { "True" } else { "False" });
-    set("ss_base_model_version", version);
+    set("ss_base_model_version", family.version_tag(v_parameterization));
     set("ss_network_module", "networks.lora");
     set("ss_network_dim", &dim);
     set("ss_network_alpha", &alpha);

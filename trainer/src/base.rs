@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use engine::{DType, Device};
 use formats::lora_file;
-use formats::{BaseModel, Family, OpenOptions, open_base_model};
+use formats::{BaseModel, OpenOptions, open_base_model};
 use models::lora::{BaseMerge, Part, text_encoder_targets, unet_targets};
 use models::{ClipConfig, ClipTextModel, Preset, Unet, UnetConfig, Vae, VaeConfig, preset};
 
@@ -126,16 +126,5 @@ impl Base {
     pub fn load_vae(&self) -> Result<Vae> {
         let vae = Vae::load(&*self.files.vae, &self.vae, self.device, self.vae_dtype);
         vae.with_context(|| format!("load the VAE of {}", self.files.path.display()))
-    }
-
-    /// `ss_base_model_version` of sd-scripts.
-    pub fn version_tag(&self, v_parameterization: bool) -> &'static str {
-        match (self.files.family, v_parameterization) {
-            (Family::Sd1, false) => "sd_v1",
-            (Family::Sd1, true) => "sd_v1_v",
-            (Family::Sd2, false) => "sd_v2",
-            (Family::Sd2, true) => "sd_v2_v",
-            (Family::Sdxl, _) => "sdxl_base_v1-0",
-        }
     }
 }

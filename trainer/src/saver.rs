@@ -157,7 +157,7 @@ fn run_facts(
     Ok(RunFacts {
         session_id: plan.seed ^ started_at.to_bits() >> 20 & 0xffff_ffff,
         started_at,
-        base_model_version: base.version_tag(options.v_parameterization).to_owned(),
+        base_model_version: base.files.family.version_tag(options.v_parameterization).to_owned(),
         seed: plan.seed,
         network_dim: dim,
         network_alpha: alpha,

@@ -9,6 +9,26 @@ use std::collections::BTreeMap;
 use super::{KeyMap, Part, split_index, under};
 use crate::tensor_file::TensorFile;
 
+/// LDM and diffusers' names of the parts outside the blocks.
+pub(super) const OUTER: [(&str, &str); 6] = [
+    ("time_embed.0.", "time_embedding.linear_1."),
+    ("time_embed.2.", "time_embedding.linear_2."),
+    ("label_emb.0.0.", "add_embedding.linear_1."),
+    ("label_emb.0.2.", "add_embedding.linear_2."),
+    ("out.0.", "conv_norm_out."),
+    ("out.2.", "conv_out."),
+];
+
+/// LDM and diffusers' names of what a resnet holds.
+pub(super) const RESNET: [(&str, &str); 6] = [
+    ("in_layers.0.", "norm1."),
+    ("in_layers.2.", "conv1."),
+    ("emb_layers.1.", "time_emb_proj."),
+    ("out_layers.0.", "norm2."),
+    ("out_layers.3.", "conv2."),
+    ("skip_connection.", "conv_shortcut."),
+];
+
 /// What a module of a block is.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Kind {
@@ -54,14 +74,6 @@ pub(crate) fn map_ldm_unet(file: &dyn TensorFile, prefix: &str) -> KeyMap {
 
 /// Parts outside the blocks.
 fn outer_name(rest: &str) -> Option<String> {
-    const OUTER: [(&str, &str); 6] = [
-        ("time_embed.0.", "time_embedding.linear_1."),
-        ("time_embed.2.", "time_embedding.linear_2."),
-        ("label_emb.0.0.", "add_embedding.linear_1."),
-        ("label_emb.0.2.", "add_embedding.linear_2."),
-        ("out.0.", "conv_norm_out."),
-        ("out.2.", "conv_out."),
-    ];
     OUTER.iter().find_map(|(from, to)| Some(format!("{to}{}", rest.strip_prefix(from)?)))
 }
 
@@ -142,13 +154,5 @@ fn map_module(map: &mut KeyMap, tensors: &[(&str, &str)], kind: Kind, module: &s
 }
 
 fn resnet_name(rest: &str) -> Option<String> {
-    const PARTS: [(&str, &str); 6] = [
-        ("in_layers.0.", "norm1."),
-        ("in_layers.2.", "conv1."),
-        ("emb_layers.1.", "time_emb_proj."),
-        ("out_layers.0.", "norm2."),
-        ("out_layers.3.", "conv2."),
-        ("skip_connection.", "conv_shortcut."),
-    ];
-    PARTS.iter().find_map(|(from, to)| Some(format!("{to}{}", rest.strip_prefix(from)?)))
+    RESNET.iter().find_map(|(from, to)| Some(format!("{to}{}", rest.strip_prefix(from)?)))
 }

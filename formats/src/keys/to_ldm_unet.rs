@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use super::ldm_unet::{OUTER, RESNET};
 use super::split_index;
 
 /// Where one level of `down_blocks` or `up_blocks` lies in the LDM layout.
@@ -41,16 +42,8 @@ impl LdmUnetNames {
     /// The LDM name (without the prefix of single files) of a tensor or module; `None` for a name
     /// that no U-Net of this kind has.
     pub fn name(&self, diffusers: &str) -> Option<String> {
-        const OUTER: [(&str, &str); 7] = [
-            ("conv_in.", "input_blocks.0.0."),
-            ("time_embedding.linear_1.", "time_embed.0."),
-            ("time_embedding.linear_2.", "time_embed.2."),
-            ("add_embedding.linear_1.", "label_emb.0.0."),
-            ("add_embedding.linear_2.", "label_emb.0.2."),
-            ("conv_norm_out.", "out.0."),
-            ("conv_out.", "out.2."),
-        ];
-        for (from, to) in OUTER {
+        // The way here, the first convolution is told by its place.
+        for (to, from) in OUTER.into_iter().chain([("input_blocks.0.0.", "conv_in.")]) {
             if let Some(rest) = diffusers.strip_prefix(from) {
                 return Some(format!("{to}{rest}"));
             }
@@ -131,13 +124,5 @@ fn in_level(levels: &[Level], rest: &str, side: &str) -> Option<String> {
 }
 
 fn resnet(rest: &str) -> Option<String> {
-    const PARTS: [(&str, &str); 6] = [
-        ("norm1.", "in_layers.0."),
-        ("conv1.", "in_layers.2."),
-        ("time_emb_proj.", "emb_layers.1."),
-        ("norm2.", "out_layers.0."),
-        ("conv2.", "out_layers.3."),
-        ("conv_shortcut.", "skip_connection."),
-    ];
-    PARTS.iter().find_map(|(from, to)| Some(format!("{to}{}", rest.strip_prefix(from)?)))
+    RESNET.iter().find_map(|(to, from)| Some(format!("{to}{}", rest.strip_prefix(from)?)))
 }

@@ -59,15 +59,8 @@ pub(crate) fn of_lora(
     let (v_parameterization, guessed) = predicts_v(family, &own, inputs);
     let is_v2 = family == Family::Sd2;
     let v2 = first_of("ss_v2").unwrap_or_else(|| if is_v2 { "True" } else { "False" }.to_owned());
-    let base = first_of("ss_base_model_version").unwrap_or_else(|| {
-        let base = match (family, v_parameterization) {
-            (Family::Sd1, _) => "sd_v1",
-            (Family::Sd2, false) => "sd_v2",
-            (Family::Sd2, true) => "sd_v2_v",
-            (Family::Sdxl, _) => "sdxl_base_v1-0",
-        };
-        base.to_owned()
-    });
+    let base = first_of("ss_base_model_version")
+        .unwrap_or_else(|| family.version_tag(v_parameterization).to_owned());
     let mut metadata = Metadata::from([
         ("ss_network_module".to_owned(), "networks.lora".to_owned()),
         (
