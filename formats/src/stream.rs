@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 use crate::atomic::write_atomic_in_place;
 use crate::dtype::bytes_from_f32;
-use crate::pickle::{Frame, frame};
+use crate::pickle::frame;
 use crate::safetensors_file::{header_bytes, sort_by_layout};
 use crate::{Dtype, FormatError, SaveAs, TensorSpec};
 
@@ -59,10 +59,9 @@ pub fn write_tensors<E: From<FormatError> + Send>(
             (vec![(0, Some(head))], offsets, end)
         }
         SaveAs::Pickle => {
-            let Frame { pieces, length } = frame(&sorted, &vec![0; sorted.len()]).map_err(fail)?;
-            let frame = Frame { pieces, length };
+            let frame = frame(&sorted, &vec![0; sorted.len()]).map_err(fail)?;
             let offsets = frame.data_offsets();
-            (frame.pieces, offsets, length)
+            (frame.pieces, offsets, frame.length)
         }
     };
     write_atomic_in_place(path, |file| {

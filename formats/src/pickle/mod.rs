@@ -16,8 +16,8 @@ use std::path::Path;
 
 use machine::Stop;
 use value::{Arena, Id, Value};
+pub(crate) use write::frame;
 pub use write::write_pickle;
-pub(crate) use write::{Frame, frame};
 
 use crate::mmap::FileBytes;
 use crate::tensor_file::TensorFile;
