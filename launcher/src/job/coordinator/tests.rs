@@ -1,0 +1,277 @@
+//! Jobs of three nodes with two processes each, told second by second.
+
+use super::*;
+
+fn policy() -> Policy {
+    Policy {
+        nodes: (2, 3),
+        join_wait: Duration::from_secs(60),
+        rejoin_wait: Duration::from_secs(20),
+        max_restarts: 2,
+        silence: Duration::from_secs(3),
+        merge: Duration::from_secs(2),
+        halt_wait: Duration::from_secs(8),
+    }
+}
+
+fn facts(host: &str) -> Facts {
+    Facts {
+        host: host.to_owned(),
+        processes: 2,
+        build: "abc".to_owned(),
+        config: "123".to_owned(),
+    }
+}
+
+/// A job with a clock.
+struct Job {
+    coordinator: Coordinator,
+    now: Duration,
+}
+
+impl Job {
+    fn new(policy: Policy) -> Job {
+        Job { coordinator: Coordinator::new(policy, 0, Duration::ZERO), now: Duration::ZERO }
+    }
+
+    fn take(&mut self, event: Event) -> Vec<Action> {
+        self.coordinator.take(event, self.now)
+    }
+
+    /// Half seconds pass; nodes of `alive` beat. Gives all that was done.
+    fn pass(&mut self, seconds: f64, alive: &[usize]) -> Vec<Action> {
+        let mut actions = Vec::new();
+        let end = self.now + Duration::from_secs_f64(seconds);
+        while self.now < end {
+            self.now += Duration::from_millis(500);
+            for node in alive {
+                actions.extend(self.take(Event::Beat { node: *node }));
+            }
+            actions.extend(self.take(Event::Tick));
+        }
+        actions
+    }
+
+    fn join(&mut self, node: usize) -> Vec<Action> {
+        self.take(Event::Joined { node, facts: facts(&format!("h{node}")) })
+    }
+
+    /// Three nodes, started.
+    fn running() -> Job {
+        let mut job = Job::new(policy());
+        job.join(0);
+        job.join(2);
+        let actions = job.join(1);
+        assert_eq!(starts(&actions), [(0, 1, 0, 6), (1, 1, 2, 6), (2, 1, 4, 6)]);
+        job
+    }
+
+    fn ended(&mut self, node: usize, generation: u64, code: i32) -> Vec<Action> {
+        self.take(Event::Ended { node, generation, code })
+    }
+
+    fn failed(&mut self, node: usize, generation: u64, rank: usize, code: i32) -> Vec<Action> {
+        let how = format!("ended with exit code {code}");
+        let failure = Failure { rank: Some(rank), code, how };
+        self.take(Event::Failed { node, generation, failure })
+    }
+}
+
+fn starts(actions: &[Action]) -> Vec<(usize, u64, usize, usize)> {
+    let start = |action: &Action| match action {
+        Action::Start { node, generation, first_rank, world_size } => {
+            Some((*node, *generation, *first_rank, *world_size))
+        }
+        _ => None,
+    };
+    actions.iter().filter_map(start).collect()
+}
+
+fn halted(actions: &[Action]) -> Vec<usize> {
+    let halt = |action: &Action| match action {
+        Action::Halt { node, .. } => Some(*node),
+        _ => None,
+    };
+    actions.iter().filter_map(halt).collect()
+}
+
+fn finish(actions: &[Action]) -> Option<i32> {
+    actions.iter().find_map(|action| match action {
+        Action::Finish { code } => Some(*code),
+        _ => None,
+    })
+}
+
+fn said(actions: &[Action]) -> String {
+    let say = |action: &Action| match action {
+        Action::Say(line) => Some(line.clone()),
+        _ => None,
+    };
+    actions.iter().filter_map(say).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn a_job_ends_when_all_its_nodes_have_ended() {
+    let mut job = Job::running();
+    assert_eq!(job.pass(100.0, &[0, 1, 2]), []);
+    assert_eq!(job.ended(0, 1, 0), []);
+    assert_eq!(job.ended(2, 1, 0), []);
+    assert_eq!(finish(&job.ended(1, 1, 0)), Some(0));
+    // Nothing happens to a job that is over.
+    assert_eq!(job.join(0), []);
+}
+
+#[test]
+fn the_least_number_starts_when_the_wait_is_over() {
+    let mut job = Job::new(policy());
+    job.join(0);
+    job.join(2);
+    let actions = job.pass(59.0, &[0, 2]);
+    assert_eq!(starts(&actions), []);
+    assert!(said(&actions).starts_with("waiting for node 1 (2 of 3 nodes are there), 10 s"));
+    assert_eq!(starts(&job.pass(2.0, &[0, 2])), [(0, 1, 0, 4), (2, 1, 2, 4)]);
+}
+
+#[test]
+fn too_few_nodes_end_the_job_so_that_it_is_tried_again() {
+    let mut job = Job::new(policy());
+    job.join(0);
+    let actions = job.pass(61.0, &[0]);
+    assert_eq!(finish(&actions), Some(exit_code::REQUEUE));
+    assert!(said(&actions).contains("1 of at least 2 nodes have come"), "{}", said(&actions));
+    assert!(said(&actions).ends_with("missing: nodes 1, 2"), "{}", said(&actions));
+}
+
+#[test]
+fn a_failed_rank_halts_all_and_all_start_again() {
+    let mut job = Job::running();
+    job.pass(5.0, &[0, 1, 2]);
+    let actions = job.failed(1, 1, 3, 137);
+    assert_eq!(halted(&actions), [0, 1, 2]);
+    assert!(said(&actions).starts_with("rank 3 on node 1 ended with exit code 137"));
+    // What the halt itself does to others is no failure of theirs.
+    assert_eq!(job.failed(0, 1, 0, 1), []);
+    for node in 0..3 {
+        assert_eq!(starts(&job.ended(node, 1, 143)), []);
+    }
+    let actions = job.pass(2.5, &[0, 1, 2]);
+    assert_eq!(starts(&actions), [(0, 2, 0, 6), (1, 2, 2, 6), (2, 2, 4, 6)]);
+    assert!(said(&actions).contains("and 1 more: 1 of 2 restarts"), "{}", said(&actions));
+    // Late words of the first start change nothing.
+    assert_eq!(job.failed(2, 1, 5, 1), []);
+    assert_eq!(job.ended(2, 1, 0), []);
+}
+
+#[test]
+fn restarts_are_counted_by_cause_and_end_the_job_when_used_up() {
+    let mut job = Job::running();
+    for generation in 1..=3 {
+        job.pass(5.0, &[0, 1, 2]);
+        let mut actions = job.failed(0, generation, 0, 9);
+        (0..3).for_each(|node| drop(job.ended(node, generation, 143)));
+        actions.extend(job.pass(2.5, &[0, 1, 2]));
+        if generation < 3 {
+            assert_eq!(starts(&actions).len(), 3, "{generation}");
+        } else {
+            assert_eq!(finish(&actions), Some(9));
+            assert!(said(&actions).contains("used up: 2"), "{}", said(&actions));
+        }
+    }
+}
+
+#[test]
+fn wrong_usage_is_never_tried_again() {
+    for code in [exit_code::USAGE, exit_code::CONFIGURATION] {
+        let mut job = Job::running();
+        let mut actions = job.failed(0, 1, 0, code);
+        (0..3).for_each(|node| drop(job.ended(node, 1, code)));
+        actions.extend(job.pass(2.5, &[0, 1, 2]));
+        assert_eq!(finish(&actions), Some(code));
+    }
+}
+
+#[test]
+fn a_silent_node_is_gone_and_the_others_go_on_without_it() {
+    let mut job = Job::running();
+    let actions = job.pass(4.0, &[0, 1]);
+    assert_eq!(halted(&actions), [0, 1]);
+    assert!(said(&actions).starts_with("node 2 (h2) is gone: not heard from for 3.0 s"));
+    job.ended(0, 1, 143);
+    job.ended(1, 1, 143);
+    let actions = job.pass(19.0, &[0, 1]);
+    assert_eq!(starts(&actions), []);
+    let actions = job.pass(4.0, &[0, 1]);
+    assert_eq!(starts(&actions), [(0, 2, 0, 4), (1, 2, 2, 4)]);
+}
+
+#[test]
+fn a_node_that_comes_back_in_time_is_taken_in() {
+    let mut job = Job::running();
+    assert_eq!(halted(&job.take(Event::Lost { node: 1 })), [0, 2]);
+    job.ended(0, 1, 143);
+    job.ended(2, 1, 143);
+    assert_eq!(starts(&job.pass(5.0, &[0, 2])), []);
+    assert_eq!(starts(&job.join(1)), [(0, 2, 0, 6), (1, 2, 2, 6), (2, 2, 4, 6)]);
+}
+
+#[test]
+fn nodes_lost_within_two_seconds_are_one_restart() {
+    let mut job = Job::running();
+    job.take(Event::Lost { node: 1 });
+    job.pass(1.0, &[0, 2]);
+    job.take(Event::Lost { node: 2 });
+    job.ended(0, 1, 143);
+    let actions = job.pass(2.0, &[0]);
+    assert!(said(&actions).contains("after node 1, and 1 more: 1 of 2 restarts"), "{actions:?}");
+    assert_eq!(job.coordinator.generation(), 1);
+}
+
+#[test]
+fn a_node_that_does_not_halt_is_left_behind() {
+    let mut job = Job::running();
+    job.failed(0, 1, 0, 1);
+    job.ended(0, 1, 1);
+    job.ended(1, 1, 143);
+    let actions = job.pass(8.5, &[0, 1, 2]);
+    assert!(said(&actions).contains("node 2 is left behind"), "{}", said(&actions));
+    let actions = job.pass(21.0, &[0, 1]);
+    assert_eq!(starts(&actions), [(0, 2, 0, 4), (1, 2, 2, 4)]);
+}
+
+#[test]
+fn a_request_to_stop_reaches_all_ranks_once_and_ends_the_job() {
+    let mut job = Job::running();
+    let actions = job.take(Event::StopAsked { why: "SIGTERM on node 1".to_owned() });
+    let stopped = actions.iter().filter(|action| matches!(action, Action::Stop { .. })).count();
+    assert_eq!(stopped, 3);
+    assert_eq!(job.take(Event::StopAsked { why: "SIGUSR1 on node 2".to_owned() }), []);
+    for node in [0, 1] {
+        assert_eq!(job.ended(node, 1, exit_code::REQUEUE), []);
+    }
+    assert_eq!(finish(&job.ended(2, 1, exit_code::REQUEUE)), Some(exit_code::REQUEUE));
+    // A job that gathers has nothing to save.
+    let mut job = Job::new(policy());
+    job.join(0);
+    let actions = job.take(Event::StopAsked { why: "SIGTERM".to_owned() });
+    assert_eq!(finish(&actions), Some(exit_code::REQUEUE));
+}
+
+#[test]
+fn who_does_not_belong_is_told_why() {
+    let mut job = Job::new(policy());
+    job.join(0);
+    let refused = |actions: Vec<Action>| match &actions[..] {
+        [Action::Refuse { why, .. }] => why.clone(),
+        other => panic!("{other:?}"),
+    };
+    assert!(refused(job.join(0)).contains("two launchers say that they are node 0, on h0 and h0"));
+    assert!(refused(job.join(3)).contains("nodes 0 to 2, this is: 3"));
+    let mut other = facts("h1");
+    other.build = "def".to_owned();
+    let why = refused(job.take(Event::Joined { node: 1, facts: other }));
+    assert_eq!(why, "its build differs from that of node 0: def instead of abc");
+    let mut other = facts("h1");
+    other.processes = 4;
+    let why = refused(job.take(Event::Joined { node: 1, facts: other }));
+    assert_eq!(why, "its number of processes differs from that of node 0: 4 instead of 2");
+}

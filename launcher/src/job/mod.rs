@@ -1,0 +1,3 @@
+//! A job of several nodes: who decides (`coordinator`).
+
+pub mod coordinator;
