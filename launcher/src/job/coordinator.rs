@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use collectives::exit_code;
+use serde::{Deserialize, Serialize};
 
 /// What the job allows.
 #[derive(Debug, Clone)]
@@ -34,7 +35,7 @@ pub struct Policy {
 }
 
 /// What a node says of itself when it joins.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Facts {
     /// Its name, for messages.
     pub host: String,
@@ -47,7 +48,7 @@ pub struct Facts {
 }
 
 /// How a rank failed.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
     /// Its number among all; `None` when it is the node that failed.
     pub rank: Option<usize>,
