@@ -10,7 +10,11 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use collectives::{Env, MAX_RANKS, exit_code};
 
+use sha2::{Digest, Sha256};
+
 use crate::cards::{Cards, Ranks};
+use crate::job::options::JobOptions;
+use crate::site::Site;
 use crate::{check_ranks, doctor};
 
 /// `--version` says what was built, from what, by what.
@@ -73,7 +77,8 @@ pub struct Cli {
 /// Options of the launcher itself; they come before the command.
 #[derive(Debug, Args)]
 pub struct Launch {
-    /// Number of processes (ranks) on this machine [default: one per card of `--gpu_ids`, else 1]
+    /// Number of processes (ranks), on all machines together [default: one per card of `--gpu_ids`,
+    /// else 1 on each machine]
     #[arg(long = "num_processes", alias = "num-processes", value_name = "N",
           value_parser = parse_count)]
     pub num_processes: Option<usize>,
@@ -82,6 +87,15 @@ pub struct Launch {
     /// is shared by two processes
     #[arg(long = "gpu_ids", alias = "gpu-ids", value_name = "IDS", value_parser = Cards::parse)]
     pub gpu_ids: Option<Cards>,
+
+    /// Several nodes as one job.
+    #[command(flatten)]
+    pub job: JobOptions,
+
+    /// Number of processes on each node, where `num_processes` is not given
+    #[arg(long = "nproc_per_node", aliases = ["nproc-per-node"], value_name = "N",
+          value_parser = parse_count, conflicts_with = "num_processes")]
+    pub nproc_per_node: Option<usize>,
 
     /// CPU threads of each process [default: CPU cores / processes]
     #[arg(
@@ -150,8 +164,8 @@ impl Command {
 impl Cli {
     /// What no single option can know: which ranks there are, and whether the environment already
     /// says who this process is.
-    pub fn ranks(&self, env: &Env) -> Result<Ranks, String> {
-        let ranks = Ranks::new(self.launch.num_processes, self.launch.gpu_ids.as_ref())?
+    pub fn ranks(&self, env: &Env, site: &Site) -> Result<Ranks, String> {
+        let ranks = Ranks::new(self.processes_here(site)?, self.launch.gpu_ids.as_ref())?
             .with_nccl_on_shared_card(env.nccl_on_shared_card);
         let count = ranks.count();
         if count > MAX_RANKS {
@@ -167,7 +181,7 @@ impl Cli {
             Command::Tool(_) => Some("a tool"),
             Command::Train(_) | Command::Plan(_) | Command::CheckRanks(_) => None,
         };
-        if let Some(alone) = alone.filter(|_| count > 1) {
+        if let Some(alone) = alone.filter(|_| count > 1 || site.nodes.1 > 1) {
             return Err(format!(
                 "{alone} is the work of one process, got: `{asked}`\n\
                  hint: `check-ranks` tests several"
@@ -182,6 +196,37 @@ impl Cli {
             ));
         }
         Ok(ranks)
+    }
+}
+
+impl Cli {
+    /// Processes that this node starts, where anything says so.
+    fn processes_here(&self, site: &Site) -> Result<Option<usize>, String> {
+        let nodes = site.nodes.1;
+        match self.launch.num_processes {
+            Some(count) if nodes > 1 && !count.is_multiple_of(nodes) => Err(format!(
+                "`--num_processes` counts the processes of all {nodes} nodes, which must be equally \
+                 many on each, got: {count}\nhint: `--nproc_per_node` counts those of one node"
+            )),
+            Some(count) => Ok(Some(count / nodes)),
+            None => Ok(self.launch.nproc_per_node.or(site.processes)),
+        }
+    }
+}
+
+impl Command {
+    /// A number for what the ranks will do: the arguments and what the files among them hold.
+    pub fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        for argument in self.arguments() {
+            hash.update((argument.len() as u64).to_le_bytes());
+            hash.update(argument.as_encoded_bytes());
+            let path = std::path::Path::new(&argument);
+            if path.extension().is_some_and(|ending| ending == "toml" || ending == "yaml") {
+                hash.update(std::fs::read(path).unwrap_or_default());
+            }
+        }
+        hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
     }
 }
 
@@ -215,7 +260,7 @@ fn parse_count(text: &str) -> Result<usize, String> {
     }
 }
 
-fn parse_seconds(text: &str) -> Result<f64, String> {
+pub(crate) fn parse_seconds(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(seconds) if seconds > 0.0 && seconds <= 1e9 => Ok(seconds),
         _ => Err("a number of seconds above 0 is needed".to_owned()),

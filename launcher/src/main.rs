@@ -10,8 +10,11 @@ mod check_ranks;
 mod cli;
 mod doctor;
 mod fault;
+mod hostlist;
+mod job;
 mod machine;
 mod output;
+mod site;
 mod spawn;
 mod summary;
 mod supervise;
@@ -25,7 +28,9 @@ use collectives::{Env, exit_code, report_failure, signals};
 
 use crate::cards::Ranks;
 use crate::cli::{Cli, Command};
+use crate::job::agent::Node;
 use crate::output::tell;
+use crate::site::Site;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -39,24 +44,47 @@ fn main() -> ExitCode {
             return exit(exit_code::CONFIGURATION);
         }
     };
-    let code = if env.is_supervised() {
-        run_as_rank(cli.command, &env)
-    } else {
-        match cli.ranks(&env) {
-            Err(message) => {
-                tell(&format!("error: {message}"));
-                exit_code::USAGE
-            }
-            Ok(ranks) if ranks.count() == 1 => run_alone(cli, &ranks, env),
-            Ok(ranks) => {
-                supervise::run(&cli.launch, &ranks, &cli.command).unwrap_or_else(|error| {
-                    tell(&format!("error: {error:#}"));
-                    exit_code::FAILURE
-                })
-            }
-        }
-    };
+    let code = if env.is_supervised() { run_as_rank(cli.command, &env) } else { launch(cli, env) };
     exit(code)
+}
+
+/// Starts the ranks of this node, or becomes the only one.
+fn launch(cli: Cli, env: Env) -> i32 {
+    let usage = |message: String| {
+        tell(&format!("error: {message}"));
+        exit_code::USAGE
+    };
+    // A rank that another launcher started stands where that says.
+    let site = match env.world_size {
+        1 => Site::find(&cli.launch.job.asked(), |name| std::env::var_os(name)),
+        _ => Ok(Site::alone()),
+    };
+    let site = match site {
+        Ok(site) => site,
+        Err(message) => return usage(message),
+    };
+    if site.task > 0 {
+        // The first task of this node starts the processes of all of them.
+        return exit_code::DONE;
+    }
+    let ranks = match cli.ranks(&env, &site) {
+        Ok(ranks) => ranks,
+        Err(message) => return usage(message),
+    };
+    let result = if site.nodes.1 > 1 {
+        let (launch, command) = (&cli.launch, &cli.command);
+        let policy = launch.job.policy(&site);
+        let node = Node { site: &site, launch, ranks: &ranks, command, policy, token: env.token };
+        job::agent::take_part(&node)
+    } else if ranks.count() == 1 {
+        return run_alone(cli, &ranks, env);
+    } else {
+        supervise::run(&cli.launch, &ranks, &cli.command)
+    };
+    result.unwrap_or_else(|error| {
+        tell(&format!("error: {error:#}"));
+        exit_code::FAILURE
+    })
 }
 
 /// Becomes the only rank.

@@ -5,16 +5,18 @@
 //! to kill; no rank outlives the launcher; one thread and one loop decide everything.
 
 use std::io::IsTerminal;
-use std::os::fd::OwnedFd;
+use std::net::TcpListener;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use collectives::{Author, Env, Segment, exit_code, signals};
-use tokio::signal::unix::{SignalKind, signal};
+use collectives::{Author, Env, Segment, Token, exit_code, signals};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::cards::Ranks;
 use crate::cli::{Command, Launch};
+use crate::job::coordinator::Failure;
 use crate::output::{Pumps, RankOutput, Target, tell};
 use crate::spawn::{Channel, WorkerSpec};
 use crate::summary::{
@@ -42,6 +44,7 @@ struct Rank {
 
 /// A process has ended.
 struct Exit {
+    /// Number on this node.
     rank: usize,
     status: std::io::Result<std::process::ExitStatus>,
 }
@@ -67,7 +70,76 @@ struct Run {
     aborted_at: Option<Instant>,
 }
 
-/// Starts the ranks and returns the exit code when the last one has ended.
+/// The signals that a launcher listens to.
+pub struct Signals {
+    interrupts: Signal,
+    terminations: Signal,
+    hangups: Signal,
+    warnings: Signal,
+    more_warnings: Signal,
+    resizes: Signal,
+}
+
+impl Signals {
+    /// Begins to listen: before the first rank starts, so that none is lost.
+    pub fn listen() -> Result<Signals> {
+        let to = |kind, name: &str| {
+            signal(kind).with_context(|| format!("cannot listen to {name}"))
+        };
+        Ok(Signals {
+            interrupts: to(SignalKind::interrupt(), "SIGINT")?,
+            terminations: to(SignalKind::terminate(), "SIGTERM")?,
+            hangups: to(SignalKind::hangup(), "SIGHUP")?,
+            warnings: to(SignalKind::user_defined1(), "SIGUSR1")?,
+            more_warnings: to(SignalKind::user_defined2(), "SIGUSR2")?,
+            resizes: to(SignalKind::window_change(), "SIGWINCH")?,
+        })
+    }
+
+    /// The number of the next one. Schedulers announce their SIGTERM by SIGUSR1 or SIGUSR2.
+    pub async fn next(&mut self) -> i32 {
+        tokio::select! {
+            _ = self.interrupts.recv() => libc::SIGINT,
+            _ = self.terminations.recv() => libc::SIGTERM,
+            _ = self.hangups.recv() => libc::SIGHUP,
+            _ = self.warnings.recv() => libc::SIGUSR1,
+            _ = self.more_warnings.recv() => libc::SIGUSR2,
+            _ = self.resizes.recv() => libc::SIGWINCH,
+        }
+    }
+}
+
+/// The place of this node's ranks among all.
+pub struct Place {
+    /// Number of the start.
+    pub generation: u64,
+    /// Number among all of this node's first rank.
+    pub first_rank: usize,
+    /// Number of ranks on all nodes.
+    pub world_size: usize,
+    /// Where rank 0 is met by those of other nodes.
+    pub meeting: (String, u16),
+    /// The listener there, on the node that has rank 0.
+    pub listener: Option<TcpListener>,
+    /// Seals what nodes say to each other.
+    pub token: Token,
+}
+
+impl Place {
+    /// The only node.
+    pub fn alone(world_size: usize) -> Place {
+        Place {
+            generation: 1,
+            first_rank: 0,
+            world_size,
+            meeting: ("127.0.0.1".to_owned(), 29500),
+            listener: None,
+            token: Token::new(""),
+        }
+    }
+}
+
+/// Starts the ranks of a job on this node alone and returns the exit code when the last one has ended.
 pub fn run(launch: &Launch, ranks: &Ranks, command: &Command) -> Result<i32> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -77,19 +149,44 @@ pub fn run(launch: &Launch, ranks: &Ranks, command: &Command) -> Result<i32> {
 }
 
 async fn supervise(launch: &Launch, ranks: &Ranks, command: &Command) -> Result<i32> {
-    // Listening comes first: a signal between the start of two ranks must not be lost.
-    let mut interrupts = signal(SignalKind::interrupt()).context("cannot listen to SIGINT")?;
-    let mut terminations = signal(SignalKind::terminate()).context("cannot listen to SIGTERM")?;
-    let mut hangups = signal(SignalKind::hangup()).context("cannot listen to SIGHUP")?;
-    let mut warnings = signal(SignalKind::user_defined1()).context("cannot listen to SIGUSR1")?;
-    let mut resizes = signal(SignalKind::window_change()).context("cannot listen to SIGWINCH")?;
-    let (exits, mut exited) = mpsc::unbounded_channel();
-    let mut pumps = Pumps::new();
-    let mut run = start((launch, ranks), command, &exits, &mut pumps)?;
-    let mut looks = tokio::time::interval(LOOK_INTERVAL);
+    let mut signals = Signals::listen()?;
+    let mut local = LocalRanks::start(launch, ranks, command, Place::alone(ranks.count()))?;
+    while !local.have_ended() {
+        tokio::select! {
+            () = local.step() => {}
+            signal = signals.next() => local.take_signal(signal),
+        }
+    }
+    Ok(local.conclude())
+}
 
-    while run.ranks.iter().any(|rank| !rank.ended) {
-        let kill_at = run.kill_at;
+/// The ranks of one start on this node.
+pub struct LocalRanks {
+    run: Run,
+    exited: mpsc::UnboundedReceiver<Exit>,
+    pumps: Pumps,
+    looks: tokio::time::Interval,
+}
+
+impl LocalRanks {
+    /// Starts all ranks of this node.
+    pub fn start(
+        launch: &Launch,
+        ranks: &Ranks,
+        command: &Command,
+        place: Place,
+    ) -> Result<LocalRanks> {
+        let (exits, exited) = mpsc::unbounded_channel();
+        let mut pumps = Pumps::new();
+        let run = start((launch, ranks, command), place, &exits, &mut pumps)?;
+        let looks = tokio::time::interval(LOOK_INTERVAL);
+        Ok(LocalRanks { run, exited, pumps, looks })
+    }
+
+    /// Waits for what happens next and does what it asks for. Nothing is lost when it is dropped
+    /// while it waits.
+    pub async fn step(&mut self) {
+        let kill_at = self.run.kill_at;
         let deadline = async {
             match kill_at {
                 Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -97,48 +194,81 @@ async fn supervise(launch: &Launch, ranks: &Ranks, command: &Command) -> Result<
             }
         };
         tokio::select! {
-            Some(exit) = exited.recv() => {
-                run.note_exit(exit);
+            Some(exit) = self.exited.recv() => {
+                self.run.note_exit(exit);
                 // Those that ended in the same moment, before their signals are sent.
-                while let Ok(exit) = exited.try_recv() {
-                    run.note_exit(exit);
+                while let Ok(exit) = self.exited.try_recv() {
+                    self.run.note_exit(exit);
                 }
-                run.stop_after_failure();
+                self.run.stop_after_failure();
             }
-            _ = interrupts.recv() => run.stop_politely(libc::SIGINT),
-            _ = terminations.recv() => run.stop_politely(libc::SIGTERM),
-            _ = hangups.recv() => run.stop_politely(libc::SIGHUP),
-            // Schedulers announce their SIGTERM by this one.
-            _ = warnings.recv() => run.stop_politely(libc::SIGUSR1),
-            _ = resizes.recv() => {
-                if let Some(terminal) = &run.terminal {
+            () = deadline => self.run.kill(),
+            _ = self.looks.tick() => self.run.kill_if_stuck(),
+        }
+    }
+
+    /// Whether no rank runs any more.
+    pub fn have_ended(&self) -> bool {
+        self.run.ranks.iter().all(|rank| rank.ended)
+    }
+
+    /// What a signal to the launcher asks for.
+    pub fn take_signal(&mut self, signal: i32) {
+        match signal {
+            libc::SIGWINCH => {
+                if let Some(terminal) = &self.run.terminal {
                     copy_size(terminal);
                 }
             }
-            () = deadline => run.kill(),
-            _ = looks.tick() => run.kill_if_stuck(),
+            // An announcement, as SIGUSR1 is.
+            libc::SIGUSR2 => self.run.stop_politely(libc::SIGUSR1),
+            signal => self.run.stop_politely(signal),
         }
     }
-    pumps.finish(OUTPUT_GRACE);
-    Ok(run.conclude())
+
+    /// Ends the ranks because of something that is not theirs.
+    pub fn halt(&mut self, reason: &str) {
+        self.run.halt(reason);
+    }
+
+    /// Asks the ranks to save and end.
+    pub fn stop(&mut self) {
+        self.run.is_ending = true;
+        self.run.tell_all(libc::SIGTERM);
+    }
+
+    /// The failure that halts them, in words for the other nodes.
+    pub fn failure(&self) -> Option<Failure> {
+        let record = self.run.segment.abort_record();
+        let ending = first_failure(&self.run.endings, record.as_ref())?;
+        let (code, how) = (ending.status.exit_code(), ending.status.describe());
+        Some(Failure { rank: Some(ending.rank), code, how })
+    }
+
+    /// Prints the summary of a failure and returns the exit code, once all have ended.
+    pub fn conclude(self) -> i32 {
+        self.pumps.finish(OUTPUT_GRACE);
+        self.run.conclude()
+    }
 }
 
 /// Starts all ranks. When one cannot be started, those before it are killed as their handles drop.
 fn start(
-    (launch, places): (&Launch, &Ranks),
-    command: &Command,
+    (launch, places, command): (&Launch, &Ranks, &Command),
+    place: Place,
     exits: &mpsc::UnboundedSender<Exit>,
     pumps: &mut Pumps,
 ) -> Result<Run> {
-    let world_size = places.count();
-    let generation = 1;
-    let segment = Segment::create(world_size, generation)?;
+    let count = places.count();
+    let Place { generation, first_rank, world_size, meeting, listener, token } = place;
+    let segment = Segment::create_from(first_rank, count, generation)?;
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-    let threads = launch.num_cpu_threads_per_process.unwrap_or((cores / world_size).max(1));
+    let threads = launch.num_cpu_threads_per_process.unwrap_or((cores / count).max(1));
     let terminal = std::io::stderr().is_terminal();
     let logged = launch.log_dir.is_some();
     let mut workers = Vec::new();
-    for rank in 0..world_size {
+    for local_rank in 0..count {
+        let rank = first_rank + local_rank;
         // Rank 0 draws its progress bar on the terminal, and its stdout is the run's data.
         let (stdout, stderr) = match (rank, terminal, logged) {
             (0, true, false) => (Channel::Inherited, Channel::Inherited),
@@ -150,17 +280,21 @@ fn start(
         let worker = WorkerSpec {
             env: Env {
                 rank,
-                local_rank: rank,
+                local_rank,
                 world_size,
-                local_world_size: world_size,
+                local_world_size: count,
+                master_addr: meeting.0.clone(),
+                master_port: meeting.1,
                 generation,
                 segment_fd: Some(segment.fd()),
+                meeting_fd: listener.as_ref().filter(|_| rank == 0).map(AsRawFd::as_raw_fd),
+                token: token.clone(),
                 threads: Some(threads),
                 collective_timeout: Duration::from_secs_f64(launch.collective_timeout),
-                card: places.card(rank),
+                card: places.card(local_rank),
                 ..Env::single()
             },
-            poses_as_host: places.poses_as_host(rank),
+            poses_as_host: places.poses_as_host(local_rank),
             arguments: command.arguments(),
             stdout,
             stderr,
@@ -170,7 +304,8 @@ fn start(
     }
     let mut ranks = Vec::new();
     let mut drawn = None;
-    for (rank, (mut worker, output)) in workers.into_iter().enumerate() {
+    for (local_rank, (mut worker, output)) in workers.into_iter().enumerate() {
+        let rank = first_rank + local_rank;
         if let Some(stdout) = worker.stdout.take() {
             let output = if rank == 0 { output.plain() } else { output.clone() };
             pumps.add(stdout, output, Target::Stdout)?;
@@ -189,7 +324,7 @@ fn start(
         tokio::spawn(async move {
             let status = worker.child.wait().await;
             // The receiver lives until all ranks have ended.
-            drop(exits.send(Exit { rank, status }));
+            drop(exits.send(Exit { rank: local_rank, status }));
         });
     }
     Ok(Run {
@@ -213,7 +348,7 @@ impl Run {
         // What the rank itself has started and left behind in its process group.
         send(rank.pid, libc::SIGKILL);
         self.endings.push(Ending {
-            rank: exit.rank,
+            rank: self.segment.first_rank() + exit.rank,
             pid: rank.pid,
             status: exit.status.map_or(Status::Code(exit_code::FAILURE), Status::from),
             after: self.start.elapsed(),
@@ -239,6 +374,13 @@ impl Run {
         self.segment.abort(Author::Launcher, Some(failure.rank), &reason);
         self.tell_all(libc::SIGTERM);
         self.kill_at = Some(Instant::now() + STOP_GRACE);
+    }
+
+    /// Ends all ranks: the flag wakes them out of collectives, the signal out of work.
+    fn halt(&mut self, reason: &str) {
+        self.segment.abort(Author::Launcher, None, reason);
+        self.tell_all(libc::SIGTERM);
+        self.kill_at.get_or_insert(Instant::now() + STOP_GRACE);
     }
 
     /// Ends ranks that were told to stop by one of them, and of which none has ended: a card that
@@ -303,8 +445,9 @@ impl Run {
     /// Prints the summary of a failure and returns the exit code.
     fn conclude(mut self) -> i32 {
         for ending in &mut self.endings {
-            ending.last_words = self.segment.last_words(ending.rank);
-            ending.last_lines = self.ranks[ending.rank].output.last_lines();
+            let local_rank = ending.rank - self.segment.first_rank();
+            ending.last_words = self.segment.last_words(local_rank);
+            ending.last_lines = self.ranks[local_rank].output.last_lines();
         }
         let record = self.segment.abort_record();
         if self.killed_by.is_none()

@@ -54,8 +54,8 @@ pub enum Order {
     Stop { generation: u64 },
     /// This node cannot take part.
     Refuse { why: String },
-    /// A line for the user.
-    Say { line: String },
+    /// The coordinator is still there.
+    Beat,
     /// The job is over.
     Finish { code: i32 },
 }

@@ -1,0 +1,83 @@
+//! Options that make several nodes one job, in the words of accelerate and torchrun.
+
+use std::time::Duration;
+
+use clap::Args;
+
+use super::coordinator::Policy;
+use crate::site::{Asked, Site, parse_nodes};
+
+/// How long a node may take to end its ranks.
+const HALT_WAIT: Duration = Duration::from_secs(8);
+/// A node that was not heard from for this long is gone.
+const SILENCE: Duration = Duration::from_secs(3);
+/// Failures this close together are one.
+const MERGE: Duration = Duration::from_secs(2);
+
+/// Options of a job of several nodes. Under Slurm and in Kubernetes the environment says all of it.
+#[derive(Debug, Default, Args)]
+pub struct JobOptions {
+    /// Number of nodes (machines), or MIN:MAX: the job then goes on with fewer when nodes are lost
+    #[arg(long = "num_machines", aliases = ["num-machines", "nnodes"], value_name = "N",
+          value_parser = parse_nodes)]
+    pub num_machines: Option<(usize, usize)>,
+
+    /// Number of this node, from 0; node 0 coordinates
+    #[arg(long = "machine_rank", aliases = ["machine-rank", "node_rank", "node-rank"],
+          value_name = "K")]
+    pub machine_rank: Option<usize>,
+
+    /// Host of node 0, by which every node reaches it
+    #[arg(long = "main_process_ip", aliases = ["main-process-ip", "master_addr", "master-addr"],
+          value_name = "HOST")]
+    pub main_process_ip: Option<String>,
+
+    /// Port of node 0 [default: 29500]
+    #[arg(long = "main_process_port",
+          aliases = ["main-process-port", "master_port", "master-port"], value_name = "PORT")]
+    pub main_process_port: Option<u16>,
+
+    /// Name of the job: nodes that say another one are refused
+    #[arg(long = "rdzv_id", alias = "rdzv-id", value_name = "NAME")]
+    pub rdzv_id: Option<String>,
+
+    /// Starts after a failure, for each cause [default: 3 with several nodes]
+    #[arg(long = "max_restarts", alias = "max-restarts", value_name = "N")]
+    pub max_restarts: Option<usize>,
+
+    /// Seconds that the first start waits for all nodes
+    #[arg(long = "join_wait", aliases = ["join-wait", "rdzv_timeout", "rdzv-timeout"],
+          value_name = "SECONDS", default_value = "600", value_parser = crate::cli::parse_seconds)]
+    pub join_wait: f64,
+
+    /// Seconds that a start after a failure waits for a lost node
+    #[arg(long = "rejoin_wait", alias = "rejoin-wait", value_name = "SECONDS",
+          default_value = "60", value_parser = crate::cli::parse_seconds)]
+    pub rejoin_wait: f64,
+}
+
+impl JobOptions {
+    /// What they say of this node's place.
+    pub fn asked(&self) -> Asked {
+        Asked {
+            nodes: self.num_machines,
+            node: self.machine_rank,
+            address: self.main_process_ip.clone(),
+            port: self.main_process_port,
+            job: self.rdzv_id.clone(),
+        }
+    }
+
+    /// What the job allows.
+    pub fn policy(&self, site: &Site) -> Policy {
+        Policy {
+            nodes: site.nodes,
+            join_wait: Duration::from_secs_f64(self.join_wait),
+            rejoin_wait: Duration::from_secs_f64(self.rejoin_wait),
+            max_restarts: self.max_restarts.unwrap_or(3),
+            silence: SILENCE,
+            merge: MERGE,
+            halt_wait: HALT_WAIT,
+        }
+    }
+}
