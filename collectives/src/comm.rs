@@ -17,6 +17,7 @@ use crate::group::Group;
 use crate::mesh::{self, Meeting, Mesh, Seat};
 use crate::recorder::Recorder;
 use crate::segment::{Author, Segment};
+use crate::standing::Phase;
 use crate::sums::Order;
 use crate::witness::Witness;
 
@@ -28,6 +29,8 @@ pub struct Comm {
     /// Deadline of a collective, in nanoseconds.
     deadline: AtomicU64,
     link: Link,
+    /// Where a launcher reads what this rank does, with its number there.
+    watched: Option<(Arc<Segment>, usize)>,
 }
 
 /// How this rank reaches the others.
@@ -96,7 +99,11 @@ impl Comm {
     /// Joins the group that the environment describes, and waits until all ranks have joined.
     pub fn connect(env: &Env) -> Result<Comm> {
         if env.world_size == 1 {
-            return Ok(Comm::new(0, 1, env.collective_timeout, Link::Alone));
+            let mut alone = Comm::new(0, 1, env.collective_timeout, Link::Alone);
+            if let Some(fd) = env.segment_fd {
+                alone.watched = Some((Arc::new(Segment::attach(fd, 1, env.generation)?), 0));
+            }
+            return Ok(alone);
         }
         let segment = match env.segment_fd {
             Some(fd) => Segment::attach(fd, env.local_world_size, env.generation)?,
@@ -193,6 +200,7 @@ impl Comm {
 
     fn over(segment: Arc<Segment>, group: Group, deadline: Duration) -> Result<Comm> {
         let (rank, world_size) = (group.name(group.rank), group.ranks_of_all_hosts());
+        let watched = Some((segment.clone(), group.rank));
         let lane = Arc::new(Lane {
             group: Mutex::new(group),
             outstanding: Mutex::new(0),
@@ -208,11 +216,14 @@ impl Comm {
             .map_err(|error| CollectiveError::Thread { rank, why: error.to_string() })?;
         let queue = Mutex::new(Some(sender));
         let shared = Shared { segment, lane, queue, thread: Some(thread) };
-        Ok(Comm::new(rank, world_size, deadline, Link::Shared(shared)))
+        let mut comm = Comm::new(rank, world_size, deadline, Link::Shared(shared));
+        comm.watched = watched;
+        Ok(comm)
     }
 
     fn new(rank: usize, world_size: usize, deadline: Duration, link: Link) -> Comm {
-        Comm { rank, world_size, deadline: AtomicU64::new(nanoseconds(deadline)), link }
+        let deadline = AtomicU64::new(nanoseconds(deadline));
+        Comm { rank, world_size, deadline, link, watched: None }
     }
 
     /// Number of this rank, from 0.
@@ -313,6 +324,29 @@ impl Comm {
         match &self.link {
             Link::Alone => Ok(()),
             Link::Shared(shared) => shared.segment.check_aborted(),
+        }
+    }
+
+    /// Tells who watches this rank that it begins something else.
+    pub fn enter_phase(&self, phase: Phase) {
+        if let Some((segment, rank)) = &self.watched {
+            segment.slot(*rank).standing.enter_phase(phase);
+        }
+    }
+
+    /// Tells who watches this rank that `step` of `steps` is done, with its loss and the images a
+    /// second of all ranks.
+    pub fn finish_step(&self, (step, steps): (usize, usize), loss: f32, images_per_second: f32) {
+        if let Some((segment, rank)) = &self.watched {
+            let count = (step as u64, steps as u64);
+            segment.slot(*rank).standing.finish_step(count, loss, images_per_second);
+        }
+    }
+
+    /// A sign of life in work that takes long without steps and collectives.
+    pub fn live(&self) {
+        if let Some((segment, rank)) = &self.watched {
+            segment.slot(*rank).standing.live();
         }
     }
 

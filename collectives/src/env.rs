@@ -36,6 +36,15 @@ pub const TOKEN: &str = "LORARUN_TOKEN";
 pub const FLIGHT_DIR: &str = "LORARUN_FLIGHT_DIR";
 /// Number of the start of this run; everything stamped with another one is refused.
 pub const GENERATION: &str = "LORARUN_GENERATION";
+/// Descriptor of the memory for snapshots that the launcher passes to the first rank of each host.
+pub const SNAPSHOT_FD: &str = "LORARUN_SNAPSHOT_FD";
+/// Steps from one snapshot to the next.
+pub const SNAPSHOT_EVERY: &str = "LORARUN_SNAPSHOT_EVERY";
+/// Number of ranks of this job when all its nodes are there; `WORLD_SIZE` is that of this start.
+pub const FULL_WORLD_SIZE: &str = "LORARUN_FULL_WORLD_SIZE";
+/// `1` where a cluster has started this job again: it goes on from its newest state unless its config
+/// says otherwise.
+pub const RESTARTED: &str = "LORARUN_RESTARTED";
 /// CPU threads this rank may use.
 pub const THREADS: &str = "LORARUN_THREADS";
 /// Deadline of one collective, in seconds.
@@ -117,6 +126,16 @@ pub struct Env {
     pub token: Token,
     /// Where the flight recorder writes.
     pub flight_dir: Option<PathBuf>,
+    /// Descriptor of the memory for snapshots, on the first rank of each host; see
+    /// [`Snapshots`](crate::Snapshots).
+    pub snapshot_fd: Option<RawFd>,
+    /// Steps from one snapshot to the next.
+    pub snapshot_every: Option<u64>,
+    /// Number of ranks of this job when all its nodes are there; at least `world_size` unless nothing
+    /// was said.
+    pub full_world_size: Option<usize>,
+    /// Whether a cluster has started this job again.
+    pub restarted: bool,
     /// CPU threads this rank may use; `None` leaves the choice to the thread pool.
     pub threads: Option<usize>,
     /// Deadline of one collective.
@@ -144,6 +163,10 @@ impl Env {
             meeting_fd: None,
             token: Token::new(""),
             flight_dir: None,
+            snapshot_fd: None,
+            snapshot_every: None,
+            full_world_size: None,
+            restarted: false,
             threads: None,
             collective_timeout: DEFAULT_TIMEOUT,
             card: None,
@@ -185,10 +208,7 @@ impl Env {
             None => return Err(incomplete(LOCAL_RANK, LOCAL_WORLD_SIZE, local_world_size)),
         };
         below(LOCAL_RANK, local_rank, LOCAL_WORLD_SIZE, local_world_size)?;
-        let threads = read.number(THREADS, "a whole number from 1")?;
-        if let Some(threads) = threads {
-            at_least_one(THREADS, threads)?;
-        }
+        let threads = read.count(THREADS)?;
         Ok(Env {
             rank,
             local_rank,
@@ -203,6 +223,10 @@ impl Env {
             meeting_fd: read.descriptor(MEETING_FD)?,
             token: Token::new(&read.text(TOKEN, "a text")?.unwrap_or_default()),
             flight_dir: (read.lookup)(FLIGHT_DIR).map(PathBuf::from),
+            snapshot_fd: read.descriptor(SNAPSHOT_FD)?,
+            snapshot_every: read.count(SNAPSHOT_EVERY)?.map(|steps| steps as u64),
+            full_world_size: read.count(FULL_WORLD_SIZE)?,
+            restarted: read.flag(RESTARTED)?,
             threads,
             collective_timeout: read.timeout()?.unwrap_or(DEFAULT_TIMEOUT),
             card: read.number(CARD, "the number of a card from 0")?,
@@ -234,6 +258,18 @@ impl Env {
         }
         if let Some(folder) = &self.flight_dir {
             variables.push((FLIGHT_DIR, folder.display().to_string()));
+        }
+        if let Some(fd) = self.snapshot_fd {
+            variables.push((SNAPSHOT_FD, fd.to_string()));
+        }
+        if let Some(steps) = self.snapshot_every {
+            variables.push((SNAPSHOT_EVERY, steps.to_string()));
+        }
+        if let Some(count) = self.full_world_size {
+            variables.push((FULL_WORLD_SIZE, count.to_string()));
+        }
+        if self.restarted {
+            variables.push((RESTARTED, "1".to_owned()));
         }
         if let Some(threads) = self.threads {
             variables.push((THREADS, threads.to_string()));
@@ -325,6 +361,12 @@ impl<F: Fn(&str) -> Option<OsString>> Reader<F> {
             Ok(number) => Ok(Some(number)),
             Err(_) => Err(malformed(name, expected, text)),
         }
+    }
+
+    fn count(&self, name: &'static str) -> Result<Option<usize>, EnvError> {
+        let count = self.number(name, "a whole number from 1")?;
+        count.map_or(Ok(()), |count| at_least_one(name, count))?;
+        Ok(count)
     }
 
     fn descriptor(&self, name: &'static str) -> Result<Option<RawFd>, EnvError> {
@@ -442,6 +484,10 @@ mod tests {
             local_world_size: 4,
             generation: 7,
             segment_fd: Some(9),
+            snapshot_fd: Some(11),
+            snapshot_every: Some(20),
+            full_world_size: Some(8),
+            restarted: true,
             threads: Some(2),
             collective_timeout: Duration::from_millis(1500),
             card: Some(5),
@@ -472,6 +518,10 @@ mod tests {
             ("LORARUN_SEGMENT_FD", "2"),
             ("LORARUN_GENERATION", "new"),
             ("LORARUN_THREADS", "0"),
+            ("LORARUN_SNAPSHOT_FD", "1"),
+            ("LORARUN_SNAPSHOT_EVERY", "0"),
+            ("LORARUN_FULL_WORLD_SIZE", "0"),
+            ("LORARUN_RESTARTED", "maybe"),
             ("LORARUN_COLLECTIVE_TIMEOUT", "nan"),
             ("LORARUN_COLLECTIVE_TIMEOUT", "0"),
             ("LORARUN_CARD", "-1"),

@@ -142,11 +142,13 @@ impl Group {
         if let Some(recorder) = &self.recorder {
             recorder.enter(self.seq, op.code(), length as u64);
         }
+        self.segment.slot(self.rank).standing.enter(self.seq);
         let mut call = Call { op, seq: self.seq, start: Instant::now(), deadline, agreed: false };
         let result = run(self, &mut call);
         if let Some(recorder) = &self.recorder {
             recorder.leave(self.seq, result.is_ok());
         }
+        self.segment.slot(self.rank).standing.leave(self.seq, call.start.elapsed());
         result.inspect_err(|error| {
             let culprit = match error {
                 CollectiveError::PeerLost { rank, .. } => Some(*rank),

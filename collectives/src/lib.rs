@@ -9,7 +9,8 @@
 //! - nothing is left behind: the shared segment has no name in any file system.
 //!
 //! Read in this order: [`env`], [`Comm`] (`comm.rs`), `group.rs` (ranks in lockstep),
-//! `shm.rs` (the algorithms), `segment.rs` (the memory they work on), `mesh` (between hosts); [`nccl`] for sums between cards.
+//! `shm.rs` (the algorithms), `segment.rs` (the memory they work on), `mesh` (between hosts); [`nccl`]
+//! for sums between cards; [`Standing`] and [`Snapshots`] for those who watch ranks and start them again.
 
 #![deny(missing_docs)]
 
@@ -27,6 +28,8 @@ pub mod recorder;
 mod segment;
 mod shm;
 pub mod signals;
+mod snapshot;
+mod standing;
 mod sums;
 mod witness;
 
@@ -35,3 +38,5 @@ pub use env::{Env, EnvError, ReduceWay};
 pub use error::{CollectiveError, Result};
 pub use mesh::Token;
 pub use segment::{AbortRecord, Author, MAX_RANKS, Segment, SegmentError, report_failure};
+pub use snapshot::{Moment, Snapshots};
+pub use standing::{Phase, Standing};

@@ -16,11 +16,12 @@ use std::time::{Duration, Instant};
 
 use crate::env::{Env, SEGMENT_FD};
 use crate::futex;
+use crate::standing::{Standing, Words};
 
 /// First bytes of every segment: `LORARUN` and a binary mark.
 const MAGIC: u64 = u64::from_le_bytes(*b"LORARUN\xA5");
 /// Layout version; another one is refused.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 /// Most ranks of one host.
 pub const MAX_RANKS: usize = 256;
 /// Data buffers per rank; `shm.rs` explains why three.
@@ -185,6 +186,8 @@ pub(crate) struct Slot {
     pub waits: AtomicU64,
     /// Announcements of even and odd collectives.
     pub announcements: [Announcement; 2],
+    /// What it is doing.
+    pub standing: Words,
     /// The message this rank ended with.
     last_words: Text,
 }
@@ -383,6 +386,11 @@ impl Segment {
     /// The message that `rank` ended with, if it left one.
     pub fn last_words(&self, rank: usize) -> Option<String> {
         if rank < self.world_size { self.slot(rank).last_words.read() } else { None }
+    }
+
+    /// What the rank with number `rank` on this host says of itself.
+    pub fn standing(&self, rank: usize) -> Standing {
+        self.slot(rank).standing.read()
     }
 
     fn header(&self) -> &Header {

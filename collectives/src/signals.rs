@@ -1,10 +1,10 @@
 //! A polite stop: signals set a flag that the training loop polls once a step.
 //!
-//! The first SIGINT or SIGTERM asks for a stop, and so does SIGUSR1, which schedulers send some time
-//! before their SIGTERM. A second SIGINT ends the process at once with code 130. Further SIGTERMs
+//! The first SIGINT or SIGTERM asks for a stop, and so do SIGUSR1 and SIGUSR2, which schedulers send
+//! some time before their SIGTERM. A second SIGINT ends the process at once with code 130. Further SIGTERMs
 //! within [`REPEAT_GRACE_S`] seconds are the same request (Slurm delivers its SIGTERM two or three
-//! times); one that comes later ends the process with code 143. After a SIGUSR1 alone, SIGINT and
-//! SIGTERM count as first ones. The handler touches atomics and calls async-signal-safe functions
+//! times); one that comes later ends the process with code 143. After these announcements alone,
+//! SIGINT and SIGTERM count as first ones. The handler touches atomics and calls async-signal-safe functions
 //! only.
 
 use std::io;
@@ -20,9 +20,9 @@ static REQUESTS: AtomicU32 = AtomicU32::new(0);
 /// Monotonic second of the first of them; meaningful once `REQUESTS` is not 0.
 static FIRST_AT: AtomicI64 = AtomicI64::new(0);
 
-/// Installs the handlers for SIGINT, SIGTERM and SIGUSR1. Calling it again changes nothing.
+/// Installs the handlers for SIGINT, SIGTERM, SIGUSR1 and SIGUSR2. Calling it again changes nothing.
 pub fn install() -> io::Result<()> {
-    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGUSR1] {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGUSR1, libc::SIGUSR2] {
         // SAFETY: a zeroed sigaction is a valid one; the handler is an `extern "C"` function that
         // calls only async-signal-safe functions and stays alive as long as the program.
         let done = unsafe {
@@ -68,7 +68,7 @@ fn monotonic_second() -> i64 {
 
 extern "C" fn on_signal(signal: libc::c_int) {
     request_stop();
-    if signal == libc::SIGUSR1 {
+    if signal == libc::SIGUSR1 || signal == libc::SIGUSR2 {
         return;
     }
     let now = monotonic_second();
@@ -91,9 +91,11 @@ mod tests {
     fn a_signal_sets_the_flag_and_repeated_terms_are_one_request() {
         install().unwrap();
         assert!(!stop_requested());
-        // SAFETY: raises a signal that the handler above takes.
-        unsafe { libc::raise(libc::SIGUSR1) };
-        assert!(stop_requested());
+        for announcement in [libc::SIGUSR1, libc::SIGUSR2] {
+            // SAFETY: raises a signal that the handler above takes.
+            unsafe { libc::raise(announcement) };
+            assert!(stop_requested());
+        }
         assert_eq!(REQUESTS.load(Ordering::Relaxed), 0);
         for _ in 0..3 {
             // SAFETY: raises a signal that the handler above takes.

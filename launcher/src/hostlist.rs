@@ -10,7 +10,9 @@ const MOST: usize = 65_536;
 pub fn expand(list: &str) -> Result<Vec<String>, String> {
     let wrong = |why: &str| format!("`{list}` is no list of hosts: {why}");
     let mut hosts = Vec::new();
-    for item in split_outside_brackets(list).ok_or_else(|| wrong("a bracket lacks its other half"))? {
+    for item in
+        split_outside_brackets(list).ok_or_else(|| wrong("a bracket lacks its other half"))?
+    {
         if item.is_empty() {
             return Err(wrong("a name is empty"));
         }

@@ -89,10 +89,7 @@ impl Site {
     ///
     /// # Errors
     /// Words for what is missing, malformed or contradicts itself.
-    pub fn find(
-        asked: &Asked,
-        lookup: impl Fn(&str) -> Option<OsString>,
-    ) -> Result<Site, String> {
+    pub fn find(asked: &Asked, lookup: impl Fn(&str) -> Option<OsString>) -> Result<Site, String> {
         let read = Reader { lookup: &lookup };
         let mut site = if asked.nodes.is_some() || asked.node.is_some() {
             Site { source: Source::Options, ..Site::alone() }
@@ -350,7 +347,8 @@ mod tests {
         assert_eq!(site.names, ["gpu07", "gpu08"]);
         assert!((20_000..40_000).contains(&site.port));
         // One task a node: the launcher chooses the number of processes.
-        let one: Vec<_> = step.iter().copied().filter(|(name, _)| *name != "SLURM_NTASKS").collect();
+        let one: Vec<_> =
+            step.iter().copied().filter(|(name, _)| *name != "SLURM_NTASKS").collect();
         assert_eq!(find(&NOTHING, &one).unwrap().processes, None);
         let odd: Vec<_> = step
             .iter()

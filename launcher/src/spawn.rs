@@ -69,7 +69,7 @@ impl WorkerSpec {
         let (out, stdout) = self.stdout.open()?;
         let (err, stderr) = self.stderr.open()?;
         command.stdin(Stdio::null()).stdout(out).stderr(err).process_group(0).kill_on_drop(true);
-        let inherited = [self.env.segment_fd, self.env.meeting_fd];
+        let inherited = [self.env.segment_fd, self.env.meeting_fd, self.env.snapshot_fd];
         let parent = std::process::id() as libc::pid_t;
         // SAFETY: the closure runs between fork and exec and calls async-signal-safe functions only.
         unsafe { command.pre_exec(move || prepare_child(parent, inherited)) };
@@ -98,7 +98,7 @@ impl Channel {
 }
 
 /// Runs in the child before the program is replaced.
-fn prepare_child(parent: libc::pid_t, inherited: [Option<RawFd>; 2]) -> std::io::Result<()> {
+fn prepare_child(parent: libc::pid_t, inherited: [Option<RawFd>; 3]) -> std::io::Result<()> {
     // SAFETY: async-signal-safe calls with plain integers.
     unsafe {
         if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {

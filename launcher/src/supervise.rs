@@ -7,10 +7,11 @@
 use std::io::IsTerminal;
 use std::net::TcpListener;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use collectives::{Author, Env, Segment, Token, exit_code, signals};
+use collectives::{Author, Env, Segment, Snapshots, Token, exit_code, signals};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
@@ -83,9 +84,8 @@ pub struct Signals {
 impl Signals {
     /// Begins to listen: before the first rank starts, so that none is lost.
     pub fn listen() -> Result<Signals> {
-        let to = |kind, name: &str| {
-            signal(kind).with_context(|| format!("cannot listen to {name}"))
-        };
+        let to =
+            |kind, name: &str| signal(kind).with_context(|| format!("cannot listen to {name}"));
         Ok(Signals {
             interrupts: to(SignalKind::interrupt(), "SIGINT")?,
             terminations: to(SignalKind::terminate(), "SIGTERM")?,
@@ -117,12 +117,18 @@ pub struct Place {
     pub first_rank: usize,
     /// Number of ranks on all nodes.
     pub world_size: usize,
+    /// The same when no node is missing.
+    pub full_world_size: usize,
     /// Where rank 0 is met by those of other nodes.
     pub meeting: (String, u16),
     /// The listener there, on the node that has rank 0.
     pub listener: Option<TcpListener>,
     /// Seals what nodes say to each other.
     pub token: Token,
+    /// Where this node's first rank leaves snapshots, and every how many steps.
+    pub snapshots: Option<(Arc<Snapshots>, u64)>,
+    /// Whether a cluster has started this job again.
+    pub restarted: bool,
 }
 
 impl Place {
@@ -132,9 +138,12 @@ impl Place {
             generation: 1,
             first_rank: 0,
             world_size,
+            full_world_size: world_size,
             meeting: ("127.0.0.1".to_owned(), 29500),
             listener: None,
             token: Token::new(""),
+            snapshots: None,
+            restarted: false,
         }
     }
 }
@@ -260,7 +269,7 @@ fn start(
     pumps: &mut Pumps,
 ) -> Result<Run> {
     let count = places.count();
-    let Place { generation, first_rank, world_size, meeting, listener, token } = place;
+    let Place { generation, first_rank, world_size, meeting, listener, token, .. } = place;
     let segment = Segment::create_from(first_rank, count, generation)?;
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     let threads = launch.num_cpu_threads_per_process.unwrap_or((cores / count).max(1));
@@ -277,6 +286,7 @@ fn start(
             _ => (Channel::Pipe, Channel::Pipe),
         };
         let output = RankOutput::new(rank, launch.log_dir.as_deref())?;
+        let snapshots = place.snapshots.as_ref().filter(|_| local_rank == 0);
         let worker = WorkerSpec {
             env: Env {
                 rank,
@@ -289,6 +299,10 @@ fn start(
                 segment_fd: Some(segment.fd()),
                 meeting_fd: listener.as_ref().filter(|_| rank == 0).map(AsRawFd::as_raw_fd),
                 token: token.clone(),
+                snapshot_fd: snapshots.map(|(memory, _)| memory.fd()),
+                snapshot_every: snapshots.map(|(_, steps)| *steps),
+                full_world_size: Some(place.full_world_size),
+                restarted: place.restarted,
                 threads: Some(threads),
                 collective_timeout: Duration::from_secs_f64(launch.collective_timeout),
                 card: places.card(local_rank),

@@ -4,10 +4,11 @@
 //! hears nothing of the coordinator for [`SILENCE`] ends its ranks and asks to be started again (75):
 //! at most one side of a broken network goes on.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use collectives::{Token, exit_code};
+use collectives::{Snapshots, Token, exit_code};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -65,7 +66,15 @@ async fn run(node: &Node<'_>) -> Result<i32> {
         _ => None,
     };
     let Some(link) = reach(node, &mut signals).await? else { return Ok(exit_code::REQUEUE) };
-    let mut agent = Agent { node, meeting, link, local: None, heard: Instant::now() };
+    let snapshots = match node.policy.max_restarts {
+        0 => None,
+        _ => {
+            let memory = Snapshots::create().context("cannot make memory for snapshots")?;
+            Some((Arc::new(memory), node.launch.job.snapshot_every))
+        }
+    };
+    let heard = Instant::now();
+    let mut agent = Agent { node, meeting, link, local: None, snapshots, heard };
     let code = agent.serve(&mut signals).await?;
     if let Some(coordinator) = coordinator {
         // It has said its last word, or this node gives up and nobody is left to hear it.
@@ -175,6 +184,8 @@ struct Agent<'a> {
     meeting: Meeting,
     link: Link,
     local: Option<Local>,
+    /// What outlives the ranks, where they may be started again.
+    snapshots: Option<(Arc<Snapshots>, u64)>,
     /// When the coordinator was last heard.
     heard: Instant,
 }
@@ -223,12 +234,15 @@ impl Agent<'_> {
     fn obey(&mut self, order: Order) -> Result<Option<i32>> {
         match order {
             Order::Beat => {}
-            Order::Start { generation, first_rank, world_size, meeting_port } => {
+            Order::Start { generation, first_rank, world_size, full_world_size, meeting_port } => {
                 let Node { site, launch, ranks, command, token, .. } = self.node;
                 let place = Place {
                     generation,
                     first_rank,
                     world_size,
+                    full_world_size,
+                    snapshots: self.snapshots.clone(),
+                    restarted: site.restarts > 0,
                     meeting: (site.address.clone(), meeting_port),
                     listener: take_listener(&self.meeting),
                     token: token.clone(),

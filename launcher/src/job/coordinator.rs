@@ -81,7 +81,13 @@ pub enum Event {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
     /// This node starts its ranks.
-    Start { node: usize, generation: u64, first_rank: usize, world_size: usize },
+    Start {
+        node: usize,
+        generation: u64,
+        first_rank: usize,
+        world_size: usize,
+        full_world_size: usize,
+    },
     /// This node ends its ranks, and says when all have ended.
     Halt { node: usize, generation: u64, reason: String },
     /// This node asks its ranks to save and end.
@@ -150,11 +156,6 @@ impl Coordinator {
         }
     }
 
-    /// Number of the present or last start.
-    pub fn generation(&self) -> u64 {
-        self.generation
-    }
-
     /// Takes what has happened; gives what is to be done, in order.
     pub fn take(&mut self, event: Event, now: Duration) -> Vec<Action> {
         let mut actions = Vec::new();
@@ -203,12 +204,11 @@ impl Coordinator {
         }
         if let Some((other, member)) = self.members.iter().next() {
             let theirs = &member.facts;
-            let differs = [
-                ("build", &theirs.build, &facts.build),
-                ("config", &theirs.config, &facts.config),
-            ];
+            let differs =
+                [("build", &theirs.build, &facts.build), ("config", &theirs.config, &facts.config)];
             let counts = (theirs.processes.to_string(), facts.processes.to_string());
-            let differs = differs.into_iter().chain([("number of processes", &counts.0, &counts.1)]);
+            let differs =
+                differs.into_iter().chain([("number of processes", &counts.0, &counts.1)]);
             if let Some((what, theirs, own)) = { differs }.find(|(_, theirs, own)| theirs != own) {
                 actions.push(refuse(format!(
                     "its {what} differs from that of node {other}: {own} instead of {theirs}"
@@ -339,12 +339,21 @@ impl Coordinator {
     /// Ranks are numbered by node; what is there is numbered without gaps.
     fn start(&mut self, actions: &mut Vec<Action>) {
         self.generation += 1;
-        let world_size = self.members.values().map(|member| member.facts.processes).sum();
+        let processes = || self.members.values().map(|member| member.facts.processes);
+        let world_size = processes().sum();
+        // Every node has as many as the others.
+        let full_world_size = processes().max().unwrap_or(0) * self.policy.nodes.1;
         let mut first_rank = 0;
         for (node, member) in &mut self.members {
             member.state = State::Running;
             let (node, generation) = (*node, self.generation);
-            actions.push(Action::Start { node, generation, first_rank, world_size });
+            actions.push(Action::Start {
+                node,
+                generation,
+                first_rank,
+                world_size,
+                full_world_size,
+            });
             first_rank += member.facts.processes;
         }
         self.phase = Phase::Running;

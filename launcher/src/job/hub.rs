@@ -122,7 +122,12 @@ pub async fn coordinate(hub: Hub) -> i32 {
             nodes.send_all(&Order::Finish { code });
             // The writers end when their orders are out.
             nodes.connections.clear();
-            drop(tokio::time::timeout(FAREWELL, async { while tasks.join_next().await.is_some() {} }).await);
+            drop(
+                tokio::time::timeout(FAREWELL, async {
+                    while tasks.join_next().await.is_some() {}
+                })
+                .await,
+            );
             return code;
         }
     }
@@ -180,7 +185,7 @@ fn carry_out(actions: Vec<Action>, nodes: &mut Nodes, meeting: &Meeting) -> Opti
     let mut code = None;
     for action in actions {
         match action {
-            Action::Start { node, generation, first_rank, world_size } => {
+            Action::Start { node, generation, first_rank, world_size, full_world_size } => {
                 let meeting_port = match port.map_or_else(|| open_meeting(meeting), Ok) {
                     Ok(open) => open,
                     Err(error) => {
@@ -189,7 +194,13 @@ fn carry_out(actions: Vec<Action>, nodes: &mut Nodes, meeting: &Meeting) -> Opti
                     }
                 };
                 port = Some(meeting_port);
-                let order = Order::Start { generation, first_rank, world_size, meeting_port };
+                let order = Order::Start {
+                    generation,
+                    first_rank,
+                    world_size,
+                    full_world_size,
+                    meeting_port,
+                };
                 nodes.send(node, order);
             }
             Action::Halt { node, generation, reason } => {
@@ -231,7 +242,8 @@ async fn serve(
         io::Result::Ok((sender, receiver, first))
     };
     // Strangers are let go without a word.
-    let Ok(Ok((mut sender, receiver, first))) = tokio::time::timeout(GREETING, greeting).await else {
+    let Ok(Ok((mut sender, receiver, first))) = tokio::time::timeout(GREETING, greeting).await
+    else {
         return;
     };
     let Report::Join { node, job: theirs, facts } = first else { return };

@@ -45,6 +45,11 @@ pub struct JobOptions {
     #[arg(long = "max_restarts", alias = "max-restarts", value_name = "N")]
     pub max_restarts: Option<usize>,
 
+    /// Steps between snapshots in memory, from which ranks go on after a failure
+    #[arg(long = "snapshot_every_n_steps", alias = "snapshot-every-n-steps", value_name = "N",
+          default_value = "20", value_parser = clap::value_parser!(u64).range(1..))]
+    pub snapshot_every: u64,
+
     /// Seconds that the first start waits for all nodes
     #[arg(long = "join_wait", aliases = ["join-wait", "rdzv_timeout", "rdzv-timeout"],
           value_name = "SECONDS", default_value = "600", value_parser = crate::cli::parse_seconds)]

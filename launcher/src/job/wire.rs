@@ -14,8 +14,8 @@ use hmac::{Hmac, KeyInit, Mac};
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 
 use super::coordinator::{Facts, Failure};
 
@@ -47,7 +47,13 @@ pub enum Report {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Order {
     /// Start the ranks; rank 0 is met at this port of node 0.
-    Start { generation: u64, first_rank: usize, world_size: usize, meeting_port: u16 },
+    Start {
+        generation: u64,
+        first_rank: usize,
+        world_size: usize,
+        full_world_size: usize,
+        meeting_port: u16,
+    },
     /// End the ranks.
     Halt { generation: u64, reason: String },
     /// Ask the ranks to save and end.
@@ -153,13 +159,17 @@ pub async fn converse(
         return Err(unsealed());
     }
     let (coordinator, node) = if as_coordinator { (own, theirs) } else { (theirs, own) };
-    let mut key = Hmac::<Sha256>::new_from_slice(token.text().as_bytes())
-        .unwrap_or_else(|_| unreachable!());
+    let mut key =
+        Hmac::<Sha256>::new_from_slice(token.text().as_bytes()).unwrap_or_else(|_| unreachable!());
     key.update(HELLO);
     key.update(&coordinator);
     key.update(&node);
     let key = key.finalize().into_bytes().to_vec();
-    let seal = |by_coordinator: bool| Seal { key: key.clone(), direction: by_coordinator.into(), count: 0 };
+    let seal = |by_coordinator: bool| Seal {
+        key: key.clone(),
+        direction: by_coordinator.into(),
+        count: 0,
+    };
     let (reader, writer) = stream.into_split();
     Ok((
         Sender { stream: writer, seal: seal(as_coordinator) },
