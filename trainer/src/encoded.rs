@@ -93,12 +93,13 @@ fn keys(prompts: &Prompts, samples: usize) -> Vec<Key> {
 }
 
 impl Encoded {
-    /// Encodes `captions`, as the loader of these parts and options gives them.
+    /// Encodes `captions`, as the loader of these parts and options gives them. Calls `live` now
+    /// and then.
     pub fn new(
-        text_encoder: &ClipTextModel,
-        clip_skip: Option<usize>,
+        (text_encoder, clip_skip): (&ClipTextModel, Option<usize>),
         (parts, options): (&LoaderParts, &LoaderOptions),
         captions: &[String],
+        live: &dyn Fn(),
     ) -> Result<Self> {
         let chunks = options.token_length.chunks();
         let mut left: Vec<Key> = Vec::new();
@@ -111,6 +112,7 @@ impl Encoded {
         let mut encoded = Self { rows: HashMap::new(), shape: [0, 0] };
         for some in left.chunks(TOGETHER) {
             encoded.add(text_encoder, clip_skip, chunks, some)?;
+            live();
         }
         Ok(encoded)
     }

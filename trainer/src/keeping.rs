@@ -1,6 +1,7 @@
 //! What a run keeps: files of the LoRA and states, when they are due, and how a state is gone on from.
 
 use anyhow::{Context, Result};
+use collectives::Phase;
 use engine::ParamStore;
 
 use crate::checkpoint::SavePoint;
@@ -27,11 +28,17 @@ impl Trainer<'_> {
             // Nobody knows yet whether the weights are to blame: good files must not make way.
             return Ok(());
         }
-        if saving.due_after_step(step) {
-            self.save(SavePoint::Step(step), step, epoch)?;
-        }
-        if epoch_ends && saving.due_after_epoch(epoch, self.plan.epochs) {
-            self.save(SavePoint::Epoch(epoch), step, epoch)?;
+        let due = [
+            (SavePoint::Step(step), saving.due_after_step(step)),
+            (
+                SavePoint::Epoch(epoch),
+                epoch_ends && saving.due_after_epoch(epoch, self.plan.epochs),
+            ),
+        ];
+        for (point, _) in due.into_iter().filter(|(_, due)| *due) {
+            self.comm.enter_phase(Phase::Saving);
+            self.save(point, step, epoch)?;
+            self.comm.enter_phase(Phase::Training);
         }
         Ok(())
     }

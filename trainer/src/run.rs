@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use collectives::{Comm, Env};
+use collectives::{Comm, Env, Phase};
 use engine::{DType, Device, ParamStore};
 use models::lora::{LoraNetwork, Part};
 
@@ -105,6 +105,7 @@ impl Run {
             console::note(note);
         }
         let comm = Comm::connect(env).context("connect the ranks")?;
+        comm.enter_phase(Phase::Loading);
         if options.reproducible {
             reproducible::check(comm.world_size())?;
         }
@@ -236,7 +237,9 @@ impl Run {
         let Self { options, comm, base, group, held_out, mut prepared, plan, resume, .. } = self;
         let (mut facts, mut start) = (self.facts, self.start);
         let groups: Vec<DatasetGroup> = [group].into_iter().chain(held_out).collect();
+        comm.enter_phase(Phase::Caching);
         let mut cached = cache(&options, &comm, &base, groups)?.into_iter();
+        comm.enter_phase(Phase::Loading);
         release_idle(&base);
         let (group, latents) = cached.next().context("the training images are gone")?;
         let held_out = cached.next();
@@ -251,17 +254,10 @@ impl Run {
             loaded.replace_values(&mut prepared, &plan)?;
         }
         let group = Arc::new(group);
-        let saver = match comm.rank() {
-            0 => {
-                let held_out = held_out.as_ref().map(|(group, _)| group);
-                let numbers = DatasetNumbers::new(&group, held_out, &plan);
-                Some(Saver::new(&options, &plan, &base, &prepared, &numbers)?)
-            }
-            _ => None,
-        };
+        let groups = (&*group, held_out.as_ref().map(|(group, _)| group));
+        let saver = prepare_saver((&options, &comm, &base), &plan, &prepared, groups)?;
         let monitor = Monitor::new(&options, &plan, &group, &comm)?;
-        let mut models =
-            Models { text_encoder: Some(base.load_text_encoder()?), unet: base.load_unet()? };
+        let mut models = load_models(&base, &comm)?;
         engine::release_pool();
         let mut params = prepared.parameters(&base)?;
         let weights_type = weights_type(&options);
@@ -281,15 +277,14 @@ impl Run {
             first_step: start.data_of(start.step) as u64,
             ..loading
         };
-        let untrained = network.module_count(Part::TextEncoder) == 0;
-        let encoded = match base.device.card().is_some() && untrained {
-            true => encode_captions(&options, &models, (&parts, &loading), held_out.as_ref())?,
-            false => None,
+        let encoded = match network.module_count(Part::TextEncoder) {
+            0 => {
+                let held_out = held_out.as_ref().map(|(group, _)| group);
+                let read = (&parts, &loading);
+                encode_captions((&options, &comm, &base), &mut models, read, held_out)?
+            }
+            _ => None,
         };
-        if encoded.is_some() {
-            models.text_encoder = None;
-            release_idle(&base);
-        }
         let mut loader = Loader::start(parts, loading)?;
         let validation = held_out
             .map(|held_out| prepare_validation(&options, env, &base, held_out, &plan))
@@ -338,27 +333,57 @@ impl Run {
     }
 }
 
-/// All captions encoded, if each image has one that stays the same.
+/// What writes the LoRA; rank 0's work.
+fn prepare_saver(
+    (options, comm, base): (&Options, &Comm, &Base),
+    plan: &Plan,
+    prepared: &PreparedNetwork,
+    (group, held_out): (&DatasetGroup, Option<&DatasetGroup>),
+) -> Result<Option<Saver>> {
+    if comm.rank() != 0 {
+        return Ok(None);
+    }
+    let numbers = DatasetNumbers::new(group, held_out, plan);
+    Ok(Some(Saver::new(options, plan, base, prepared, &numbers)?))
+}
+
+fn load_models(base: &Base, comm: &Comm) -> Result<Models> {
+    comm.live();
+    let text_encoder = Some(base.load_text_encoder()?);
+    comm.live();
+    let unet = base.load_unet()?;
+    comm.live();
+    Ok(Models { text_encoder, unet })
+}
+
+/// On a card, all captions encoded, if each image has one that stays the same; the text encoder is
+/// gone then.
 fn encode_captions(
-    options: &Options,
-    models: &Models,
+    (options, comm, base): (&Options, &Comm, &Base),
+    models: &mut Models,
     (parts, loading): (&LoaderParts, &LoaderOptions),
-    held_out: Option<&Cached>,
+    held_out: Option<&DatasetGroup>,
 ) -> Result<Option<Encoded>> {
+    if base.device.card().is_none() {
+        return Ok(None);
+    }
     let Some(text_encoder) = &models.text_encoder else { return Ok(None) };
     let Some(mut captions) = constant_captions(&parts.group) else { return Ok(None) };
-    if let Some((group, _)) = held_out {
+    if let Some(group) = held_out {
         match constant_captions(group) {
             Some(more) => captions.extend(more),
             None => return Ok(None),
         }
     }
-    let encoded = Encoded::new(text_encoder, options.clip_skip, (parts, loading), &captions)?;
+    let reader = (text_encoder, options.clip_skip);
+    let encoded = Encoded::new(reader, (parts, loading), &captions, &|| comm.live())?;
     let (count, bytes) = encoded.size();
     console::note(&format!(
         "{count} captions are encoded ({} of main memory); the text encoder leaves the card",
         show_bytes(bytes)
     ));
+    models.text_encoder = None;
+    release_idle(base);
     Ok(Some(encoded))
 }
 

@@ -6,7 +6,7 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use collectives::{Comm, signals};
+use collectives::{Comm, Phase, signals};
 use engine::{DType, ParamId, ParamStore};
 use models::lora::{LoraNetwork, ParamGroup};
 
@@ -98,6 +98,8 @@ impl Trainer<'_> {
     pub fn run(mut self, loader: &mut Loader) -> Result<Ending> {
         let mut work = self.begin_work()?;
         self.monitor.start(self.comm, self.start.step)?;
+        self.comm.enter_phase(Phase::Training);
+        self.comm.finish_step((self.start.step, self.plan.steps), f32::NAN, 0.);
         for step in self.start.step..self.plan.steps {
             let moment = Moment {
                 step: step + 1,
@@ -109,6 +111,7 @@ impl Trainer<'_> {
                 Work::Card(work) => self.card_step(step, loader, work)?,
             };
             self.monitor.step(self.comm, moment, &report)?;
+            self.tell_launcher(moment.step, &report);
             let epoch_ends = moment.step_in_epoch + 1 == self.plan.steps_per_epoch;
             self.validate_if_due(moment, epoch_ends || step + 1 == self.plan.steps)?;
             let ends = step + 1 == self.plan.steps;
@@ -122,9 +125,16 @@ impl Trainer<'_> {
             }
         }
         self.monitor.stop()?;
+        self.comm.enter_phase(Phase::Saving);
         self.save(SavePoint::Last, self.plan.steps, self.plan.epochs)?;
         self.comm.barrier().context("wait for the last file")?;
         Ok(Ending::Complete)
+    }
+
+    fn tell_launcher(&self, step: usize, report: &StepReport) {
+        let loss = report.loss.map_or(f32::NAN, |loss| loss as f32);
+        let rate = (report.images as f64 / report.seconds) as f32;
+        self.comm.finish_step((step, self.plan.steps), loss, rate);
     }
 
     /// `reproducible` adds gradients up in an order of its own, which is the host's work.
@@ -265,11 +275,12 @@ impl Trainer<'_> {
         if occasions.iter().all(|(_, due)| !due) {
             return Ok(());
         }
+        self.comm.enter_phase(Phase::Validating);
         let averaged = self.averaged_params()?;
         let params = averaged.as_ref().unwrap_or(&self.params);
-        let Some(loss) = validation.run(self.comm, (&self.models, params), &self.noising)? else {
-            return Ok(());
-        };
+        let result = validation.run(self.comm, (&self.models, params), &self.noising)?;
+        self.comm.enter_phase(Phase::Training);
+        let Some(loss) = result else { return Ok(()) };
         for (occasion, _) in occasions.into_iter().filter(|(_, due)| *due) {
             self.monitor.validated(moment, occasion, &loss)?;
         }
@@ -367,6 +378,7 @@ impl Trainer<'_> {
     /// Ends early because a signal asked for it: LoRA and state of the agreed step are saved under
     /// its number.
     fn stop(&self, step: usize, epoch: usize) -> Result<Ending> {
+        self.comm.enter_phase(Phase::Saving);
         self.save_file(SavePoint::Step(step), step, epoch)?;
         self.save_state(SavePoint::Step(step), step, epoch)?;
         self.comm.barrier().context("wait for the state")?;

@@ -89,6 +89,7 @@ impl Validation {
                 losses[images * self.timesteps.len()] = 1.;
                 break;
             }
+            comm.live();
             let batch = self.batches.make(index)?;
             let first = self.batches.first_image(index);
             for (row, timestep) in self.timesteps.iter().enumerate() {

@@ -307,6 +307,7 @@ fn find_missing(
     let fingerprint = Some(group.fingerprint());
     let mut report = Report { error, fingerprint, ..Report::default() };
     for (index, item) in items.iter().enumerate().skip(comm.rank()).step_by(comm.world_size()) {
+        comm.live();
         let Some(entry) = group.image(item.dataset, item.image) else { continue };
         let state = if options.skip_check && item.file.exists() {
             Ok(())
@@ -367,6 +368,7 @@ fn encode_missing(
             match own.next() {
                 None => report.finished = true,
                 Some(batch) => {
+                    comm.live();
                     report.done += batch.len();
                     let encoded = encode_batch(&batch, (group, items), &mut pictures, encoder);
                     match encoded {
