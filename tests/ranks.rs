@@ -469,11 +469,112 @@ fn wrong_usage_ends_with_64() {
         ("--num_processes 2 --gpu_ids 0 check-ranks", "hint: to share cards, name them twice"),
         ("--num_processes 2 selftest", "`selftest` is the work of one process"),
         ("check-ranks --sizes 1XB", "unit should be kB, MB or GB"),
+        ("--nnodes 3:2 check-ranks", "should be a number of nodes, `N` or `MIN:MAX`, got: 3:2"),
+        ("--nnodes two check-ranks", "should be a number of nodes, `N` or `MIN:MAX`, got: two"),
+        ("--nnodes 2 --node_rank 0 check-ranks", "`--master_addr` is missing"),
+        ("--rdzv_endpoint host:port check-ranks", "as in `node0:29500`"),
+        ("--mixed_precision half check-ranks", "[possible values: no, fp16, bf16]"),
+        ("--tee 4 check-ranks", "1 (stdout), 2 (stderr) or 3 (both)"),
+        ("--use_deepspeed check-ranks", "`--use_deepspeed` cannot be followed: "),
+        ("--numa_afinity check-ranks", "--numa_affinity"),
+        ("--cpu --gpu_ids 0 check-ranks", "cannot be used with"),
+        (
+            "--num_processes 2 --log_dir /proc/self/status/logs check-ranks",
+            "cannot write logs to the folder: /proc/self/status/logs",
+        ),
+        (
+            "--cpu train examples/quickstart/config.toml --device cuda",
+            "`--cpu` and `--device cuda` contradict each other",
+        ),
     ] {
         let end = run(arguments);
         assert_eq!(end.code, 64, "{arguments}: {}", end.stderr);
         assert!(end.stderr.contains(words), "{arguments}: {}", end.stderr);
     }
+}
+
+/// A training whose device is the card, which this machine is told to have two of.
+fn on_two_cards(arguments: &str) -> (Option<i32>, String) {
+    let (mut command, _) = lorarun(arguments);
+    let output = command.env("CUDA_VISIBLE_DEVICES", "0,1").output().unwrap();
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn more_processes_than_cards_are_refused_before_any_starts() {
+    let config = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/quickstart/config.toml");
+    for (options, words) in [
+        ("--num_processes 3", "3 processes on this machine need a card each, and it shows: 2"),
+        ("--nproc_per_node 5", "5 processes on this machine need a card each, and it shows: 2"),
+        ("--num_processes 3 --gpu_ids all", "3 processes on this machine need a card each"),
+        ("--gpu_ids 0,2", "`--gpu_ids` names a card that this machine does not show: 2"),
+    ] {
+        let (code, stderr) = on_two_cards(&format!("{options} train {config} --device cuda"));
+        assert_eq!(code, Some(64), "{options}: {stderr}");
+        assert!(stderr.contains(words), "{options}: {stderr}");
+    }
+    let (code, stderr) = on_two_cards(&format!("--multi_gpu --num_processes 4 train {config}"));
+    assert_eq!(code, Some(64), "{stderr}");
+    assert!(stderr.contains("4 processes on this machine need a card each"), "{stderr}");
+}
+
+#[test]
+fn a_config_file_of_accelerate_is_followed() {
+    let folder = std::env::temp_dir().join(format!("lorarun-accelerate-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let file = folder.join("a.yaml");
+    let with = |text: &str, options: &str| {
+        std::fs::write(&file, text).unwrap();
+        let shown = file.display();
+        run(&format!("--config_file {shown} {options} check-ranks --rounds 1 --sizes 4kB"))
+    };
+    let three = "distributed_type: MULTI_CPU\nnum_processes: 3\nuse_cpu: true\n";
+    let end = with(&format!("{three}dynamo_config:\n  dynamo_backend: INDUCTOR\n"), "");
+    assert_eq!(end.code, 0, "{}", end.stderr);
+    assert!(end.stdout.starts_with("ranks: 3, "), "{}", end.stdout);
+    assert!(end.stderr.contains("a.yaml:4: `dynamo_config` is not followed"), "{}", end.stderr);
+    // The command line wins.
+    let end = with(three, "--num_processes 2 --same_network");
+    assert!(end.stdout.starts_with("ranks: 2, "), "{}", end.stdout);
+    assert!(end.stderr.contains("ignored: `--same_network`"), "{}", end.stderr);
+    for (text, words) in [
+        ("distributed_type: FSDP\n", "a.yaml:1: `distributed_type` cannot be `FSDP`"),
+        ("num_proceses: 2\n", "did you mean `num_processes`?"),
+        ("num_processes: [2\n", "a.yaml"),
+    ] {
+        let end = with(text, "");
+        assert_eq!(end.code, 78, "{text}: {}", end.stderr);
+        assert!(end.stderr.contains(words), "{text}: {}", end.stderr);
+    }
+    std::fs::remove_dir_all(&folder).unwrap();
+    let end = run("--config_file /nowhere.yaml check-ranks");
+    assert_eq!(end.code, 78, "{}", end.stderr);
+}
+
+#[test]
+fn streams_go_where_tee_and_redirects_say() {
+    let folder = std::env::temp_dir().join(format!("lorarun-tee-{}", std::process::id()));
+    let logs = folder.display();
+    let end = run(&format!(
+        "--num_processes 2 --log_dir {logs} -t 0:2 -r 0:1,1:3 check-ranks --rounds 2 --sizes 4kB \
+         --fault 1:1:panic"
+    ));
+    let first = std::fs::read_to_string(folder.join("rank0.log")).unwrap();
+    let second = std::fs::read_to_string(folder.join("rank1.log")).unwrap();
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert_eq!(end.code, 101, "{}", end.stderr);
+    // Rank 0's stdout went into its log alone, and so did all of rank 1.
+    assert_eq!(end.stdout, "");
+    assert!(first.starts_with("ranks: 2, host: "), "{first}");
+    assert!(second.contains("asked to panic in round 1"), "{second}");
+    assert!(!end.stderr.contains("[rank 1]"), "{}", end.stderr);
+    // One process is watched too where its output is led elsewhere.
+    let folder = std::env::temp_dir().join(format!("lorarun-one-{}", std::process::id()));
+    let end = run(&format!("--log_dir {} check-ranks --rounds 1 --sizes 4kB", folder.display()));
+    let log = std::fs::read_to_string(folder.join("rank0.log")).unwrap();
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert_eq!(end.code, 0, "{}", end.stderr);
+    assert!(log.starts_with("ranks: 1, host: ") && end.stdout == log, "{log}");
 }
 
 #[test]

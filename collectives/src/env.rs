@@ -311,15 +311,20 @@ impl Env {
     }
 }
 
+/// What `CUDA_VISIBLE_DEVICES` names: numbers or UUIDs, separated by commas.
+pub fn visible_card_names() -> Option<String> {
+    std::env::var(VISIBLE_CARDS).ok()
+}
+
 /// Number of cards that CUDA will show to the processes of this one: what `CUDA_VISIBLE_DEVICES`
 /// names, otherwise those that the kernel's driver lists. `None` where neither tells.
 pub fn visible_cards() -> Option<usize> {
-    match std::env::var(VISIBLE_CARDS) {
+    match visible_card_names() {
         // CUDA reads up to the first thing that names no card: `-1` hides the rest.
-        Ok(list) => Some(
+        Some(list) => Some(
             list.split(',').map(str::trim).take_while(|id| !id.is_empty() && *id != "-1").count(),
         ),
-        Err(_) => Some(std::fs::read_dir("/proc/driver/nvidia/gpus").ok()?.count()),
+        None => Some(std::fs::read_dir("/proc/driver/nvidia/gpus").ok()?.count()),
     }
 }
 

@@ -1,10 +1,12 @@
-//! Which card each rank uses.
+//! How many ranks there are, and which card each uses.
 //!
 //! Ranks see the cards that `CUDA_VISIBLE_DEVICES` of the launcher shows, unchanged: the numbers of
 //! `--gpu_ids` count those, as they do for `accelerate launch`. A rank learns its own by
 //! `LORARUN_CARD`; without `--gpu_ids` it is the rank's number on this host.
 
 use collectives::env::visible_cards;
+
+use crate::numa::Binding;
 
 /// What `--gpu_ids` says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +29,60 @@ impl Cards {
     }
 }
 
+/// What `--nproc_per_node` says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PerNode {
+    /// So many.
+    Count(usize),
+    /// One for each card.
+    Gpu,
+    /// One for each card where cards can be used.
+    Auto,
+    /// One, on the processor.
+    Cpu,
+}
+
+impl PerNode {
+    /// torchrun's words, or a number.
+    pub fn parse(text: &str) -> Result<PerNode, String> {
+        match text {
+            "gpu" => Ok(PerNode::Gpu),
+            "auto" => Ok(PerNode::Auto),
+            "cpu" => Ok(PerNode::Cpu),
+            _ => match text.parse() {
+                Ok(0) => Err("at least 1 is needed".to_owned()),
+                Ok(count) => Ok(PerNode::Count(count)),
+                Err(_) => Err("a whole number from 1, `gpu`, `cpu` or `auto` is needed".to_owned()),
+            },
+        }
+    }
+}
+
+/// Refuses more ranks than cards, and cards that are not there; `cards` is their number. For ranks
+/// that must have a card each.
+pub fn check(ranks: &Ranks, cards: usize) -> Result<(), String> {
+    let shown = match cards {
+        0 => "none".to_owned(),
+        cards => cards.to_string(),
+    };
+    if let Some(missing) = ranks.cards.iter().find(|card| **card >= cards) {
+        return Err(format!(
+            "`--gpu_ids` names a card that this machine does not show: {missing}\n\
+             hint: cards are counted from 0, and it shows: {shown}"
+        ));
+    }
+    if ranks.cards.is_empty() && ranks.count > cards {
+        return Err(format!(
+            "{} processes on this machine need a card each, and it shows: {shown}\n\
+             hint: `--num_processes {}`, or share a card by naming it twice: `--gpu_ids 0,0`; \
+             `--cpu` trains on the processor",
+            ranks.count,
+            cards.max(1)
+        ));
+    }
+    Ok(())
+}
+
 /// The ranks of a run and their cards.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ranks {
@@ -35,6 +91,8 @@ pub struct Ranks {
     cards: Vec<usize>,
     /// NCCL may sum between ranks that share a card.
     nccl_on_shared_card: bool,
+    /// By rank; none are bound if empty.
+    bindings: Vec<Option<Binding>>,
 }
 
 impl Ranks {
@@ -65,12 +123,22 @@ impl Ranks {
     }
 
     fn without_cards(count: usize) -> Ranks {
-        Ranks { count, cards: Vec::new(), nccl_on_shared_card: false }
+        Ranks { count, cards: Vec::new(), nccl_on_shared_card: false, bindings: Vec::new() }
     }
 
     /// The same ranks, which NCCL may join even where they share a card.
     pub fn with_nccl_on_shared_card(self, nccl_on_shared_card: bool) -> Ranks {
         Ranks { nccl_on_shared_card, ..self }
+    }
+
+    /// The same ranks, kept at these cores.
+    pub fn with_bindings(self, bindings: Vec<Option<Binding>>) -> Ranks {
+        Ranks { bindings, ..self }
+    }
+
+    /// The cores that a rank is kept at.
+    pub fn binding(&self, rank: usize) -> Option<&Binding> {
+        self.bindings.get(rank)?.as_ref()
     }
 
     /// Number of ranks.
@@ -125,6 +193,37 @@ mod tests {
         assert!(!shared.poses_as_host(0));
         let shared = shared.with_nccl_on_shared_card(true);
         assert_eq!([0, 1, 2].map(|rank| shared.poses_as_host(rank)), [true, false, true]);
+    }
+
+    #[test]
+    fn more_processes_than_cards_are_refused_with_both_numbers() {
+        let three = Ranks::new(Some(3), None).unwrap();
+        assert_eq!(check(&three, 3), Ok(()));
+        let error = check(&three, 2).unwrap_err();
+        assert!(
+            error.starts_with("3 processes on this machine need a card each, and it shows: 2\n")
+        );
+        let error = check(&three, 0).unwrap_err();
+        assert!(error.contains("and it shows: none\nhint: `--num_processes 1`"), "{error}");
+        let named = ranks(None, "0,2,0").unwrap();
+        assert_eq!(check(&named, 3), Ok(()));
+        let error = check(&named, 2).unwrap_err();
+        assert!(error.starts_with("`--gpu_ids` names a card that this machine does not show: 2\n"));
+    }
+
+    #[test]
+    fn processes_of_a_node_in_torchruns_words() {
+        for (text, meant) in [
+            ("3", PerNode::Count(3)),
+            ("gpu", PerNode::Gpu),
+            ("auto", PerNode::Auto),
+            ("cpu", PerNode::Cpu),
+        ] {
+            assert_eq!(PerNode::parse(text), Ok(meant));
+        }
+        for text in ["0", "", "tpu", "-1"] {
+            assert!(PerNode::parse(text).is_err(), "{text}");
+        }
     }
 
     #[test]

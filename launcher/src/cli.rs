@@ -4,18 +4,17 @@
 //! What follows a command belongs to it and is passed on untouched.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use collectives::{Env, MAX_RANKS, exit_code};
-
 use sha2::{Digest, Sha256};
 
-use crate::cards::{Cards, Ranks};
-use crate::job::options::JobOptions;
+use crate::cards::{PerNode, Ranks};
+use crate::intent::Intent;
+pub use crate::launch::{Launch, parse_seconds};
 use crate::site::Site;
-use crate::{check_ranks, doctor};
+use crate::{cards, check_ranks, doctor};
 
 /// `--version` says what was built, from what, by what.
 const LONG_VERSION: &str = concat!(
@@ -31,21 +30,32 @@ const LONG_VERSION: &str = concat!(
 );
 
 const AFTER_HELP: &str = "\
-Examples:
+Examples, one machine:
   lorarun train config.toml
-      one process, all CPU cores
+      one process on each card; without cards one process with all CPU cores
   lorarun --num_processes 2 train config.toml --max_train_steps 100
-      two processes on this machine that share the work; options after the config file win
+      two processes that share the work; options after the config file win
   lorarun --num_processes 4 --log_dir logs train config.toml
       as above, with what each process says in logs/rank0.log, logs/rank1.log, ...
   lorarun --gpu_ids 0,2,3 train config.toml --device cuda
       three processes, each on a card of its own
+  lorarun --config_file accelerate.yaml train config.toml
+      what accelerate was told by `accelerate config`, for this launch
   lorarun plan config.toml --vram_limit 8GB
       what that run would take of such a card, and the files it would write
   lorarun --num_processes 4 check-ranks
       do the processes reach each other, and how fast
   lorarun doctor
       which cards and libraries there are, and how to get what is missing
+
+Several machines, the same on each but for its number:
+  lorarun --nnodes 2 --node_rank 0 --master_addr gpu0 train config.toml     on gpu0
+  lorarun --nnodes 2 --node_rank 1 --master_addr gpu0 train config.toml     on gpu1
+      all cards of both; a lost process starts again from memory, at most 3 times
+  lorarun --nnodes 1:3 ... train config.toml
+      goes on with fewer machines when some are lost for good, at the same batch
+  srun --nodes 2 --ntasks-per-node 1 lorarun train config.toml
+      under Slurm, in Kubernetes and in Kubeflow the environment says all of it
 
 Ctrl-C ends politely: the current step is finished and saved. A second Ctrl-C ends at once.
 When one process fails, the others are stopped and its exit code is returned.
@@ -72,53 +82,6 @@ pub struct Cli {
     /// What they run.
     #[command(subcommand)]
     pub command: Command,
-}
-
-/// Options of the launcher itself; they come before the command.
-#[derive(Debug, Args)]
-pub struct Launch {
-    /// Number of processes (ranks), on all machines together [default: one per card of `--gpu_ids`,
-    /// else 1 on each machine]
-    #[arg(long = "num_processes", alias = "num-processes", value_name = "N",
-          value_parser = parse_count)]
-    pub num_processes: Option<usize>,
-
-    /// Cards to use, one process on each: numbers as CUDA counts them, or `all`. A card named twice
-    /// is shared by two processes
-    #[arg(long = "gpu_ids", alias = "gpu-ids", value_name = "IDS", value_parser = Cards::parse)]
-    pub gpu_ids: Option<Cards>,
-
-    /// Several nodes as one job.
-    #[command(flatten)]
-    pub job: JobOptions,
-
-    /// Number of processes on each node, where `num_processes` is not given
-    #[arg(long = "nproc_per_node", aliases = ["nproc-per-node"], value_name = "N",
-          value_parser = parse_count, conflicts_with = "num_processes")]
-    pub nproc_per_node: Option<usize>,
-
-    /// CPU threads of each process [default: CPU cores / processes]
-    #[arg(
-        long = "num_cpu_threads_per_process",
-        alias = "num-cpu-threads-per-process",
-        value_name = "T",
-        value_parser = parse_count
-    )]
-    pub num_cpu_threads_per_process: Option<usize>,
-
-    /// Folder for one log file per process, `rank0.log` and so on; lines are appended
-    #[arg(long = "log_dir", alias = "log-dir", value_name = "DIR")]
-    pub log_dir: Option<PathBuf>,
-
-    /// Seconds that one process waits for the others before it gives up
-    #[arg(
-        long = "collective_timeout",
-        alias = "collective-timeout",
-        value_name = "SECONDS",
-        default_value = "600",
-        value_parser = parse_seconds
-    )]
-    pub collective_timeout: f64,
 }
 
 /// What the ranks run.
@@ -149,30 +112,53 @@ pub struct Passed {
     /// Passed on as they are
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
     pub arguments: Vec<OsString>,
+    /// What the launcher's options add to them.
+    #[arg(skip)]
+    pub added: Vec<OsString>,
+}
+
+impl Passed {
+    /// All of them.
+    pub fn all(&self) -> Vec<OsString> {
+        [self.arguments.as_slice(), &self.added].concat()
+    }
 }
 
 impl Command {
     /// The command line that makes a rank run this: everything from the command's name on, as it
-    /// was given.
+    /// was given, and what the launcher's options add.
     pub fn arguments(&self) -> Vec<OsString> {
-        let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-        let start = command_position(&arguments);
-        arguments[start..].to_vec()
+        let mut arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+        arguments.drain(..command_position(&arguments));
+        if let Command::Train(passed) | Command::Plan(passed) = self {
+            arguments.extend(passed.added.iter().cloned());
+        }
+        arguments
     }
 }
 
 impl Cli {
     /// What no single option can know: which ranks there are, and whether the environment already
     /// says who this process is.
-    pub fn ranks(&self, env: &Env, site: &Site) -> Result<Ranks, String> {
-        let ranks = Ranks::new(self.processes_here(site)?, self.launch.gpu_ids.as_ref())?
-            .with_nccl_on_shared_card(env.nccl_on_shared_card);
+    pub fn ranks(&self, env: &Env, site: &Site, intent: &Intent) -> Result<Ranks, String> {
+        let gpu_ids = self.launch.gpu_ids.as_ref();
+        let mut processes = self.processes_here(site)?;
+        // A rank of another launcher, or one that was told its card, is one.
+        if processes.is_none() && gpu_ids.is_none() && env.world_size == 1 && env.card.is_none() {
+            processes = intent.processes();
+        }
+        let ranks =
+            Ranks::new(processes, gpu_ids)?.with_nccl_on_shared_card(env.nccl_on_shared_card);
         let count = ranks.count();
+        if let Some(cards) = intent.cards_needed(gpu_ids.is_some()) {
+            cards::check(&ranks, cards)?;
+        }
         if count > MAX_RANKS {
             return Err(format!("ranks on one host should be 1 to {MAX_RANKS}, got: {count}"));
         }
         let asked = match self.launch.num_processes {
             Some(count) => format!("--num_processes {count}"),
+            None if self.launch.nproc_per_node.is_some() => format!("--nproc_per_node {count}"),
             None => format!("--gpu_ids with {count} cards"),
         };
         let alone = match self.command {
@@ -203,13 +189,25 @@ impl Cli {
     /// Processes that this node starts, where anything says so.
     fn processes_here(&self, site: &Site) -> Result<Option<usize>, String> {
         let nodes = site.nodes.1;
-        match self.launch.num_processes {
-            Some(count) if nodes > 1 && !count.is_multiple_of(nodes) => Err(format!(
+        let on_each = |count: usize| match count.is_multiple_of(nodes) {
+            true => Ok(Some(count / nodes)),
+            false => Err(format!(
                 "`--num_processes` counts the processes of all {nodes} nodes, which must be equally \
                  many on each, got: {count}\nhint: `--nproc_per_node` counts those of one node"
             )),
-            Some(count) => Ok(Some(count / nodes)),
-            None => Ok(self.launch.nproc_per_node.or(site.processes)),
+        };
+        if let Some(count) = self.launch.num_processes {
+            return on_each(count);
+        }
+        match self.launch.nproc_per_node {
+            Some(PerNode::Count(count)) => Ok(Some(count)),
+            Some(PerNode::Cpu) => Ok(Some(1)),
+            Some(PerNode::Gpu | PerNode::Auto) => Ok(None),
+            None => match (site.processes, self.launch.file.num_processes) {
+                (Some(count), _) => Ok(Some(count)),
+                (None, Some(count)) => on_each(count),
+                (None, None) => Ok(None),
+            },
         }
     }
 }
@@ -238,32 +236,34 @@ pub fn exit_after(error: &clap::Error) -> ExitCode {
 }
 
 /// Index of the command's name: the first argument that is neither a launcher option nor the value
-/// of one. Every launcher option takes a value, `--name value` or `--name=value`.
+/// of one.
 fn command_position(arguments: &[OsString]) -> usize {
+    let definition = Cli::command();
     let mut index = 0;
     while let Some(argument) = arguments.get(index) {
         let text = argument.to_string_lossy();
-        match text.strip_prefix("--") {
-            None => break,
-            Some(option) if option.contains('=') => index += 1,
-            Some(_) => index += 2,
-        }
+        let Some(option) = text.strip_prefix('-').filter(|option| !option.is_empty()) else {
+            break;
+        };
+        index += if takes_next(&definition, option) { 2 } else { 1 };
     }
     index.min(arguments.len())
 }
 
-fn parse_count(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(0) => Err("at least 1 is needed".to_owned()),
-        Ok(count) => Ok(count),
-        Err(_) => Err("a whole number from 1 is needed".to_owned()),
-    }
-}
-
-pub(crate) fn parse_seconds(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(seconds) if seconds > 0.0 && seconds <= 1e9 => Ok(seconds),
-        _ => Err("a number of seconds above 0 is needed".to_owned()),
+/// Whether the value of an option, given without its first dash, is the next argument.
+fn takes_next(definition: &clap::Command, option: &str) -> bool {
+    let takes_value = |known: &clap::Arg| known.get_action().takes_values();
+    match option.strip_prefix('-') {
+        Some(name) if name.contains('=') => false,
+        Some(name) => definition.get_arguments().any(|known| {
+            let is_it = known.get_long() == Some(name)
+                || known.get_all_aliases().is_some_and(|aliases| aliases.contains(&name));
+            is_it && takes_value(known)
+        }),
+        // One letter; what follows it in the same word is its value.
+        None => definition.get_arguments().any(|known| {
+            known.get_short().is_some_and(|short| option == short.to_string()) && takes_value(known)
+        }),
     }
 }
 
@@ -284,6 +284,11 @@ mod tests {
             ("train a.toml", 0),
             ("--num_processes 2 train a.toml --seed 1", 2),
             ("--num-processes=2 --log_dir logs train --help", 3),
+            ("--cpu --numa_affinity train a.toml", 2),
+            ("--multi-gpu -m --nnodes 2:4 --master_addr h train --cpu", 6),
+            ("-t 3 --log-dir logs -r0:1 check-ranks", 5),
+            ("-qm --dynamo_backend no train", 3),
+            ("--enable-cpu-affinity --nproc-per-node=gpu train", 2),
             ("", 0),
         ] {
             let arguments: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
@@ -292,14 +297,15 @@ mod tests {
     }
 
     #[test]
-    fn every_launcher_option_takes_a_value() {
-        // `command_position` relies on it.
+    fn every_option_has_both_spellings() {
         for argument in Cli::command().get_arguments() {
-            let name = argument.get_id().as_str();
-            assert!(
-                matches!(name, "help" | "version") || argument.get_action().takes_values(),
-                "{name}"
-            );
+            let Some(long) = argument.get_long() else { continue };
+            let aliases = argument.get_all_aliases().unwrap_or_default();
+            let names: Vec<&str> = aliases.into_iter().chain([long]).collect();
+            for name in &names {
+                let other = name.replace('_', "-");
+                assert!(names.contains(&other.as_str()), "`--{name}` has no `--{other}`");
+            }
         }
     }
 

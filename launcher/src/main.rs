@@ -5,17 +5,24 @@
 //! `collectives::env` set; each of those lands in [`run_as_rank`]. With one process there is no
 //! second one: the launcher becomes the rank.
 
+mod accelerate_config;
+mod accepted;
 mod cards;
 mod check_ranks;
 mod cli;
 mod doctor;
 mod fault;
 mod hostlist;
+mod intent;
 mod job;
+mod launch;
 mod machine;
+mod numa;
 mod output;
+mod prepare;
 mod site;
 mod spawn;
+mod streams;
 mod summary;
 mod supervise;
 mod terminal;
@@ -30,7 +37,6 @@ use crate::cards::Ranks;
 use crate::cli::{Cli, Command};
 use crate::job::agent::Node;
 use crate::output::tell;
-use crate::site::Site;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -49,34 +55,24 @@ fn main() -> ExitCode {
 }
 
 /// Starts the ranks of this node, or becomes the only one.
-fn launch(cli: Cli, env: Env) -> i32 {
-    let usage = |message: String| {
-        tell(&format!("error: {message}"));
-        exit_code::USAGE
-    };
-    // A rank that another launcher started stands where that says.
-    let site = match env.world_size {
-        1 => Site::find(&cli.launch.job.asked(), |name| std::env::var_os(name)),
-        _ => Ok(Site::alone()),
-    };
-    let site = match site {
-        Ok(site) => site,
-        Err(message) => return usage(message),
+fn launch(mut cli: Cli, env: Env) -> i32 {
+    let (site, ranks) = match prepare::prepare(&mut cli, &env) {
+        Ok(settled) => settled,
+        Err(refusal) => {
+            tell(&format!("error: {}", refusal.message));
+            return refusal.code;
+        }
     };
     if site.task > 0 {
         // The first task of this node starts the processes of all of them.
         return exit_code::DONE;
     }
-    let ranks = match cli.ranks(&env, &site) {
-        Ok(ranks) => ranks,
-        Err(message) => return usage(message),
-    };
     let result = if site.nodes.1 > 1 {
         let (launch, command) = (&cli.launch, &cli.command);
         let policy = launch.job.policy(&site);
         let node = Node { site: &site, launch, ranks: &ranks, command, policy, token: env.token };
         job::agent::take_part(&node)
-    } else if ranks.count() == 1 {
+    } else if ranks.count() == 1 && !is_watched(&cli) {
         return run_alone(cli, &ranks, env);
     } else {
         supervise::run(&cli.launch, &ranks, &cli.command)
@@ -87,11 +83,21 @@ fn launch(cli: Cli, env: Env) -> i32 {
     })
 }
 
+/// Whether even a single rank is a process of its own: its output is led elsewhere.
+fn is_watched(cli: &Cli) -> bool {
+    let works =
+        matches!(cli.command, Command::Train(_) | Command::Plan(_) | Command::CheckRanks(_));
+    works && (cli.launch.log_dir.is_some() || cli.launch.local_ranks_filter.is_some())
+}
+
 /// Becomes the only rank.
 fn run_alone(cli: Cli, ranks: &Ranks, mut env: Env) -> i32 {
     env.card = ranks.card(0).or(env.card);
     if cli.launch.num_cpu_threads_per_process.is_some() {
         env.threads = cli.launch.num_cpu_threads_per_process;
+    }
+    if let Some(Err(error)) = ranks.binding(0).map(|binding| binding.call().make()) {
+        tell(&format!("warning: cannot keep this process at its cores: {error}"));
     }
     run_as_rank(cli.command, &env)
 }
@@ -103,9 +109,9 @@ fn run_as_rank(command: Command, env: &Env) -> i32 {
         return exit_code::FAILURE;
     }
     match command {
-        Command::Train(passed) => trainer::cli::train_main(&passed.arguments, env),
-        Command::Plan(passed) => trainer::cli::plan_main(&passed.arguments, env),
-        Command::Selftest(passed) => trainer::cli::selftest_main(&passed.arguments, env),
+        Command::Train(passed) => trainer::cli::train_main(&passed.all(), env),
+        Command::Plan(passed) => trainer::cli::plan_main(&passed.all(), env),
+        Command::Selftest(passed) => trainer::cli::selftest_main(&passed.all(), env),
         Command::CheckRanks(options) => check_ranks::run(&options, env),
         Command::Doctor(options) => doctor::run(&options),
         Command::Tool(tool) => tool.run(),

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use crate::streams::{Route, Routes};
 use crate::terminal::visible;
 
 /// Lines kept of each rank for the summary.
@@ -45,6 +46,7 @@ enum Style {
 #[derive(Clone)]
 pub struct RankOutput {
     style: Style,
+    routes: Routes,
     log: Option<Arc<Log>>,
     last_lines: Arc<Mutex<VecDeque<String>>>,
 }
@@ -68,11 +70,11 @@ struct Log {
 
 impl RankOutput {
     /// Output of `rank`, each line with `[rank n] ` before it, and copied to `log_dir/rank<n>.log`
-    /// if there is a folder.
-    pub fn new(rank: usize, log_dir: Option<&Path>) -> Result<RankOutput> {
+    /// if there is a folder; `routes` may leave out the one or the other.
+    pub fn new(rank: usize, log_dir: Option<&Path>, routes: Routes) -> Result<RankOutput> {
         let log = log_dir.map(|folder| Log::open(folder, rank).map(Arc::new)).transpose()?;
         let style = Style::Prefixed(format!("[rank {rank}] "));
-        Ok(RankOutput { style, log, last_lines: Arc::default() })
+        Ok(RankOutput { style, routes, log, last_lines: Arc::default() })
     }
 
     /// The same rank's stream whose lines stay as they are.
@@ -96,26 +98,35 @@ impl RankOutput {
         lines.iter().cloned().collect()
     }
 
+    fn route(&self, target: Target) -> Route {
+        match target {
+            Target::Stdout => self.routes.stdout,
+            Target::Stderr => self.routes.stderr,
+        }
+    }
+
     /// Passes on what was just read.
     fn pass_on_bytes(&self, bytes: &[u8], target: Target) {
-        if self.style == Style::Raw {
+        if self.style == Style::Raw && self.route(target).shown {
             target.write(bytes);
         }
     }
 
     /// Passes one complete line on, without its line end.
     fn pass_on_line(&self, line: &[u8], target: Target) {
-        let shown;
+        let remains;
         let mut line = line;
+        let Route { shown, logged } = self.route(target);
         match &self.style {
             Style::Raw => {
-                shown = visible(line);
-                line = &shown;
+                remains = visible(line);
+                line = &remains;
             }
+            _ if !shown => {}
             Style::Plain => target.write(&[line, b"\n"].concat()),
             Style::Prefixed(prefix) => target.write(&[prefix.as_bytes(), line, b"\n"].concat()),
         }
-        if let Some(log) = &self.log {
+        if let Some(log) = self.log.as_ref().filter(|_| logged) {
             log.append(line);
         }
         let mut lines = self.last_lines.lock().unwrap_or_else(PoisonError::into_inner);
@@ -162,6 +173,20 @@ impl Log {
             *file = None;
         }
     }
+}
+
+/// Makes the log folder and writes a file in it for a moment: what cannot be logged should be known
+/// before a run begins.
+pub fn check_log_folder(folder: &Path) -> Result<()> {
+    let failed = || {
+        format!(
+            "cannot write logs to the folder: {}\nhint: `--log_dir` names another one",
+            folder.display()
+        )
+    };
+    std::fs::create_dir_all(folder).with_context(failed)?;
+    let trial = folder.join(format!(".trial-{}", std::process::id()));
+    std::fs::write(&trial, b"").and_then(|()| std::fs::remove_file(&trial)).with_context(failed)
 }
 
 /// The threads that read the ranks' streams.

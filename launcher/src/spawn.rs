@@ -13,6 +13,7 @@ use collectives::Env;
 use collectives::env::nccl_defaults_on_shared_card;
 use tokio::process::{Child, Command};
 
+use crate::numa::{Binding, Call};
 use crate::terminal;
 
 /// Everything that makes a process a rank.
@@ -21,6 +22,8 @@ pub struct WorkerSpec {
     pub env: Env,
     /// Whether NCCL shall take it for a host of its own.
     pub poses_as_host: bool,
+    /// Cores that it is kept at.
+    pub binding: Option<Binding>,
     /// Command line behind the program's name.
     pub arguments: Vec<OsString>,
     /// Where its stdout goes.
@@ -71,8 +74,9 @@ impl WorkerSpec {
         command.stdin(Stdio::null()).stdout(out).stderr(err).process_group(0).kill_on_drop(true);
         let inherited = [self.env.segment_fd, self.env.meeting_fd, self.env.snapshot_fd];
         let parent = std::process::id() as libc::pid_t;
+        let call = self.binding.as_ref().map(Binding::call);
         // SAFETY: the closure runs between fork and exec and calls async-signal-safe functions only.
-        unsafe { command.pre_exec(move || prepare_child(parent, inherited)) };
+        unsafe { command.pre_exec(move || prepare_child(parent, inherited, call.as_ref())) };
         let child = command.spawn().with_context(|| format!("cannot start rank {rank}"))?;
         // A child that was not waited for has an id.
         let pid = child.id().context("a rank ended before it was started")? as i32;
@@ -98,7 +102,14 @@ impl Channel {
 }
 
 /// Runs in the child before the program is replaced.
-fn prepare_child(parent: libc::pid_t, inherited: [Option<RawFd>; 3]) -> std::io::Result<()> {
+fn prepare_child(
+    parent: libc::pid_t,
+    inherited: [Option<RawFd>; 3],
+    binding: Option<&Call>,
+) -> std::io::Result<()> {
+    if let Some(call) = binding {
+        call.make()?;
+    }
     // SAFETY: async-signal-safe calls with plain integers.
     unsafe {
         if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {

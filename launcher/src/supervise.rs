@@ -20,6 +20,7 @@ use crate::cli::{Command, Launch};
 use crate::job::coordinator::Failure;
 use crate::output::{Pumps, RankOutput, Target, tell};
 use crate::spawn::{Channel, WorkerSpec};
+use crate::streams::Routes;
 use crate::summary::{
     Ending, Status, describe_failure, exit_code_of, first_failure, is_failure, signal_name,
 };
@@ -274,18 +275,19 @@ fn start(
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     let threads = launch.num_cpu_threads_per_process.unwrap_or((cores / count).max(1));
     let terminal = std::io::stderr().is_terminal();
-    let logged = launch.log_dir.is_some();
     let mut workers = Vec::new();
     for local_rank in 0..count {
         let rank = first_rank + local_rank;
+        let routes = Routes::of(launch, local_rank);
+        let captured = launch.log_dir.is_some() || !routes.show_all();
         // Rank 0 draws its progress bar on the terminal, and its stdout is the run's data.
-        let (stdout, stderr) = match (rank, terminal, logged) {
+        let (stdout, stderr) = match (rank, terminal, captured) {
             (0, true, false) => (Channel::Inherited, Channel::Inherited),
             (0, true, true) => (Channel::Pipe, Channel::Terminal),
             (0, false, false) => (Channel::Inherited, Channel::Pipe),
             _ => (Channel::Pipe, Channel::Pipe),
         };
-        let output = RankOutput::new(rank, launch.log_dir.as_deref())?;
+        let output = RankOutput::new(rank, launch.log_dir.as_deref(), routes)?;
         let snapshots = place.snapshots.as_ref().filter(|_| local_rank == 0);
         let worker = WorkerSpec {
             env: Env {
@@ -309,6 +311,7 @@ fn start(
                 ..Env::single()
             },
             poses_as_host: places.poses_as_host(local_rank),
+            binding: places.binding(local_rank).cloned(),
             arguments: command.arguments(),
             stdout,
             stderr,
