@@ -19,6 +19,7 @@
 //! - `tools`: the offline tools as commands, beside sd-scripts' results
 //! - `validation`: it changes nothing and is the same on any number of ranks; logs
 //! - `watch`: steps that are not finite are left out; the average of the weights
+//! - `world_sizes`: a run keeps its batch whatever number of processes goes on with it
 
 mod card_runs;
 mod equality;
@@ -39,3 +40,4 @@ mod selftest;
 mod tools;
 mod validation;
 mod watch;
+mod world_sizes;

@@ -70,6 +70,7 @@ mod tests {
             index: 2,
             step: 1,
             size: (256, 192),
+            part: 0,
             global_count: 4,
             full_share: 2,
             samples: vec![sample],

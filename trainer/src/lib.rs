@@ -45,3 +45,4 @@ pub mod step;
 pub mod train;
 pub mod validation;
 pub mod watch;
+pub mod world;

@@ -16,13 +16,14 @@ use crate::network::{PreparedNetwork, trains};
 use crate::optimizer::Choice;
 use crate::options::Options;
 use crate::rng::{Purpose, stream};
+use crate::world::World;
 
 /// A resolved run.
 pub struct Plan {
     /// Start of all random numbers.
     pub seed: u64,
     /// Ranks.
-    pub world_size: usize,
+    pub world: World,
     /// Optimizer steps of the run.
     pub steps: usize,
     /// Epochs of the run; the last one may be cut short by `steps`.
@@ -74,15 +75,15 @@ pub fn choose_seed(options: &Options) -> u64 {
 }
 
 impl Plan {
-    /// Resolves a run on `world_size` ranks.
+    /// Resolves a run on the ranks of `world`.
     pub fn new(
         options: &Options,
         group: &DatasetGroup,
         base: &Base,
         seed: u64,
-        world_size: usize,
+        world: World,
     ) -> Result<Self> {
-        let sampler = Sampler::new(group, seed, world_size, options.gradient_accumulation_steps);
+        let sampler = Sampler::new(group, seed, world.full, options.gradient_accumulation_steps);
         let steps_per_epoch = sampler.steps_per_epoch();
         if steps_per_epoch == 0 {
             bail!("the datasets hold no images\nhint: check `image_dir` and `num_repeats`");
@@ -97,7 +98,7 @@ impl Plan {
         let epochs = steps.div_ceil(steps_per_epoch);
         Ok(Self {
             seed,
-            world_size,
+            world,
             steps,
             epochs,
             steps_per_epoch,
@@ -111,7 +112,7 @@ impl Plan {
 
     /// The same run on what turned out to be there of its images.
     pub fn again(self, options: &Options, group: &DatasetGroup, base: &Base) -> Result<Self> {
-        let counted = Self::new(options, group, base, self.seed, self.world_size)?;
+        let counted = Self::new(options, group, base, self.seed, self.world)?;
         Ok(Self { checkpointing: self.checkpointing, ..counted })
     }
 }
@@ -142,21 +143,12 @@ pub fn describe(
     let network = &prepared.network;
     add("base model", format!("{} ({})", base.files.path.display(), base.files.family.title()));
     let accumulation = options.gradient_accumulation_steps;
-    let sampler = Sampler::new(group, plan.seed, plan.world_size, accumulation);
+    let sampler = Sampler::new(group, plan.seed, plan.world.full, accumulation);
     for (name, value) in group.summary(&sampler) {
         add(&name, value);
     }
     let batch = group.datasets.first().map_or(1, |dataset| dataset.plan.options.batch_size);
-    add(
-        "batch",
-        format!(
-            "{batch} a rank, {} rank{}, {} accumulated: {} images a step",
-            plan.world_size,
-            if plan.world_size == 1 { "" } else { "s" },
-            options.gradient_accumulation_steps,
-            batch * plan.world_size * options.gradient_accumulation_steps
-        ),
-    );
+    add("batch", plan.world.describe(batch, accumulation));
     add(
         "length",
         format!(
@@ -200,7 +192,10 @@ pub fn describe(
         }
         None => {
             add("arithmetic", format!("{precision} on {}", base.device));
-            add("memory", describe_memory(&estimate_memory(options, group, base, prepared)));
+            add(
+                "memory",
+                describe_memory(&estimate_memory(options, (group, plan.world), base, prepared)),
+            );
         }
     }
     add("seed", plan.seed.to_string());
@@ -239,7 +234,7 @@ fn describe_main_memory(base: &Base, prepared: &PreparedNetwork) -> String {
 /// What a rank of this run will take.
 pub fn estimate_memory(
     options: &Options,
-    group: &DatasetGroup,
+    (group, world): (&DatasetGroup, World),
     base: &Base,
     prepared: &PreparedNetwork,
 ) -> Estimate {
@@ -252,7 +247,7 @@ pub fn estimate_memory(
         .datasets
         .iter()
         .flat_map(|dataset| {
-            let samples = dataset.plan.options.batch_size;
+            let samples = world.at_once(dataset.plan.options.batch_size);
             dataset.buckets.iter().map(move |bucket| {
                 (samples, bucket.size.0 as usize / 8 * (bucket.size.1 as usize / 8))
             })

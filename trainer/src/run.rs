@@ -44,6 +44,7 @@ use crate::step::Models;
 use crate::train::{Ending, Trainer};
 use crate::validation::Validation;
 use crate::watch::Watch;
+use crate::world::World;
 
 /// Shortest time between two lines about the cache.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
@@ -106,15 +107,21 @@ impl Run {
         }
         let comm = Comm::connect(env).context("connect the ranks")?;
         comm.enter_phase(Phase::Loading);
+        let resume = Resume::find(&options, &comm)?;
+        let world = World::choose(
+            &options,
+            &group.batch_sizes(),
+            resume.as_ref().and_then(Resume::facts),
+            env,
+        )?;
         if options.reproducible {
             reproducible::check(comm.world_size())?;
         }
-        let resume = Resume::find(&options, &comm)?;
         let seed = agree_on_seed(&options, resume.as_ref(), &comm)?;
         let prepared = PreparedNetwork::new(&options, &base, seed)?;
         let card = match Target::find(&options, device) {
             Some(target) => {
-                let groups = (&group, held_out.as_ref());
+                let groups = (&group, held_out.as_ref(), world);
                 Some(plan_run(&options, &base, groups, &prepared, &target.agree(&comm)?)?)
             }
             None => None,
@@ -123,7 +130,7 @@ impl Run {
             card.apply(&mut options);
             base.store(&options);
         }
-        let mut plan = Plan::new(&options, &group, &base, seed, comm.world_size())?;
+        let mut plan = Plan::new(&options, &group, &base, seed, world)?;
         if let Some(card) = &card {
             plan.checkpointing = card.chosen.checkpointing.clone();
         }
@@ -131,7 +138,7 @@ impl Run {
         let rows: Vec<(&str, String)> = rows.iter().map(|(k, v)| (k.as_str(), v.clone())).collect();
         let summary = format_summary("plan", &rows);
         let facts = run_facts(&options, &plan, &base, &prepared.network, &group)?;
-        let start = state::begin(resume.as_ref(), &options, &facts, &plan)?;
+        let start = state::begin(resume.as_ref(), &options, &facts, (&plan, &group))?;
         Ok(Self {
             options,
             comm,
@@ -160,7 +167,8 @@ impl Run {
             );
         }
         if self.card.is_none() {
-            let need = estimate_memory(options, &self.group, base, &self.prepared).total();
+            let need =
+                estimate_memory(options, (&self.group, plan.world), base, &self.prepared).total();
             let hint = "lower the batch size or the resolution, or set \
                         `gradient_checkpointing`, `mixed_precision = \"bf16\"`";
             refuse_beyond_memory("the ranks of this run", need * comm.world_size(), hint)?;
@@ -247,7 +255,7 @@ impl Run {
         let plan = plan.again(&options, &group, &base)?;
         if facts.data.steps_per_epoch != plan.steps_per_epoch {
             facts.data.steps_per_epoch = plan.steps_per_epoch;
-            start = state::begin_again(resume.as_ref(), &options, &facts.data, &plan)?;
+            start = state::begin_again(resume.as_ref(), &options, &facts.data, (&plan, &group))?;
         }
         let mut loaded = resume.map(|resume| resume.load(&comm)).transpose()?;
         if let Some(loaded) = &mut loaded {
@@ -467,7 +475,7 @@ fn loader_parts(
     plan: &Plan,
 ) -> Result<(LoaderParts, LoaderOptions)> {
     let accumulation = options.gradient_accumulation_steps;
-    let sampler = Sampler::new(&group, plan.seed, plan.world_size, accumulation);
+    let sampler = Sampler::new(&group, plan.seed, plan.world.full, accumulation);
     let token_length = options.max_token_length.map(|length| length as u32);
     let token_length =
         TokenLength::from_option(token_length).context("`max_token_length` must be 150 or 225")?;
@@ -477,7 +485,7 @@ fn loader_parts(
         LoaderParts { group, sampler: Arc::new(sampler), tokenizer: Arc::new(tokenizer), latents };
     let options = LoaderOptions {
         rank: env.rank,
-        world_size: env.world_size,
+        world: plan.world,
         seed: plan.seed,
         max_train_steps: plan.steps as u64,
         first_step: 0,

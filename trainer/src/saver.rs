@@ -170,7 +170,7 @@ fn run_facts(
         optimizer_name: plan.optimizer.class.clone(),
         optimizer_args: plan.optimizer.python_text.clone(),
         total_batch_size: dataset.batch_size
-            * plan.world_size
+            * plan.world.full
             * options.gradient_accumulation_steps,
         resolution: dataset.resolution,
         base_model: model_facts(&base.files)?,

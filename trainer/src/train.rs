@@ -227,7 +227,7 @@ impl Trainer<'_> {
         let mut images = 0;
         for _ in 1..micro_steps {
             let batch = loader.next_batch()?;
-            images += batch.global_count;
+            images += batch.new_samples();
             loss += self.micro_step(&batch, &mut samples, &mut |id, g| gradients.add(id, &g))?;
         }
         let batch = loader.next_batch()?;
@@ -241,7 +241,7 @@ impl Trainer<'_> {
             stop: f32::from(u8::from(signals::stop_requested())),
         };
         let agreed = reduction.finish(own)?;
-        Ok(Summed { samples, images: images + batch.global_count, agreed })
+        Ok(Summed { samples, images: images + batch.new_samples(), agreed })
     }
 
     /// The same, summed in an order that does not depend on the number of ranks.
@@ -259,7 +259,7 @@ impl Trainer<'_> {
             let mut one = |one: &Batch, ready: &mut Ready| self.micro_step(one, samples, ready);
             let agreed = reproducible::add_batch(&batch, gradients, self.comm, &mut one)?;
             sum.agreed = sum.agreed + agreed;
-            sum.images += batch.global_count;
+            sum.images += batch.new_samples();
         }
         Ok(sum)
     }

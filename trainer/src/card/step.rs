@@ -160,7 +160,7 @@ impl Trainer<'_> {
         work.reducer.arm(self.comm);
         let result = self.give_and_read((step, micro_steps), loader, work);
         let (given, results, samples) = work.reducer.conclude(result)?;
-        let images = given.iter().map(|given| given.batch.global_count).sum();
+        let images = given.iter().map(|given| given.batch.new_samples()).sum();
         let mut report = StepReport {
             loss: None,
             samples,
@@ -191,7 +191,8 @@ impl Trainer<'_> {
         let on_card = self.optimizer.on_card().is_some();
         // Sums over the host cannot be captured; without captures they can be part of the work, too.
         let sums_in_work = work.reducer.is_on_cards() || self.options.no_cuda_graph;
-        let in_one = self.options.gradient_accumulation_steps == 1 && sums_in_work;
+        let passes = self.options.gradient_accumulation_steps * self.plan.world.micro_steps();
+        let in_one = passes == 1 && sums_in_work;
         let (given, clip) = match in_one && on_card {
             true => self.give_whole(step, loader, work)?,
             false => self.give_in_parts((step, micro_steps), loader, work)?,

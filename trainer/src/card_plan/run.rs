@@ -13,6 +13,7 @@ use crate::encoded::constant_captions;
 use crate::network::PreparedNetwork;
 use crate::options::Options;
 use crate::precision::{compute_type, vae_type};
+use crate::world::World;
 
 /// Names of AdamW whose state can be kept in 8 bits instead.
 const ADAMW: [&str; 3] = ["AdamW", "PagedAdamW", "PagedAdamW32bit"];
@@ -56,7 +57,7 @@ impl Target {
 pub fn plan_run(
     options: &Options,
     base: &Base,
-    (group, held_out): (&DatasetGroup, Option<&DatasetGroup>),
+    (group, held_out, world): (&DatasetGroup, Option<&DatasetGroup>, World),
     prepared: &PreparedNetwork,
     target: &Target,
 ) -> Result<CardPlan> {
@@ -81,7 +82,9 @@ pub fn plan_run(
         weighted: options.weighted_captions,
         masked: options.alpha_mask || options.masked_loss,
     };
-    let shapes = step_shapes(options, group)?;
+    // A validation takes whole batches, whatever a rank's share of one is.
+    let at_once = |size: usize| if held_out.is_some() { size } else { world.at_once(size) };
+    let shapes = step_shapes(options, group, &at_once)?;
     let caching = options.cache_latents || options.cache_latents_to_disk;
     let together = match (caching, options.reproducible) {
         (true, false) => Some(options.vae_batch_size.max(1)),
@@ -118,7 +121,11 @@ pub fn plan_run(
 }
 
 /// The shapes of all batches of a run.
-fn step_shapes(options: &Options, group: &DatasetGroup) -> Result<Vec<StepShape>> {
+fn step_shapes(
+    options: &Options,
+    group: &DatasetGroup,
+    at_once: &dyn Fn(usize) -> usize,
+) -> Result<Vec<StepShape>> {
     let length = options.max_token_length.map(|length| length as u32);
     let chunks =
         TokenLength::from_option(length).context("`max_token_length` must be 150 or 225")?.chunks();
@@ -126,7 +133,7 @@ fn step_shapes(options: &Options, group: &DatasetGroup) -> Result<Vec<StepShape>
         .datasets
         .iter()
         .flat_map(|dataset| {
-            let batch = dataset.plan.options.batch_size;
+            let batch = at_once(dataset.plan.options.batch_size);
             // A rank's part of a bucket that holds fewer images than a batch is as small.
             dataset.buckets.iter().filter(|bucket| !bucket.items.is_empty()).map(move |bucket| {
                 let (width, height) = (bucket.size.0 as usize / 8, bucket.size.1 as usize / 8);

@@ -163,6 +163,11 @@ impl DatasetGroup {
         Ok(Self { datasets: rest, from_user_config, warnings })
     }
 
+    /// Images in a batch of one rank, for each dataset.
+    pub fn batch_sizes(&self) -> Vec<usize> {
+        self.datasets.iter().map(|dataset| dataset.plan.options.batch_size.max(1)).collect()
+    }
+
     /// The image of (dataset, image).
     pub fn image(&self, dataset: u32, image: u32) -> Option<&ImageEntry> {
         self.datasets.get(dataset as usize)?.images.get(image as usize)

@@ -15,6 +15,7 @@ use super::ordered::Ordered;
 use super::picture::{LATENT_SCALE, Picture, Variation, is_flipped, prepare};
 use super::tokenizer::{CHUNK, ClipTokenizer, TokenLength};
 use crate::rng::{Purpose, stream};
+use crate::world::World;
 use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -59,8 +60,8 @@ impl LoaderParts {
 pub struct LoaderOptions {
     /// This rank.
     pub rank: usize,
-    /// Number of ranks.
-    pub world_size: usize,
+    /// The ranks, and how they share a batch.
+    pub world: World,
     /// Seed of the run.
     pub seed: u64,
     /// Optimizer steps of the whole run; batches end with the last of them.
@@ -74,8 +75,15 @@ pub struct LoaderOptions {
     /// `weighted_captions`: brackets in captions are weights.
     pub weighted_captions: bool,
     /// `reproducible`: the samples of a smaller last batch fill the ranks one after the other
-    /// instead of evenly.
+    /// instead of evenly, and a rank's share comes in one piece: its samples are computed one by one.
     pub fill_ranks: bool,
+}
+
+impl LoaderOptions {
+    /// Parts in which a rank gets its share of a global batch.
+    fn parts(&self) -> usize {
+        if self.fill_ranks { 1 } else { self.world.micro_steps() }
+    }
 }
 
 /// Threads of a loader: `max_data_loader_n_workers`, at most one less than this rank's share of the
@@ -116,11 +124,13 @@ pub struct Batch {
     pub step: u64,
     /// Width and height in pixels.
     pub size: Size,
-    /// Samples of all ranks: what the sum of losses is divided by.
+    /// Which part of this rank's share of the global batch, from 0: a micro-step each.
+    pub part: usize,
+    /// Samples of all ranks in the global batch: what the sum of losses is divided by.
     pub global_count: usize,
-    /// Samples of a full batch of one rank.
+    /// Samples of one rank in a full global batch.
     pub full_share: usize,
-    /// This rank's samples; may be empty where `global_count` is less than the number of ranks.
+    /// This rank's samples; may be empty where there are fewer than ranks or micro-steps.
     pub samples: Vec<SampleMeta>,
     /// RGB in [-1,1], `[B, height, width, 3]`; without a latent cache.
     pub images: Option<Vec<f32>>,
@@ -138,6 +148,11 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// Samples of all ranks, told by one of the parts of a global batch.
+    pub fn new_samples(&self) -> usize {
+        if self.part == 0 { self.global_count } else { 0 }
+    }
+
     /// A batch of sample `index` alone, which counts in the global batch as before.
     pub fn sample(&self, index: usize) -> Batch {
         let count = self.samples.len().max(1);
@@ -162,8 +177,10 @@ impl Batch {
 pub struct Loader {
     prepared: Ordered<Result<Batch, DatasetError>>,
     sampler: Arc<Sampler>,
-    /// Epoch and batch of the next batch.
-    position: (u64, usize),
+    /// Parts of a global batch.
+    parts: usize,
+    /// Epoch, batch and part of the next batch.
+    position: (u64, usize, usize),
 }
 
 impl Loader {
@@ -179,22 +196,24 @@ impl Loader {
         let first = epoch * per_epoch + range.start as u64;
         let end = end_epoch * per_epoch + end_range.start as u64;
         let workers = options.workers.max(1);
+        let parts_of_batch = options.parts();
         let maker = BatchMaker::new(parts, options);
         let make = move |job: u64| {
-            let number = first + job;
-            maker.make(number / per_epoch, (number % per_epoch) as usize)
+            let number = first + job / parts_of_batch as u64;
+            let part = (job % parts_of_batch as u64) as usize;
+            maker.make(number / per_epoch, (number % per_epoch) as usize, part)
         };
-        let jobs = end.saturating_sub(first);
+        let jobs = end.saturating_sub(first) * parts_of_batch as u64;
         let prepared = Ordered::start(jobs, workers, workers * 2, make).map_err(|error| {
             DatasetError::file("start a data loading thread", Path::new(""), error)
         })?;
-        Ok(Self { prepared, sampler, position: (epoch, range.start) })
+        Ok(Self { prepared, sampler, parts: parts_of_batch, position: (epoch, range.start, 0) })
     }
 
-    /// Micro-steps of optimizer step `step` (from 0): `gradient_accumulation_steps`, or what is left
-    /// at the end of an epoch.
+    /// Micro-steps of optimizer step `step` (from 0), the same number on all ranks: the parts of
+    /// `gradient_accumulation_steps` global batches, or of what is left at the end of an epoch.
     pub fn batches_in_step(&self, step: usize) -> usize {
-        self.sampler.batches_of_step(step as u64).1.len()
+        self.sampler.batches_of_step(step as u64).1.len() * self.parts
     }
 
     /// The next batch of this rank, waiting for it.
@@ -202,10 +221,11 @@ impl Loader {
     /// # Errors
     /// A file that went bad or away since the run began; asking beyond the last step.
     pub fn next_batch(&mut self) -> Result<Batch, DatasetError> {
-        let (epoch, batch) = self.position;
+        let (epoch, batch, part) = self.position;
         self.position = match batch + 1 < self.sampler.batches_per_epoch() {
-            true => (epoch, batch + 1),
-            false => (epoch + 1, 0),
+            _ if part + 1 < self.parts => (epoch, batch, part + 1),
+            true => (epoch, batch + 1, 0),
+            false => (epoch + 1, 0, 0),
         };
         let failure =
             |message| DatasetError::Worker { epoch: epoch + 1, batch: batch + 1, message };
@@ -256,21 +276,31 @@ impl BatchMaker {
         order
     }
 
-    fn make(&self, epoch: u64, index: usize) -> Result<Batch, DatasetError> {
+    fn make(&self, epoch: u64, index: usize, part: usize) -> Result<Batch, DatasetError> {
         let order = self.order_of(epoch);
         let global = &order[index];
-        let keys = match self.options.fill_ranks {
-            true => global.filled_rank_samples(self.options.rank, self.full_share(global)),
-            false => global.rank_samples(self.options.rank, self.options.world_size),
+        let LoaderOptions { rank, world, fill_ranks, .. } = self.options;
+        let keys = match fill_ranks {
+            true => global.filled_rank_samples(rank, self.full_share(global)),
+            false => {
+                let own = global.rank_samples(rank, world.ranks);
+                let bound = |part: usize| (part * self.batch_size(global)).min(own.len());
+                &own[bound(part)..bound(part + 1)]
+            }
         };
         let step = self.parts.sampler.step_of_batch(epoch, index);
-        self.fill(global, keys, (epoch, index, step))
+        Ok(Batch { part, ..self.fill(global, keys, (epoch, index, step))? })
     }
 
-    /// Samples of a full batch of one rank.
-    fn full_share(&self, global: &GlobalBatch) -> usize {
+    /// The most samples that a rank computes at once.
+    fn batch_size(&self, global: &GlobalBatch) -> usize {
         let dataset = &self.parts.group.datasets[global.dataset as usize];
         dataset.plan.options.batch_size.max(1)
+    }
+
+    /// Samples of one rank in a full global batch.
+    fn full_share(&self, global: &GlobalBatch) -> usize {
+        self.options.world.share(self.batch_size(global))
     }
 
     /// The batch of the samples `keys` out of `global`.
@@ -285,6 +315,7 @@ impl BatchMaker {
             index,
             step,
             size: global.size,
+            part: 0,
             global_count: global.samples.len(),
             full_share: self.full_share(global),
             samples: Vec::with_capacity(keys.len()),

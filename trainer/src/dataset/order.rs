@@ -4,6 +4,9 @@
 //! `b * w` samples of one bucket, and rank `r` takes its part of each. So 1 rank of batch 4, 2 ranks
 //! of batch 2 and 4 ranks of batch 1 see the same batches of the same samples in the same order.
 //!
+//! `w` is the number of ranks that the run is made for; where fewer or more are there
+//! ([`World`](crate::world::World)), they share the same global batches.
+//!
 //! **Rest.** The last batch of a bucket may be smaller. Its samples are spread as evenly as
 //! possible; a rank may get none, takes part in every collective all the same, and weighs what it
 //! has: a sum over its samples divided by the count of the *global* batch, which makes the sum over
@@ -81,17 +84,30 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// A sampler over all buckets of `group`, for `world_size` ranks and
-    /// `gradient_accumulation_steps` micro-steps to a step (both at least 1; 0 counts as 1).
+    /// A sampler over all buckets of `group`, for a run made for `world_size` ranks and
+    /// `gradient_accumulation_steps` batches to a step (both at least 1; 0 counts as 1).
     pub fn new(
         group: &DatasetGroup,
         seed: u64,
         world_size: usize,
         gradient_accumulation_steps: usize,
     ) -> Self {
+        let sizes = group.batch_sizes().into_iter();
+        let global_batches: Vec<usize> = sizes.map(|size| size * world_size.max(1)).collect();
+        Self::with_global_batches(group, seed, &global_batches, gradient_accumulation_steps)
+    }
+
+    /// The same for global batches of so many samples in each dataset.
+    pub fn with_global_batches(
+        group: &DatasetGroup,
+        seed: u64,
+        global_batches: &[usize],
+        gradient_accumulation_steps: usize,
+    ) -> Self {
         let mut pools = Vec::new();
-        for (number, dataset) in group.datasets.iter().enumerate() {
-            let global_batch = dataset.plan.options.batch_size.max(1) * world_size.max(1);
+        let of_datasets = group.datasets.iter().zip(global_batches).enumerate();
+        for (number, (dataset, global_batch)) in of_datasets {
+            let global_batch = (*global_batch).max(1);
             for bucket in &dataset.buckets {
                 pools.push(Pool {
                     dataset: number as u32,
@@ -125,7 +141,7 @@ impl Sampler {
         self.batches_per_epoch.div_ceil(self.accumulation)
     }
 
-    /// Micro-steps to a step.
+    /// Global batches to a step.
     pub fn gradient_accumulation_steps(&self) -> usize {
         self.accumulation
     }
@@ -140,6 +156,30 @@ impl Sampler {
     /// Optimizer step (from 0) that batch `batch` of `epoch` (both from 0) belongs to.
     pub fn step_of_batch(&self, epoch: u64, batch: usize) -> u64 {
         epoch * self.steps_per_epoch() as u64 + (batch / self.accumulation) as u64
+    }
+
+    /// Samples that the optimizer steps before `step` (from 0) use.
+    pub fn samples_before(&self, step: u64) -> u64 {
+        let (epoch, batches) = self.batches_of_step(step);
+        let order = self.epoch(epoch);
+        let used: usize = order[..batches.start].iter().map(|batch| batch.samples.len()).sum();
+        epoch * self.samples_per_epoch + used as u64
+    }
+
+    /// The last optimizer step (from 0) before which at most `samples` samples are used.
+    pub fn step_at(&self, samples: u64) -> u64 {
+        let per_epoch = self.samples_per_epoch.max(1);
+        let (epoch, mut left) = (samples / per_epoch, samples % per_epoch);
+        let mut step = epoch * self.steps_per_epoch() as u64;
+        for batches in self.epoch(epoch).chunks(self.accumulation) {
+            let used = batches.iter().map(|batch| batch.samples.len() as u64).sum::<u64>();
+            if used > left {
+                break;
+            }
+            left -= used;
+            step += 1;
+        }
+        step
     }
 
     /// All batches of an epoch (from 0): every bucket shuffled and cut, then the batches shuffled.
@@ -222,6 +262,23 @@ mod tests {
                 let counts: Vec<usize> =
                     (0..world_size).map(|rank| batch.rank_range(rank, world_size).len()).collect();
                 assert!(counts.iter().max().unwrap() - counts.iter().min().unwrap() <= 1);
+            }
+        }
+    }
+
+    #[test]
+    fn samples_and_steps_find_each_other_whatever_the_batch() {
+        for sampler in [sampler(2, 2, 1), sampler(1, 3, 2), sampler(1, 7, 1)] {
+            let per_epoch = sampler.steps_per_epoch() as u64;
+            assert_eq!(sampler.samples_before(0), 0);
+            assert_eq!(sampler.samples_before(3 * per_epoch), 3 * 18);
+            for step in 0..2 * per_epoch {
+                let (before, after) =
+                    (sampler.samples_before(step), sampler.samples_before(step + 1));
+                assert!(before < after);
+                for samples in before..after {
+                    assert_eq!(sampler.step_at(samples), step, "{samples}");
+                }
             }
         }
     }

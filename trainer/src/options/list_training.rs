@@ -11,6 +11,13 @@ macro_rules! training_options {
         /// Add up the gradients of this many batches before a step. Default 1. Acts like a larger
         /// batch without its memory.
         gradient_accumulation_steps: usize = 1, Supported;
+        /// Let a run that goes on from a state take the batch that this config and this number of
+        /// processes make. (Without it the images of a step stay those of the state: fewer or more
+        /// processes share them, and a number that cannot share them evenly is refused.) It goes on
+        /// at the step whose images begin nearest at or before those that were seen; until the epoch
+        /// ends some images can come twice or not at all. Steps and the learning rate's schedule
+        /// follow the new count, epochs stay epochs.
+        allow_batch_change: bool = false, Supported;
         /// Start of all random numbers. The same seed and config give the same file. Default: a
         /// random one, written to the log and the file.
         seed: Option<u64> = None, Supported;

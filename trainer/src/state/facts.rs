@@ -1,6 +1,7 @@
 //! What `state.json` says about the run that wrote it. No number in it is a fraction: what must be
 //! exact and is not whole lies in the tensor files.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
@@ -25,7 +26,8 @@ pub struct Facts {
     pub schedule_offset: i64,
     /// Seed: with the step, the state of all random numbers.
     pub seed: u64,
-    /// Ranks of the run, for people: nothing depends on it.
+    /// Ranks whose batches make the global batches of the run. Fewer or more can have written the
+    /// state: what it holds does not depend on that.
     pub ranks: usize,
     /// What the state belongs to.
     pub run: RunFacts,
@@ -65,6 +67,14 @@ pub struct DataFacts {
     pub global_batches: Vec<usize>,
     /// Micro-steps of a step.
     pub accumulation: usize,
+}
+
+impl Facts {
+    /// Which of two states is further, counted in epochs.
+    pub fn cmp_epochs(&self, other: &Facts) -> Ordering {
+        let per_epoch = |facts: &Facts| facts.run.data.steps_per_epoch.max(1) as u128;
+        (self.step as u128 * per_epoch(other)).cmp(&(other.step as u128 * per_epoch(self)))
+    }
 }
 
 impl DataFacts {

@@ -58,7 +58,11 @@ pub fn newest(saving: &Saving) -> Result<Option<Found>> {
             Err(error) => skip(&error),
         }
     }
-    states.sort_by(|a, b| (a.facts.step, &a.path).cmp(&(b.facts.step, &b.path)));
+    // Steps of another batch size count differently; epochs do not.
+    states.sort_by(|a, b| {
+        let epochs = a.facts.cmp_epochs(&b.facts);
+        epochs.then((a.facts.step, &a.path).cmp(&(b.facts.step, &b.path)))
+    });
     while let Some(state) = states.pop() {
         match state.read() {
             Ok(_) => return Ok(Some(Found::Own(Box::new(state)))),

@@ -19,7 +19,7 @@ const HASHED_BYTES: usize = 4096;
 
 /// Options that are compared more exactly elsewhere, or only say where things lie and how fast they
 /// go.
-const PRIVATE: [&str; 22] = [
+const PRIVATE: [&str; 23] = [
     "seed",
     "pretrained_model_name_or_path",
     "network_weights",
@@ -27,6 +27,7 @@ const PRIVATE: [&str; 22] = [
     "optimizer_type",
     "train_batch_size",
     "gradient_accumulation_steps",
+    "allow_batch_change",
     "gradient_checkpointing",
     "dataset_config",
     "train_data_dir",
@@ -102,16 +103,16 @@ pub fn data_facts(group: &DatasetGroup, plan: &Plan, options: &Options) -> DataF
         }
     }
     let accumulation = options.gradient_accumulation_steps;
-    let sampler = Sampler::new(group, plan.seed, plan.world_size, accumulation);
+    let sampler = Sampler::new(group, plan.seed, plan.world.full, accumulation);
     DataFacts {
         images_hash: hex(images),
         captions_hash: hex(captions),
         samples_per_epoch: sampler.samples_per_epoch(),
         steps_per_epoch: plan.steps_per_epoch,
         global_batches: group
-            .datasets
-            .iter()
-            .map(|dataset| dataset.plan.options.batch_size.max(1) * plan.world_size)
+            .batch_sizes()
+            .into_iter()
+            .map(|size| plan.world.global_batch(size))
             .collect(),
         accumulation: accumulation.max(1),
     }

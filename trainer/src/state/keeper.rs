@@ -37,7 +37,7 @@ pub struct Keeper {
 impl Keeper {
     /// For a run that begins at `start`.
     pub fn new(plan: &Plan, run: RunFacts, start: Start) -> Self {
-        let (saving, seed, ranks) = (plan.saving.clone(), plan.seed, plan.world_size);
+        let (saving, seed, ranks) = (plan.saving.clone(), plan.seed, plan.world.full);
         Self { saving, run, start, seed, ranks }
     }
 

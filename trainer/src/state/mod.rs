@@ -27,9 +27,11 @@ mod start;
 #[cfg(test)]
 mod tests;
 
-pub use facts::RunFacts;
+pub use facts::{Facts, RunFacts};
 pub use identity::run_facts;
 pub use keeper::{Carried, Keeper};
 pub use parts::{f64_tensor, f64_values};
 pub use resume::{Loaded, Resume, begin, begin_again};
 pub use start::Start;
+#[cfg(test)]
+pub use tests::facts as test_facts;

@@ -18,9 +18,10 @@ use super::fit::{self, Expected};
 use super::folder::{Files, StateFolder};
 use super::keeper::{OPTIMIZER, WEIGHTS};
 use super::parts;
-use super::start::{Origin, Start};
+use super::start::{Here, Origin, Start};
 use crate::checkpoint::Saving;
 use crate::console;
+use crate::dataset::{DatasetGroup, Sampler};
 use crate::network::PreparedNetwork;
 use crate::optimizer::OptimizerState;
 use crate::options::Options;
@@ -110,6 +111,14 @@ impl Resume {
         }
     }
 
+    /// What the state says about its run; `None` for one of sd-scripts.
+    pub fn facts(&self) -> Option<&Facts> {
+        match &self.known {
+            Known::Own { facts, .. } => Some(facts),
+            _ => None,
+        }
+    }
+
     fn origin(&self) -> Origin<'_> {
         match &self.known {
             Known::Own { facts, .. } => Origin::State(facts),
@@ -189,13 +198,13 @@ pub fn begin(
     resume: Option<&Resume>,
     options: &Options,
     run: &RunFacts,
-    plan: &Plan,
+    (plan, group): (&Plan, &DatasetGroup),
 ) -> Result<Start> {
     let mut notes = Vec::new();
     if let Some(resume) = resume {
         notes = resume.check(run, plan.seed)?;
     }
-    let (start, remarks) = choose(resume, options, &run.data, plan.steps)?;
+    let (start, remarks) = choose(resume, options, &run.data, (plan, group))?;
     for note in notes.iter().chain(&remarks) {
         console::note(note);
     }
@@ -208,19 +217,27 @@ pub fn begin_again(
     resume: Option<&Resume>,
     options: &Options,
     data: &DataFacts,
-    plan: &Plan,
+    of_run: (&Plan, &DatasetGroup),
 ) -> Result<Start> {
-    Ok(choose(resume, options, data, plan.steps)?.0)
+    Ok(choose(resume, options, data, of_run)?.0)
 }
 
 fn choose(
     resume: Option<&Resume>,
     options: &Options,
     data: &DataFacts,
-    run_steps: usize,
+    (plan, group): (&Plan, &DatasetGroup),
 ) -> Result<(Start, Vec<String>)> {
     let origin = resume.map_or(Origin::Nothing, Resume::origin);
-    let chosen = Start::choose(options, origin, data, run_steps);
+    let sampler = |data: &DataFacts| {
+        Sampler::with_global_batches(group, plan.seed, &data.global_batches, data.accumulation)
+    };
+    let nearest = |before: &DataFacts, step: usize| {
+        let samples = sampler(before).samples_before(step as u64);
+        sampler(data).step_at(samples) as usize
+    };
+    let here = Here { data, run_steps: plan.steps, nearest: &nearest };
+    let chosen = Start::choose(options, origin, &here);
     match resume.map(|resume| &resume.known) {
         Some(Known::Own { path, .. } | Known::Foreign { path, .. }) => {
             chosen.map_err(|error| error.context(format!("resume {}", path.display())))

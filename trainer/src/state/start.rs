@@ -34,6 +34,16 @@ pub enum Origin<'a> {
     Foreign(usize),
 }
 
+/// What the run that wants to go on is.
+pub struct Here<'a> {
+    /// Its data.
+    pub data: &'a DataFacts,
+    /// Its steps.
+    pub run_steps: usize,
+    /// The step of its data nearest at or before those of a step of other batches of the same images.
+    pub nearest: &'a dyn Fn(&DataFacts, usize) -> usize,
+}
+
 /// A count `offset` behind `step`; the parts of a start never are below 0.
 fn behind(step: usize, offset: i64) -> usize {
     usize::try_from(step as i64 - offset).unwrap_or(0)
@@ -54,12 +64,8 @@ impl Start {
     ///
     /// # Errors
     /// The state has more steps than the run, or lies within an epoch that is another one now.
-    pub fn choose(
-        options: &Options,
-        from: Origin,
-        data: &DataFacts,
-        run_steps: usize,
-    ) -> Result<(Self, Vec<String>)> {
+    pub fn choose(options: &Options, from: Origin, here: &Here) -> Result<(Self, Vec<String>)> {
+        let Here { data, run_steps, .. } = *here;
         let mut notes = Vec::new();
         let asked = match (options.initial_step, options.initial_epoch) {
             (Some(step), _) => Some(step),
@@ -70,7 +76,9 @@ impl Start {
             (_, None) => match from {
                 Origin::Nothing => Self::default(),
                 Origin::Foreign(step) => Self { step, ..Self::default() },
-                Origin::State(state) => Self::of_state(state, data, &mut notes)?,
+                Origin::State(state) => {
+                    Self::of_state(state, here, options.allow_batch_change, &mut notes)?
+                }
             },
             (_, Some(step)) => {
                 let schedule = match from {
@@ -104,9 +112,16 @@ impl Start {
         Ok((start, notes))
     }
 
-    /// Goes on exactly where the state was; where a step means other data now, at an epoch's border.
-    fn of_state(state: &Facts, data: &DataFacts, notes: &mut Vec<String>) -> Result<Self> {
+    /// Goes on exactly where the state was; where a step means other data now, at an epoch's border,
+    /// or with `allow_batch_change` at the samples that come next.
+    fn of_state(
+        state: &Facts,
+        here: &Here,
+        allow_batch_change: bool,
+        notes: &mut Vec<String>,
+    ) -> Result<Self> {
         let Facts { step, data_offset, schedule_offset, .. } = *state;
+        let data = here.data;
         let before = &state.run.data;
         if before.same_positions(data) {
             return Ok(Self { step, data_offset, schedule_offset });
@@ -121,14 +136,23 @@ impl Start {
             )
         };
         let data_step = behind(step, data_offset);
+        if allow_batch_change && before.images_hash == data.images_hash {
+            let nearest = (here.nearest)(before, data_step);
+            let counted = usize::try_from(nearest as i64 + data_offset).unwrap_or(nearest);
+            notes.push(format!(
+                "{what}; goes on where the data of step {counted} begin (the state's step {step}): \
+                 until the epoch ends some images can come twice or not at all"
+            ));
+            return Ok(Self { step: counted, data_offset, schedule_offset });
+        }
         let per_epoch = before.steps_per_epoch.max(1);
         if !data_step.is_multiple_of(per_epoch) || data_offset != 0 || schedule_offset != 0 {
             bail!(
                 "{what}\nhint: the state lies within an epoch (step {step}, {per_epoch} an epoch), \
                  so it goes on only with the same images, the same train_batch_size x processes and \
-                 the same gradient_accumulation_steps; states saved at the end of an epoch also go on \
-                 otherwise, and `initial_step` with `skip_until_initial_step` says where to go on \
-                 regardless"
+                 the same gradient_accumulation_steps; `allow_batch_change` goes on with another batch \
+                 of the same images, states saved at the end of an epoch also go on otherwise, and \
+                 `initial_step` with `skip_until_initial_step` says where to go on regardless"
             );
         }
         let epochs = data_step / per_epoch;
@@ -156,8 +180,22 @@ mod tests {
         }
     }
 
+    fn choose_within(
+        options: &Options,
+        from: Origin,
+        data: &DataFacts,
+        run_steps: usize,
+    ) -> Result<(Start, Vec<String>)> {
+        // As if no batch were smaller than the others.
+        let nearest = |before: &DataFacts, step: usize| {
+            let batch = |data: &DataFacts| data.accumulation * data.global_batches[0];
+            step * batch(before) / batch(data)
+        };
+        Start::choose(options, from, &Here { data, run_steps, nearest: &nearest })
+    }
+
     fn choose(options: &Options, from: Origin, data: &DataFacts) -> Result<Start> {
-        Ok(Start::choose(options, from, data, 100)?.0)
+        Ok(choose_within(options, from, data, 100)?.0)
     }
 
     #[test]
@@ -200,20 +238,43 @@ mod tests {
         state.step = 15;
         let start = choose(&plain, Origin::State(&state), &twice).unwrap();
         assert_eq!((start.step, start.data_of(start.step)), (9, 9));
-        let (_, notes) = Start::choose(&plain, Origin::State(&state), &twice, 100).unwrap();
+        let (_, notes) = choose_within(&plain, Origin::State(&state), &twice, 100).unwrap();
         assert!(notes[0].contains("after epoch 3, which is step 9"), "{notes:?}");
+    }
+
+    #[test]
+    fn another_batch_goes_on_at_the_samples_that_come_next_where_it_is_allowed() {
+        let mut state = facts();
+        let data = state.run.data.clone();
+        let three = DataFacts { global_batches: vec![3], steps_per_epoch: 7, ..data.clone() };
+        let plain = options(None, None, false);
+        let error = choose(&plain, Origin::State(&state), &three).unwrap_err().to_string();
+        assert!(error.contains("`allow_batch_change` goes on with another batch"), "{error}");
+        let allowed = Options { allow_batch_change: true, ..plain };
+        let same = choose(&allowed, Origin::State(&state), &data).unwrap();
+        assert_eq!(same, Start { step: 12, ..Start::default() });
+        // 12 steps of 4 images are 16 of 3.
+        let (start, notes) = choose_within(&allowed, Origin::State(&state), &three, 100).unwrap();
+        assert_eq!((start.step, start.data_of(16), start.schedule_of(16)), (16, 16, 16));
+        assert!(notes[0].contains("some images can come twice or not at all"), "{notes:?}");
+        // A count that began ahead of the data stays ahead of them.
+        (state.step, state.data_offset, state.schedule_offset) = (112, 100, 100);
+        let (start, _) = choose_within(&allowed, Origin::State(&state), &three, 200).unwrap();
+        assert_eq!((start.step, start.data_of(116), start.schedule_of(116)), (116, 16, 16));
+        let other = DataFacts { images_hash: "other".into(), ..three };
+        assert!(choose_within(&allowed, Origin::State(&state), &other, 200).is_err());
     }
 
     #[test]
     fn a_start_beyond_the_end_is_refused() {
         let (plain, state) = (options(None, None, false), facts());
         let data = &state.run.data;
-        assert!(Start::choose(&plain, Origin::State(&state), data, 12).is_ok(), "all is done");
-        let error = Start::choose(&plain, Origin::State(&state), data, 11).unwrap_err();
+        assert!(choose_within(&plain, Origin::State(&state), data, 12).is_ok(), "all is done");
+        let error = choose_within(&plain, Origin::State(&state), data, 11).unwrap_err();
         assert!(error.to_string().contains("more steps than the run, 11: 12"), "{error}");
         let asked = options(Some(12), None, false);
-        let error = Start::choose(&asked, Origin::Nothing, data, 12).unwrap_err();
+        let error = choose_within(&asked, Origin::Nothing, data, 12).unwrap_err();
         assert!(error.to_string().contains("not below"), "{error}");
-        assert!(Start::choose(&plain, Origin::Foreign(12), data, 11).is_err());
+        assert!(choose_within(&plain, Origin::Foreign(12), data, 11).is_err());
     }
 }

@@ -11,7 +11,7 @@ use crate::checkpoint::Saving;
 use crate::options::Options;
 
 /// A state after 12 steps, 5 an epoch.
-pub(super) fn facts() -> Facts {
+pub fn facts() -> Facts {
     Facts {
         version: VERSION,
         written_by: "lorarun test".to_owned(),

@@ -38,7 +38,7 @@ fn parts(folder: &Path, batch_size: usize, world_size: usize) -> LoaderParts {
 fn options(rank: usize, world_size: usize, max_train_steps: u64) -> LoaderOptions {
     LoaderOptions {
         rank,
-        world_size,
+        world: World::whole(world_size),
         seed: 7,
         max_train_steps,
         first_step: 0,
@@ -92,6 +92,49 @@ fn one_rank_of_four_two_of_two_and_four_of_one_train_the_same() {
     let counts: Vec<usize> = reference.iter().map(|batch| batch.global_count).collect();
     assert!(counts.contains(&2) && counts.contains(&1), "{counts:?}");
     assert!(reference.iter().flat_map(|b| &b.samples).any(|s| s.caption != "a0, b, c, d"));
+}
+
+#[test]
+fn fewer_and_more_ranks_share_the_batches_of_the_run() {
+    let folder = tempfile::tempdir().unwrap();
+    images(folder.path(), 11);
+    let keys = |batch: &Batch| -> Vec<(u64, String)> {
+        let sample = |s: &crate::dataset::SampleMeta| (s.global_index, s.caption.clone());
+        batch.samples.iter().map(sample).collect()
+    };
+    // Made for four ranks with two samples each: 8 of the one size, at most 3 of the other.
+    let parts = parts(folder.path(), 2, 4);
+    let whole = all(&parts, LoaderOptions { fill_ranks: true, ..of_four(0, 1) });
+    assert!(whole.iter().all(|batch| (batch.full_share, batch.part) == (8, 0)));
+    for ranks in [1, 2, 4, 8, 16] {
+        for fill_ranks in [false, true] {
+            let of_rank = |rank| LoaderOptions { fill_ranks, ..of_four(rank, ranks) };
+            let mut batches: Vec<_> =
+                (0..ranks).map(|rank| all(&parts, of_rank(rank)).into_iter()).collect();
+            let micro_steps = if fill_ranks { 1 } else { of_four(0, ranks).world.micro_steps() };
+            let counts: Vec<usize> = batches.iter().map(ExactSizeIterator::len).collect();
+            assert_eq!(counts, vec![whole.len() * micro_steps; ranks]);
+            for expected in &whole {
+                let mut seen = Vec::new();
+                for rank in &mut batches {
+                    for part in 0..micro_steps {
+                        let batch = rank.next().unwrap();
+                        assert_eq!((batch.part, batch.index), (part, expected.index));
+                        let told = if part == 0 { expected.global_count } else { 0 };
+                        assert_eq!(batch.new_samples(), told);
+                        assert!(fill_ranks || batch.samples.len() <= 2, "{ranks} ranks");
+                        seen.extend(keys(&batch));
+                    }
+                }
+                assert_eq!(seen, keys(expected), "{ranks} ranks");
+            }
+        }
+    }
+}
+
+/// Two epochs on `ranks` ranks of a run made for four.
+fn of_four(rank: usize, ranks: usize) -> LoaderOptions {
+    LoaderOptions { world: World { ranks, full: 4 }, ..options(rank, ranks, 2) }
 }
 
 #[test]
