@@ -7,6 +7,7 @@ use std::path::Path;
 
 /// Options that the reference does not have.
 const OWN: &[&str] = &[
+    "allow_batch_change",
     "allow_unknown",
     "config_check",
     "device",
