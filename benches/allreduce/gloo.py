@@ -1,37 +1,51 @@
-"""All-reduce of torch's gloo backend, timed as `lorarun check-ranks` times ours.
+"""One rank of torch's gloo backend, whose all-reduce is timed as `lorarun check-ranks` times ours.
 
-Usage: gloo.py WORLD_SIZE ROUNDS BYTES...   Prints one line per size: bytes and median ms of rank 0.
+Rank and sizes of the group come from torchrun's variables. Rank 0 reads lines `BYTES ROUNDS` and answers
+each with the milliseconds of its rounds; the other ranks are told by a broadcast. The end of the input
+is the end.
 """
 
 import os
-import statistics
 import sys
 import time
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 
-def run(rank: int, world_size: int, rounds: int, sizes: list[int]) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    for size in sizes:
+def next_request(rank: int) -> tuple[int, int]:
+    request = torch.zeros(2, dtype=torch.int64)
+    if rank == 0:
+        line = sys.stdin.readline().split()
+        if line:
+            request = torch.tensor([int(word) for word in line], dtype=torch.int64)
+    dist.broadcast(request, 0)
+    return int(request[0]), int(request[1])
+
+
+def main() -> None:
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    if rank == 0:
+        print("ready", flush=True)
+    while True:
+        size, rounds = next_request(rank)
+        if rounds == 0:
+            break
         values = torch.empty(size // 4)
         times = []
-        for round in range(rounds):
+        for _ in range(rounds):
             values.copy_(torch.arange(values.numel()) % 1021)
             dist.barrier()
             start = time.perf_counter()
             dist.all_reduce(values)
-            times.append(time.perf_counter() - start)
+            times.append((time.perf_counter() - start) * 1e3)
         if rank == 0:
-            print(size, f"{statistics.median(times) * 1e3:.3f}", flush=True)
+            print(*(f"{one:.3f}" for one in times), flush=True)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    world_size, rounds, *sizes = (int(argument) for argument in sys.argv[1:])
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29517")
-    mp.spawn(run, args=(world_size, rounds, sizes), nprocs=world_size)
+    main()

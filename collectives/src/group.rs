@@ -19,6 +19,11 @@ use crate::sums::Order;
 
 /// How often a waiting rank looks whether its peers still live.
 const LIVENESS_INTERVAL: Duration = Duration::from_millis(100);
+/// How often a rank that waits for its host looks after what travels between hosts.
+const WORK_INTERVAL: Duration = Duration::from_micros(300);
+
+/// What can be done while a rank waits.
+pub(crate) type Work<'w> = &'w mut dyn FnMut(&mut Group, &Call) -> Result<()>;
 
 /// What a rank calls; equal on all ranks, or the call is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -178,13 +183,8 @@ impl Group {
         run: impl FnOnce(&mut Mesh, &Wait<'_>) -> Result<T>,
     ) -> Result<Option<T>> {
         let Some(mut mesh) = self.mesh.take() else { return Ok(None) };
-        let length = match call.op {
-            Op::AllReduce(_) => self.announced_length(call, self.rank) as u64,
-            _ => 0,
-        };
-        let kind = call.op.code();
         let wait = Wait {
-            label: Label { generation: self.generation, seq: call.seq, kind, length },
+            label: self.label(call),
             op: self.describe(call),
             start: call.start,
             deadline: call.deadline,
@@ -196,8 +196,23 @@ impl Group {
         result.map(Some)
     }
 
+    /// What messages between hosts are marked with.
+    pub(crate) fn label(&self, call: &Call) -> Label {
+        let length = match call.op {
+            Op::AllReduce(_) => self.announced_length(call, self.rank) as u64,
+            _ => 0,
+        };
+        let (generation, kind) = (self.generation, call.op.code());
+        Label { generation, seq: call.seq, kind, length }
+    }
+
     /// Finishes this rank's phase and waits for the peers to finish theirs.
     pub(crate) fn meet(&mut self, call: &mut Call) -> Result<()> {
+        self.meet_while(call, None)
+    }
+
+    /// As [`meet`](Group::meet); while waiting, `work` is done again and again.
+    pub(crate) fn meet_while(&mut self, call: &mut Call, mut work: Option<Work<'_>>) -> Result<()> {
         self.phase += 1;
         let slot = self.segment.slot(self.rank);
         slot.progress.fetch_add(ABORT_BIT << 1, Ordering::SeqCst);
@@ -206,7 +221,7 @@ impl Group {
             futex::wake_all(&slot.progress);
         }
         for peer in 0..self.world_size {
-            self.wait_for(peer, call)?;
+            self.wait_for(peer, call, &mut work)?;
         }
         if !call.agreed {
             self.check_agreement(call)?;
@@ -216,7 +231,7 @@ impl Group {
     }
 
     /// Waits until `peer` has finished the phase that this rank has finished last.
-    fn wait_for(&mut self, peer: usize, call: &Call) -> Result<()> {
+    fn wait_for(&mut self, peer: usize, call: &Call, work: &mut Option<Work<'_>>) -> Result<()> {
         let segment = self.segment.clone();
         let slot = segment.slot(peer);
         for _ in 0..self.spins {
@@ -225,6 +240,7 @@ impl Group {
             }
             std::hint::spin_loop();
         }
+        let nap = if work.is_some() { WORK_INTERVAL } else { LIVENESS_INTERVAL };
         loop {
             slot.sleepers.fetch_add(1, Ordering::SeqCst);
             let seen = slot.progress.load(Ordering::SeqCst);
@@ -232,7 +248,7 @@ impl Group {
             let waited = call.start.elapsed();
             if let Ok(false) = arrived {
                 let left = call.deadline.saturating_sub(waited);
-                futex::wait(&slot.progress, seen, left.min(LIVENESS_INTERVAL));
+                futex::wait(&slot.progress, seen, left.min(nap));
             }
             slot.sleepers.fetch_sub(1, Ordering::SeqCst);
             if arrived? || self.has_arrived(peer)? {
@@ -244,6 +260,9 @@ impl Group {
                 let op = self.describe(call);
                 let missing_ranks = missing_ranks.into_iter().map(|rank| self.name(rank)).collect();
                 return Err(CollectiveError::Deadline { op, seq: call.seq, waited, missing_ranks });
+            }
+            if let Some(work) = work {
+                work(self, call)?;
             }
         }
     }

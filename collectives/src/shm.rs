@@ -5,27 +5,33 @@
 //! the own rank, and peers' buffers are read only after having waited for the phase that wrote them.
 //!
 //! # All-reduce
-//! Chunk `k` of the vector is cut into one shard per rank. Phase `k`: copy the shards of the other
-//! ranks into the own buffer. After the wait: sum the own shard over all ranks, one by one or in pairs,
-//! into the caller's memory and into the own buffer; finishing phase `k + 1` (which also copied chunk
-//! `k + 1`) publishes it; after that wait, fetch the sums of the other shards. So a chunk costs one
-//! wait and 2 (N - 1) / N copies of its bytes.
+//! The vector is cut into one shard per rank, which that rank adds up, and each shard into pieces.
+//! Phase `k` writes piece `k` of the other ranks' shards into the own buffer, and beside them the sum
+//! of an earlier piece of the own shard. After the wait: add up piece `k` of the own shard over all
+//! ranks, one by one or in pairs, into the caller's memory; fetch the earlier sums of the other shards.
+//! So a piece costs one wait and 2 (N - 1) / N copies of its bytes.
+//!
+//! On one host the earlier piece is `k - 1`. Between hosts it is some [`LAG`] pieces earlier: that is how
+//! far sums travel between hosts (`mesh`) while the next pieces are added up here.
 //!
 //! # Why three buffers
-//! The sums of chunk `k` are read by peers between their waits `k + 1` and `k + 2`. A rank writes
-//! the same buffer again in phase `k + 3`, which it enters after wait `k + 2`, that is when all
-//! peers have finished phase `k + 2` and so are done reading. The count runs on from one collective
-//! to the next, so that no gap between collectives is needed.
+//! What phase `k` wrote is read by peers between their waits `k` and `k + 1`. Two buffers would do for
+//! that, three keep broadcast and all-gather, which read a little later, as simple. The count runs on
+//! from one collective to the next, so that no gap between collectives is needed.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use crate::error::Result;
-use crate::group::{Call, Group, Op};
+use crate::group::{Call, Group, Op, Work};
+use crate::mesh::{Goal, Sum};
 use crate::segment::BUFFER_BYTES;
 use crate::sums::{BLOCK, Order, Sums};
 
 /// Floats in one buffer.
 const CHUNK: usize = BUFFER_BYTES / size_of::<f32>();
+/// Most pieces that a sum is on its way between hosts while the host adds up others.
+const LAG: usize = 8;
 /// Shards begin at multiples of a cache line.
 const LINE: usize = 64 / size_of::<f32>();
 
@@ -48,23 +54,61 @@ impl Group {
     ) -> Result<()> {
         let length = values.len();
         self.call(Op::AllReduce(order), length, deadline, |group, call| {
-            let mut chunks = values.chunks_mut(CHUNK);
-            let mut current = chunks.next();
-            let mut buffer = group.writable_buffer();
-            group.put_shards(buffer, current.as_deref().unwrap_or_default());
-            group.meet(call)?;
-            while let Some(chunk) = current {
-                group.sum_own_shard(buffer, chunk, order);
-                group.sum_over_hosts(call, buffer, chunk, order)?;
-                let next = chunks.next();
-                let next_buffer = group.writable_buffer();
-                group.put_shards(next_buffer, next.as_deref().unwrap_or_default());
+            let label = group.label(call);
+            let own = shard(length, group.rank, group.world_size);
+            let sum = group.mesh.as_mut().map(|mesh| mesh.begin_sum(own.len(), order, label));
+            let mut across = Across { sum, own: own.clone() };
+            if group.world_size == 1 {
+                across.note_ready(own.len());
                 group.meet(call)?;
-                group.fetch_shards(buffer, chunk);
-                (current, buffer) = (next, next_buffer);
+            } else {
+                group.sum_here(call, values, order, &mut across)?;
+            }
+            across.go(group, call, values, Goal::End)?;
+            if let (Some(sum), Some(mesh)) = (across.sum, &mut group.mesh) {
+                mesh.end_sum(sum);
             }
             Ok(())
         })
+    }
+
+    /// The part of an all-reduce that the ranks of this host do together; see the head of the file.
+    fn sum_here(
+        &mut self,
+        call: &mut Call,
+        values: &mut [f32],
+        order: Order,
+        across: &mut Across,
+    ) -> Result<()> {
+        let cut = Cut::new(values.len(), self.world_size);
+        let lag = if across.sum.is_some() { LAG.min(cut.pieces).max(1) } else { 1 };
+        for phase in 0..cut.pieces + lag {
+            let buffer = self.writable_buffer();
+            let ready = phase.checked_sub(lag);
+            for rank in 0..self.world_size {
+                let piece = if rank == self.rank { ready } else { Some(phase) };
+                let Some(range) = piece.map(|piece| cut.range(rank, piece)) else { continue };
+                if rank == self.rank {
+                    let wanted = range.end - across.own.start;
+                    across.go(self, call, values, Goal::Floats(wanted))?;
+                }
+                self.put(buffer, rank * cut.piece, &values[range]);
+            }
+            self.meet_while(call, across.work(values).as_mut().map(|work| work as Work<'_>))?;
+            if phase < cut.pieces {
+                let range = cut.range(self.rank, phase);
+                self.add_up(buffer, self.rank * cut.piece, &mut values[range.clone()], order);
+                across.note_ready(range.end - across.own.start);
+                across.go(self, call, values, Goal::Nothing)?;
+            }
+            for rank in (0..self.world_size).filter(|&rank| rank != self.rank) {
+                if let Some(piece) = ready {
+                    let range = cut.range(rank, piece);
+                    self.fetch((rank, buffer), rank * cut.piece, &mut values[range]);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Gives every rank of this host the bytes of its rank `root`; those of the others are dropped.
@@ -129,89 +173,44 @@ impl Group {
         })
     }
 
-    /// Copies a chunk into the own buffer, except for the own shard, which nobody else reads.
-    fn put_shards(&self, buffer: usize, chunk: &[f32]) {
-        let own = shard(chunk.len(), self.rank, self.world_size);
+    /// Copies floats into the own buffer, from its float `at` on.
+    fn put(&self, buffer: usize, at: usize, floats: &[f32]) {
+        assert!(at + floats.len() <= CHUNK, "{} floats at {at} of a buffer", floats.len());
         let target = self.segment.buffer(self.rank, buffer).cast::<f32>();
-        for range in [0..own.start, own.end..chunk.len()] {
-            let source = &chunk[range.clone()];
-            // SAFETY: a chunk has at most CHUNK floats, so the range lies in the buffer; the buffer
-            // is this rank's to write in this phase (see the head of the file) and cannot overlap
-            // the caller's memory.
-            unsafe {
-                std::ptr::copy_nonoverlapping(
-                    source.as_ptr(),
-                    target.add(range.start),
-                    source.len(),
-                );
-            }
-        }
+        // SAFETY: within bounds by the check; the buffer is this rank's to write in this phase (see
+        // the head of the file) and cannot overlap the caller's memory.
+        unsafe { std::ptr::copy_nonoverlapping(floats.as_ptr(), target.add(at), floats.len()) };
     }
 
-    /// Sums the own shard over all ranks, in `order`, into the chunk and the own buffer.
-    fn sum_own_shard(&self, buffer: usize, chunk: &mut [f32], order: Order) {
-        let own = shard(chunk.len(), self.rank, self.world_size);
-        let target = self.segment.buffer(self.rank, buffer).cast::<f32>();
+    /// Adds up what the other ranks hold at float `at` of their buffers and `own`, into `own`.
+    fn add_up(&self, buffer: usize, at: usize, own: &mut [f32], order: Order) {
+        assert!(at + own.len() <= CHUNK, "{} floats at {at} of a buffer", own.len());
         let mut sums = Sums::new(order);
-        for start in own.clone().step_by(BLOCK) {
-            let end = own.end.min(start + BLOCK);
+        for start in (0..own.len()).step_by(BLOCK) {
+            let end = own.len().min(start + BLOCK);
             for rank in 0..self.world_size {
                 let part = if rank == self.rank {
-                    &chunk[start..end]
+                    &own[start..end]
                 } else {
                     let peer = self.segment.buffer(rank, buffer).cast::<f32>();
-                    // SAFETY: the range lies in the buffer; its rank has finished the phase that
-                    // wrote it, writes only its own shard (disjoint from this one) in this phase
-                    // and the buffer again two phases later. Any bits are valid floats.
-                    unsafe { std::slice::from_raw_parts(peer.add(start), end - start) }
+                    // SAFETY: within bounds by the check; its rank has finished the phase that wrote
+                    // it and writes the buffer again after this rank has finished another phase. Any
+                    // bits are valid floats.
+                    unsafe { std::slice::from_raw_parts(peer.add(at + start), end - start) }
                 };
                 sums.add(rank, part);
             }
-            let sum = &sums.finish()[..end - start];
-            chunk[start..end].copy_from_slice(sum);
-            // SAFETY: the own shard of the own buffer: within bounds, and no peer reads it before
-            // this phase is finished.
-            unsafe { std::ptr::copy_nonoverlapping(sum.as_ptr(), target.add(start), sum.len()) };
+            own[start..end].copy_from_slice(&sums.finish()[..end - start]);
         }
     }
 
-    /// Adds the own shard's sums of the other hosts, in the chunk and in the own buffer.
-    fn sum_over_hosts(
-        &mut self,
-        call: &Call,
-        buffer: usize,
-        chunk: &mut [f32],
-        order: Order,
-    ) -> Result<()> {
-        let own = shard(chunk.len(), self.rank, self.world_size);
-        let sum = &mut chunk[own.clone()];
-        if self.across_hosts(call, |mesh, wait| mesh.all_reduce(sum, order, wait))?.is_some() {
-            let target = self.segment.buffer(self.rank, buffer).cast::<f32>();
-            // SAFETY: the own shard of the own buffer: within bounds, and no peer reads it before
-            // this phase is finished.
-            unsafe {
-                std::ptr::copy_nonoverlapping(sum.as_ptr(), target.add(own.start), sum.len())
-            };
-        }
-        Ok(())
-    }
-
-    /// Copies the other ranks' summed shards into the chunk.
-    fn fetch_shards(&self, buffer: usize, chunk: &mut [f32]) {
-        for rank in (0..self.world_size).filter(|&rank| rank != self.rank) {
-            let range = shard(chunk.len(), rank, self.world_size);
-            let peer = self.segment.buffer(rank, buffer).cast::<f32>();
-            let target = &mut chunk[range.clone()];
-            // SAFETY: within bounds; `rank` has finished the phase in which it wrote its sums, and
-            // writes this buffer again only after this rank has finished another phase.
-            unsafe {
-                std::ptr::copy_nonoverlapping(
-                    peer.add(range.start),
-                    target.as_mut_ptr(),
-                    target.len(),
-                );
-            }
-        }
+    /// Copies floats out of a rank's buffer, from its float `at` on.
+    fn fetch(&self, (rank, buffer): (usize, usize), at: usize, into: &mut [f32]) {
+        assert!(at + into.len() <= CHUNK, "{} floats at {at} of a buffer", into.len());
+        let source = self.segment.buffer(rank, buffer).cast::<f32>();
+        // SAFETY: within bounds by the check; `rank` has finished the phase that wrote it and writes
+        // this buffer again only after this rank has finished another phase.
+        unsafe { std::ptr::copy_nonoverlapping(source.add(at), into.as_mut_ptr(), into.len()) };
     }
 
     /// Copies at most a buffer of bytes into the own buffer.
@@ -232,8 +231,65 @@ impl Group {
     }
 }
 
-/// The part of a chunk of `length` floats that `rank` sums.
-pub(crate) fn shard(length: usize, rank: usize, world_size: usize) -> std::ops::Range<usize> {
+/// How a vector is cut: a shard for each rank, and each shard into pieces.
+struct Cut {
+    length: usize,
+    world_size: usize,
+    /// Floats of a piece; the last one of a shard may be shorter.
+    piece: usize,
+    /// Pieces of the longest shard.
+    pieces: usize,
+}
+
+impl Cut {
+    fn new(length: usize, world_size: usize) -> Cut {
+        let piece = CHUNK / world_size / LINE * LINE;
+        let longest = length.div_ceil(LINE).div_ceil(world_size) * LINE;
+        Cut { length, world_size, piece, pieces: longest.div_ceil(piece) }
+    }
+
+    /// Where a piece of the shard of `rank` lies; empty past its end.
+    fn range(&self, rank: usize, piece: usize) -> Range<usize> {
+        let shard = shard(self.length, rank, self.world_size);
+        let bound = |piece: usize| (shard.start + piece * self.piece).min(shard.end);
+        bound(piece)..bound(piece + 1)
+    }
+}
+
+/// The way of the own shard's sums over the other hosts, where there are any.
+struct Across {
+    sum: Option<Sum>,
+    own: Range<usize>,
+}
+
+impl Across {
+    /// So many floats of the own shard are added up over this host.
+    fn note_ready(&mut self, floats: usize) {
+        if let Some(sum) = &mut self.sum {
+            sum.ready = floats;
+        }
+    }
+
+    fn go(&mut self, group: &mut Group, call: &Call, values: &mut [f32], goal: Goal) -> Result<()> {
+        let Some(sum) = &mut self.sum else { return Ok(()) };
+        let own = &mut values[self.own.clone()];
+        group.across_hosts(call, |mesh, wait| mesh.advance(sum, own, goal, wait)).map(drop)
+    }
+
+    /// What to do while waiting for the ranks of this host: what is on its way must not stand still,
+    /// since theirs may wait for the other end of it.
+    fn work<'w>(
+        &'w mut self,
+        values: &'w mut [f32],
+    ) -> Option<impl FnMut(&mut Group, &Call) -> Result<()> + 'w> {
+        self.sum
+            .is_some()
+            .then_some(|group: &mut Group, call: &Call| self.go(group, call, values, Goal::Nothing))
+    }
+}
+
+/// The part of a vector of `length` floats that `rank` adds up.
+pub(crate) fn shard(length: usize, rank: usize, world_size: usize) -> Range<usize> {
     let lines = length.div_ceil(LINE);
     let bound = |rank: usize| (lines * rank / world_size * LINE).min(length);
     bound(rank)..bound(rank + 1)
@@ -242,6 +298,26 @@ pub(crate) fn shard(length: usize, rank: usize, world_size: usize) -> std::ops::
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pieces_cover_all_shards_and_fit_into_a_buffer() {
+        for length in [0, 1, 17, 4095, CHUNK, CHUNK + 1, 7 * CHUNK + 33] {
+            for world_size in [2, 3, 4, 255] {
+                let cut = Cut::new(length, world_size);
+                assert!(cut.piece * world_size <= CHUNK && cut.piece > 0);
+                let mut next = 0;
+                for rank in 0..world_size {
+                    for piece in 0..cut.pieces {
+                        let range = cut.range(rank, piece);
+                        assert_eq!(range.start, next);
+                        assert!(range.len() <= cut.piece);
+                        next = range.end;
+                    }
+                }
+                assert_eq!(next, length);
+            }
+        }
+    }
 
     #[test]
     fn shards_cover_a_chunk_without_gap_or_overlap() {

@@ -14,6 +14,7 @@ pub(crate) enum Order {
 }
 
 /// Partial sums of one block; ranks are added from 0 on.
+#[derive(Debug)]
 pub(crate) struct Sums {
     order: Order,
     /// The first `depth` are in use.

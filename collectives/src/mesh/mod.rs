@@ -1,16 +1,25 @@
 //! One rank's connections to the ranks of its number on the other hosts, and sums over them.
 //!
 //! A rank of a host talks over TCP to its counterparts alone: with N ranks a host, N sums travel
-//! side by side, each a N-th of the vector (`shm.rs` splits it). Between H hosts a vector is summed
-//! as within a host: each host sums one shard and sends the sum to the others, 2 (H - 1) / H of the
-//! bytes each way, and the sum of one chunk travels with the shards of the next. Hosts are added in
-//! their order, so that every rank holds the same bits.
+//! side by side, each a N-th of the vector (`shm.rs` splits it). Between H hosts each adds up one part
+//! of every segment and sends the total to the others (`sum.rs`). Hosts are added in their order, so
+//! that every rank holds the same bits.
+//!
+//! # Why every host talks to every other one
+//! A ring moves as many bytes, 2 (H - 1) / H of the vector out of and into each host, but hands partial
+//! sums on: what a host adds depends on where the ring begins, each part in another order, and a sum is
+//! there after 2 (H - 1) hops of a message instead of 2. Here foreign parts arrive as they are, so that
+//! any order of additions can be had (`Order::Pairs`, too). The price is H - 1 connections a rank: N
+//! ranks on each of H hosts keep N (H - 1) H / 2 lines, and a switch sees H - 1 senders at one port.
+//! At 8 hosts of 8 cards that is 56 connections a host; beyond some 32 hosts (parts of 128 kB from 31
+//! sides, 248 connections a host) a ring of hosts or a tree would be better.
 //!
 //! No wait is deaf: while bytes are on their way, `watch` is asked at least every [`LOOK`] whether
 //! the group still stands, and the deadline is looked at.
 
 mod rendezvous;
 mod seal;
+mod sum;
 mod wire;
 
 use std::net::{Shutdown, TcpStream};
@@ -19,17 +28,26 @@ use std::time::{Duration, Instant};
 
 pub(crate) use rendezvous::{Meeting, Seat, meet};
 pub use seal::Token;
+pub(crate) use sum::Sum;
 pub(crate) use wire::Label;
 use wire::{Broken, Transfer};
 
 use crate::error::{CollectiveError, Result};
-use crate::shm::shard;
-use crate::sums::{BLOCK, Order, Sums};
+use crate::sums::Order;
 
 /// How often a waiting rank looks whether the group still stands.
 const LOOK: Duration = Duration::from_millis(20);
-/// Floats of a chunk: long enough that the turn-around of a message hardly counts.
-const CHUNK: usize = 1 << 20;
+
+/// How far a sum is to go before the caller gets on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Goal {
+    /// What can be moved without waiting.
+    Nothing,
+    /// So many floats from the start are summed over all hosts.
+    Floats(usize),
+    /// All are, and no host waits for this one.
+    End,
+}
 
 /// What a rank waits for, in words and numbers.
 pub(crate) struct Wait<'w> {
@@ -62,6 +80,8 @@ pub(crate) struct Mesh {
     /// What came from each host.
     incoming: Vec<Vec<u8>>,
     outgoing: Vec<Vec<u8>>,
+    /// Memory of the last sum, by host.
+    slots: Vec<Vec<f32>>,
 }
 
 impl Mesh {
@@ -83,7 +103,8 @@ impl Mesh {
             });
         }
         let buffers = vec![Vec::new(); peers.len()];
-        Ok(Mesh { rank, host, peers, incoming: buffers.clone(), outgoing: buffers })
+        let slots = Vec::new();
+        Ok(Mesh { rank, host, peers, incoming: buffers.clone(), outgoing: buffers, slots })
     }
 
     /// Number of hosts.
@@ -118,70 +139,54 @@ impl Mesh {
         Ok(gathered)
     }
 
-    /// Replaces `values` with the sum over the counterparts of all hosts, added in `order`.
-    pub fn all_reduce(&mut self, values: &mut [f32], order: Order, wait: &Wait<'_>) -> Result<()> {
-        let hosts = self.hosts();
-        let mut sums = Sums::new(order);
-        // What is being summed now, and what was summed before and travels with it.
-        let mut begin = 0;
-        let mut before = 0..0;
+    /// Begins a sum of `length` floats over the counterparts of all hosts, added in `order`.
+    pub fn begin_sum(&mut self, length: usize, order: Order, label: Label) -> Sum {
+        Sum::new(length, (self.host, self.hosts()), order, label, &mut self.slots)
+    }
+
+    /// Goes on with a sum of `values` until `goal` is reached. Nothing but this sum may use the mesh
+    /// until its end is.
+    pub fn advance(
+        &mut self,
+        sum: &mut Sum,
+        values: &mut [f32],
+        goal: Goal,
+        wait: &Wait<'_>,
+    ) -> Result<()> {
+        let mut looked = Instant::now();
         loop {
-            let now = begin..values.len().min(begin + CHUNK);
-            let own_before = within(&before, shard(before.len(), self.host, hosts));
-            for host in (0..hosts).filter(|host| *host != self.host) {
-                let part = within(&now, shard(now.len(), host, hosts));
-                let buffer = &mut self.outgoing[host];
-                buffer.clear();
-                buffer.extend_from_slice(bytemuck::cast_slice(&values[own_before.clone()]));
-                buffer.extend_from_slice(bytemuck::cast_slice(&values[part]));
+            let (mut moved, mut done) = (false, true);
+            for (host, peer) in self.peers.iter_mut().enumerate() {
+                let Some(peer) = peer else { continue };
+                let step = sum.step(host, &mut peer.stream, values);
+                moved |= step.map_err(|broken| failure(self.rank, peer.rank, broken, wait))?;
+                done &= sum.is_done_with(host);
             }
-            if before.is_empty() && now.is_empty() && begin > 0 {
+            moved |= sum.add_up(values);
+            let reached = match goal {
+                Goal::Nothing => true,
+                Goal::Floats(floats) => sum.done() >= floats,
+                // What was added up just now has still to be sent.
+                Goal::End => done && sum.done() == values.len(),
+            };
+            if reached {
                 return Ok(());
             }
-            self.exchange(wait)?;
-            let own = within(&now, shard(now.len(), self.host, hosts));
-            for host in (0..hosts).filter(|host| *host != self.host) {
-                let theirs = within(&before, shard(before.len(), host, hosts));
-                let wanted = 4 * (theirs.len() + own.len());
-                let got = self.incoming[host].len();
-                if got != wanted {
-                    return Err(self.confused(host, wait, wanted, got));
-                }
-                let bytes = &self.incoming[host][..4 * theirs.len()];
-                bytemuck::cast_slice_mut(&mut values[theirs.clone()]).copy_from_slice(bytes);
+            if !moved {
+                sleep_until_ready(&self.peers, |host| {
+                    (sum.wants(host, true), sum.wants(host, false))
+                });
             }
-            self.sum_own(values, &before, &own, &mut sums);
-            if now.is_empty() {
-                return Ok(());
+            if looked.elapsed() >= LOOK {
+                looked = Instant::now();
+                look(&self.peers, wait, |host| !sum.is_received(host))?;
             }
-            (begin, before) = (now.end, now);
         }
     }
 
-    /// Sums the shard `own` of all hosts into `values`.
-    fn sum_own(
-        &self,
-        values: &mut [f32],
-        before: &std::ops::Range<usize>,
-        own: &std::ops::Range<usize>,
-        sums: &mut Sums,
-    ) {
-        let mut block = [0_f32; BLOCK];
-        for start in own.clone().step_by(BLOCK) {
-            let end = own.end.min(start + BLOCK);
-            for host in 0..self.hosts() {
-                let part = &mut block[..end - start];
-                if host == self.host {
-                    part.copy_from_slice(&values[start..end]);
-                } else {
-                    let skipped = shard(before.len(), host, self.hosts()).len() + start - own.start;
-                    let bytes = &self.incoming[host][4 * skipped..4 * (skipped + part.len())];
-                    bytemuck::cast_slice_mut(part).copy_from_slice(bytes);
-                }
-                sums.add(host, part);
-            }
-            values[start..end].copy_from_slice(&sums.finish()[..end - start]);
-        }
+    /// Ends a sum that has reached its end.
+    pub fn end_sum(&mut self, sum: Sum) {
+        self.slots = sum.into_slots();
     }
 
     /// Sends `outgoing` to each host and fills `incoming` with what each sent.
@@ -211,40 +216,36 @@ impl Mesh {
                 return Ok(());
             }
             if !moved {
-                sleep_until_ready(&self.peers, &transfers, outgoing);
+                sleep_until_ready(&self.peers, |host| {
+                    let transfer = &transfers[host];
+                    (!transfer.is_sent(&outgoing[host]), !transfer.is_received())
+                });
             }
             if looked.elapsed() >= LOOK {
                 looked = Instant::now();
-                (wait.watch)()?;
-                let waited = wait.start.elapsed();
-                if waited >= wait.deadline {
-                    let missing =
-                        self.peers.iter().zip(&transfers).filter_map(|(peer, transfer)| {
-                            peer.as_ref().filter(|_| !transfer.is_received()).map(|peer| peer.rank)
-                        });
-                    let missing_ranks = missing.collect();
-                    let (op, seq) = (wait.op.clone(), wait.label.seq);
-                    return Err(CollectiveError::Deadline { op, seq, waited, missing_ranks });
-                }
+                look(&self.peers, wait, |host| !transfers[host].is_received())?;
             }
-        }
-    }
-
-    /// Cannot happen between two builds that agree: labels are equal, so lengths are.
-    fn confused(&self, host: usize, wait: &Wait<'_>, wanted: usize, got: usize) -> CollectiveError {
-        CollectiveError::Mismatch {
-            seq: wait.label.seq,
-            rank: self.rank,
-            ours: format!("{} with a part of {wanted} bytes", wait.op),
-            peer: self.peers[host].as_ref().map_or(self.rank, |peer| peer.rank),
-            theirs: format!("{} with a part of {got} bytes", wait.op),
         }
     }
 }
 
-/// A range within a range.
-fn within(outer: &std::ops::Range<usize>, inner: std::ops::Range<usize>) -> std::ops::Range<usize> {
-    outer.start + inner.start..outer.start + inner.end
+/// Fails when this host has been called to stop, or the deadline has passed; `lacks` says of a host
+/// whether something of it is missing.
+fn look(
+    peers: &[Option<Peer>],
+    wait: &Wait<'_>,
+    mut lacks: impl FnMut(usize) -> bool,
+) -> Result<()> {
+    (wait.watch)()?;
+    let waited = wait.start.elapsed();
+    if waited < wait.deadline {
+        return Ok(());
+    }
+    let peers = peers.iter().enumerate().filter_map(|(host, peer)| Some((host, peer.as_ref()?)));
+    let missing = peers.filter(|(host, _)| lacks(*host)).map(|(_, peer)| peer.rank);
+    let missing_ranks = missing.collect();
+    let (op, seq) = (wait.op.clone(), wait.label.seq);
+    Err(CollectiveError::Deadline { op, seq, waited, missing_ranks })
 }
 
 fn failure(rank: usize, peer: usize, broken: Broken, wait: &Wait<'_>) -> CollectiveError {
@@ -271,18 +272,14 @@ fn failure(rank: usize, peer: usize, broken: Broken, wait: &Wait<'_>) -> Collect
     }
 }
 
-/// Waits until a connection can move something, [`LOOK`] at most.
-fn sleep_until_ready(peers: &[Option<Peer>], transfers: &[Transfer], outgoing: &[Vec<u8>]) {
+/// Waits until a connection can move something of what `wants` names (to send, to receive), [`LOOK`]
+/// at most.
+fn sleep_until_ready(peers: &[Option<Peer>], mut wants: impl FnMut(usize) -> (bool, bool)) {
     let mut waiting = Vec::new();
-    for ((peer, transfer), bytes) in peers.iter().zip(transfers).zip(outgoing) {
+    for (host, peer) in peers.iter().enumerate() {
         let Some(peer) = peer else { continue };
-        let mut events = 0;
-        if !transfer.is_sent(bytes) {
-            events |= libc::POLLOUT;
-        }
-        if !transfer.is_received() {
-            events |= libc::POLLIN;
-        }
+        let (send, receive) = wants(host);
+        let events = if send { libc::POLLOUT } else { 0 } | if receive { libc::POLLIN } else { 0 };
         if events != 0 {
             waiting.push(libc::pollfd { fd: peer.stream.as_raw_fd(), events, revents: 0 });
         }

@@ -9,7 +9,7 @@ const MAGIC: u32 = u32::from_le_bytes(*b"lora");
 /// Bytes moved to or from one peer before the others have their turn.
 const TURN: usize = 256 * 1024;
 /// Bytes of a header.
-const HEADER: usize = 44;
+pub(super) const HEADER: usize = 44;
 
 /// What a message belongs to. Both sides must be at the same place, or the message is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,7 +25,7 @@ pub(crate) struct Label {
 }
 
 impl Label {
-    fn to_bytes(self, payload: u64) -> [u8; HEADER] {
+    pub(super) fn to_bytes(self, payload: u64) -> [u8; HEADER] {
         let mut bytes = [0; HEADER];
         bytes[..4].copy_from_slice(&MAGIC.to_le_bytes());
         let words = [self.generation, self.seq, self.kind, self.length, payload];
@@ -36,7 +36,7 @@ impl Label {
     }
 
     /// The label and the number of bytes that follow; `None` for what is no header.
-    fn from_bytes(bytes: &[u8; HEADER]) -> Option<(Self, u64)> {
+    pub(super) fn from_bytes(bytes: &[u8; HEADER]) -> Option<(Self, u64)> {
         let mut words = bytes[4..].chunks_exact(8).map(|word| {
             let mut eight = [0; 8];
             eight.copy_from_slice(word);
