@@ -14,8 +14,9 @@ import sys
 FOLDER = pathlib.Path(__file__).resolve().parent
 NETNS = FOLDER.parent.parent / "tests/cluster/lab/netns.sh"
 SIZES = [1_000_000, 10_000_000, 100_000_000]
-# Hosts of the network namespaces.
-FIRST = "10.77.0.1"
+# A lab of its own, beside one that tests may use.
+os.environ["LAB_NAME"], os.environ["LAB_NET"] = "lrb", "10.78.0"
+FIRST = "10.78.0.1"
 
 
 class Group:

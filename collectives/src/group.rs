@@ -22,6 +22,9 @@ const LIVENESS_INTERVAL: Duration = Duration::from_millis(100);
 /// How often a rank that waits for its host looks after what travels between hosts.
 const WORK_INTERVAL: Duration = Duration::from_micros(300);
 
+/// A rank that has looked after its wait for another host so lately is still at it.
+const FRESH: Duration = Duration::from_millis(500);
+
 /// What can be done while a rank waits.
 pub(crate) type Work<'w> = &'w mut dyn FnMut(&mut Group, &Call) -> Result<()>;
 
@@ -160,15 +163,26 @@ impl Group {
                 CollectiveError::Deadline { missing_ranks, .. } => missing_ranks.first().copied(),
                 _ => None,
             };
-            if !matches!(error, CollectiveError::Aborted { .. }) {
-                let by = Author::Rank(self.name(self.rank));
-                self.segment.abort(by, culprit, &error.to_string());
-            }
-            if let Some(mesh) = &self.mesh {
-                mesh.close();
-            }
+            match error {
+                // Perhaps by another host, and this one does not know yet.
+                CollectiveError::Aborted { by, culprit, reason } => {
+                    self.segment.abort(*by, *culprit, reason)
+                }
+                _ => {
+                    let by = Author::Rank(self.name(self.rank));
+                    self.segment.abort(by, culprit, &error.to_string())
+                }
+            };
+            self.leave_hosts();
             self.failed = Some(error.clone());
         })
+    }
+
+    /// Ends the connections to the other hosts; where this one was called to stop, they are told why.
+    fn leave_hosts(&self) {
+        if let Some(mesh) = &self.mesh {
+            mesh.close(self.segment.abort_record().as_ref());
+        }
     }
 
     /// The number among all ranks of one of this host's.
@@ -183,15 +197,20 @@ impl Group {
         run: impl FnOnce(&mut Mesh, &Wait<'_>) -> Result<T>,
     ) -> Result<Option<T>> {
         let Some(mut mesh) = self.mesh.take() else { return Ok(None) };
+        let slot = self.segment.slot(self.rank);
         let wait = Wait {
             label: self.label(call),
             op: self.describe(call),
             start: call.start,
             deadline: call.deadline,
-            watch: &|| self.segment.check_aborted(),
+            watch: &|| {
+                slot.across.store(monotonic_now(), Ordering::Relaxed);
+                self.segment.check_aborted()
+            },
             describe: &|theirs: Label| Op::describe(theirs.kind, theirs.length),
         };
         let result = run(&mut mesh, &wait);
+        slot.across.store(0, Ordering::Relaxed);
         self.mesh = Some(mesh);
         result.map(Some)
     }
@@ -256,10 +275,7 @@ impl Group {
             }
             self.look_for_lost_peers(call)?;
             if waited >= call.deadline {
-                let missing_ranks = self.missing_ranks()?;
-                let op = self.describe(call);
-                let missing_ranks = missing_ranks.into_iter().map(|rank| self.name(rank)).collect();
-                return Err(CollectiveError::Deadline { op, seq: call.seq, waited, missing_ranks });
+                self.name_who_keeps_us(call, waited)?;
             }
             if let Some(work) = work {
                 work(self, call)?;
@@ -292,6 +308,26 @@ impl Group {
             }
         }
         Ok(missing)
+    }
+
+    /// The deadline has passed: fails with the ranks that are missing. Those that wait for another host
+    /// are not at fault; they know who is, and have a little longer to say so.
+    fn name_who_keeps_us(&self, call: &Call, waited: Duration) -> Result<()> {
+        let missing = self.missing_ranks()?;
+        let now = monotonic_now();
+        let waits_elsewhere = |rank: &usize| {
+            let looked = self.segment.slot(*rank).across.load(Ordering::Relaxed);
+            looked != 0 && now.saturating_sub(looked) < FRESH.as_nanos() as u64
+        };
+        let (waiting, stuck): (Vec<usize>, Vec<usize>) =
+            missing.into_iter().partition(waits_elsewhere);
+        if stuck.is_empty() && waited < call.deadline + 2 * FRESH {
+            return Ok(());
+        }
+        let named = if stuck.is_empty() { waiting } else { stuck };
+        let missing_ranks = named.into_iter().map(|rank| self.name(rank)).collect();
+        let op = self.describe(call);
+        Err(CollectiveError::Deadline { op, seq: call.seq, waited, missing_ranks })
     }
 
     /// Fails when a rank that is still missing will never arrive.
@@ -370,8 +406,17 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
+        self.leave_hosts();
         let slot = self.segment.slot(self.rank);
         slot.state.store(LEFT, Ordering::Release);
         futex::wake_all(&slot.progress);
     }
+}
+
+/// Nanoseconds of the clock that all processes of a host share.
+fn monotonic_now() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: one valid place to write.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }

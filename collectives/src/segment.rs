@@ -21,7 +21,7 @@ use crate::standing::{Standing, Words};
 /// First bytes of every segment: `LORARUN` and a binary mark.
 const MAGIC: u64 = u64::from_le_bytes(*b"LORARUN\xA5");
 /// Layout version; another one is refused.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 /// Most ranks of one host.
 pub const MAX_RANKS: usize = 256;
 /// Data buffers per rank; `shm.rs` explains why three.
@@ -184,6 +184,8 @@ pub(crate) struct Slot {
     pub pid: AtomicU32,
     /// Waits for work of another library, begun so far (`witness.rs`).
     pub waits: AtomicU64,
+    /// When it last looked after a wait for another host, in nanoseconds; 0 while it has none.
+    pub across: AtomicU64,
     /// Announcements of even and odd collectives.
     pub announcements: [Announcement; 2],
     /// What it is doing.

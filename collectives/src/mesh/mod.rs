@@ -17,8 +17,10 @@
 //! No wait is deaf: while bytes are on their way, `watch` is asked at least every [`LOOK`] whether
 //! the group still stands, and the deadline is looked at.
 
+mod door;
 mod rendezvous;
 mod seal;
+mod side;
 mod sum;
 mod wire;
 
@@ -28,15 +30,21 @@ use std::time::{Duration, Instant};
 
 pub(crate) use rendezvous::{Meeting, Seat, meet};
 pub use seal::Token;
+use side::{Side, Word};
 pub(crate) use sum::Sum;
 pub(crate) use wire::Label;
 use wire::{Broken, Transfer};
 
 use crate::error::{CollectiveError, Result};
+use crate::segment::AbortRecord;
 use crate::sums::Order;
 
 /// How often a waiting rank looks whether the group still stands.
 const LOOK: Duration = Duration::from_millis(20);
+/// How long after the deadline a rank of another host is still awaited.
+const GRACE: Duration = Duration::from_millis(500);
+/// How long to listen for the reason of who has closed a connection.
+const LAST_WORD: Duration = Duration::from_millis(100);
 
 /// How far a sum is to go before the caller gets on.
 #[derive(Clone, Copy, Debug)]
@@ -62,12 +70,23 @@ pub(crate) struct Wait<'w> {
     pub describe: &'w dyn Fn(Label) -> String,
 }
 
+/// The connected streams to one counterpart.
+#[derive(Debug)]
+pub(crate) struct Way {
+    /// The rank at the other end.
+    pub rank: usize,
+    pub data: TcpStream,
+    /// See `side.rs`.
+    pub side: TcpStream,
+}
+
 /// A connection to one host.
 #[derive(Debug)]
 struct Peer {
     /// The rank at its other end.
     rank: usize,
     stream: TcpStream,
+    side: Side,
 }
 
 /// This rank's connections to its counterparts.
@@ -85,23 +104,16 @@ pub(crate) struct Mesh {
 }
 
 impl Mesh {
-    /// Takes connected streams to the counterparts, by host: (rank, stream), `None` for the own.
-    pub fn new(
-        rank: usize,
-        host: usize,
-        streams: Vec<Option<(usize, TcpStream)>>,
-    ) -> std::io::Result<Mesh> {
-        let mut peers = Vec::new();
-        for connection in streams {
-            peers.push(match connection {
-                None => None,
-                Some((rank, stream)) => {
-                    stream.set_nodelay(true)?;
-                    stream.set_nonblocking(true)?;
-                    Some(Peer { rank, stream })
-                }
-            });
-        }
+    /// Takes the ways to the counterparts, by host; `None` for the own.
+    pub fn new(rank: usize, host: usize, ways: Vec<Option<Way>>) -> std::io::Result<Mesh> {
+        let connect = |way: Way| {
+            way.data.set_nodelay(true)?;
+            way.data.set_nonblocking(true)?;
+            Ok(Peer { rank: way.rank, stream: way.data, side: Side::new(way.side)? })
+        };
+        let peers: std::io::Result<Vec<Option<Peer>>> =
+            ways.into_iter().map(|way| way.map(connect).transpose()).collect();
+        let peers = peers?;
         let buffers = vec![Vec::new(); peers.len()];
         let slots = Vec::new();
         Ok(Mesh { rank, host, peers, incoming: buffers.clone(), outgoing: buffers, slots })
@@ -117,9 +129,13 @@ impl Mesh {
         self.host
     }
 
-    /// Ends all connections, so that the peers notice at once.
-    pub fn close(&self) {
+    /// Ends all connections, so that the peers notice at once; `record` says why.
+    pub fn close(&self, record: Option<&AbortRecord>) {
         for peer in self.peers.iter().flatten() {
+            if let Some(record) = record {
+                peer.side.say(record);
+            }
+            peer.side.close();
             // It may have ended already.
             drop(peer.stream.shutdown(Shutdown::Both));
         }
@@ -159,7 +175,7 @@ impl Mesh {
             for (host, peer) in self.peers.iter_mut().enumerate() {
                 let Some(peer) = peer else { continue };
                 let step = sum.step(host, &mut peer.stream, values);
-                moved |= step.map_err(|broken| failure(self.rank, peer.rank, broken, wait))?;
+                moved |= step.map_err(|broken| failure(self.rank, peer, broken, wait))?;
                 done &= sum.is_done_with(host);
             }
             moved |= sum.add_up(values);
@@ -179,7 +195,7 @@ impl Mesh {
             }
             if looked.elapsed() >= LOOK {
                 looked = Instant::now();
-                look(&self.peers, wait, |host| !sum.is_received(host))?;
+                look(&mut self.peers, wait, |host| !sum.is_received(host))?;
             }
         }
     }
@@ -209,7 +225,7 @@ impl Mesh {
                     &outgoing[host],
                     &mut incoming[host],
                 );
-                moved |= step.map_err(|broken| failure(self.rank, peer.rank, broken, wait))?;
+                moved |= step.map_err(|broken| failure(self.rank, peer, broken, wait))?;
                 done &= transfer.is_done(&outgoing[host]);
             }
             if done {
@@ -223,22 +239,29 @@ impl Mesh {
             }
             if looked.elapsed() >= LOOK {
                 looked = Instant::now();
-                look(&self.peers, wait, |host| !transfers[host].is_received())?;
+                look(&mut self.peers, wait, |host| !transfers[host].is_received())?;
             }
         }
     }
 }
 
-/// Fails when this host has been called to stop, or the deadline has passed; `lacks` says of a host
-/// whether something of it is missing.
+/// Fails when this host has been called to stop, another one has given up or fallen silent, or the
+/// deadline has passed; `lacks` says of a host whether something of it is missing.
 fn look(
-    peers: &[Option<Peer>],
+    peers: &mut [Option<Peer>],
     wait: &Wait<'_>,
     mut lacks: impl FnMut(usize) -> bool,
 ) -> Result<()> {
     (wait.watch)()?;
+    for peer in peers.iter_mut().flatten() {
+        // A line that is closed without a word: what it has sent before may still be read.
+        let Some(word @ (Word::Farewell(_) | Word::Silent)) = peer.side.listen() else { continue };
+        return Err(lost(peer.rank, Some(word), "it closed the connection", wait));
+    }
     let waited = wait.start.elapsed();
-    if waited < wait.deadline {
+    // Ranks of the same host as the missing one know better which one it is: they are the first to
+    // say so.
+    if waited < wait.deadline + GRACE.min(wait.deadline / 4) {
         return Ok(());
     }
     let peers = peers.iter().enumerate().filter_map(|(host, peer)| Some((host, peer.as_ref()?)));
@@ -248,8 +271,22 @@ fn look(
     Err(CollectiveError::Deadline { op, seq, waited, missing_ranks })
 }
 
-fn failure(rank: usize, peer: usize, broken: Broken, wait: &Wait<'_>) -> CollectiveError {
+/// What the end of a connection means, given what was said beside it.
+fn lost(rank: usize, word: Option<Word>, how: &'static str, wait: &Wait<'_>) -> CollectiveError {
     let (op, seq) = (wait.op.clone(), wait.label.seq);
+    match word {
+        Some(Word::Farewell(AbortRecord { by, culprit, reason })) => {
+            CollectiveError::Aborted { by, culprit, reason }
+        }
+        Some(Word::Silent) => {
+            CollectiveError::PeerLost { rank, op, seq, how: "its host does not answer" }
+        }
+        Some(Word::Closed) | None => CollectiveError::PeerLost { rank, op, seq, how },
+    }
+}
+
+fn failure(own: usize, peer: &mut Peer, broken: Broken, wait: &Wait<'_>) -> CollectiveError {
+    let (op, seq, rank) = (wait.op.clone(), wait.label.seq, peer.rank);
     match broken {
         Broken::Lost(error) => {
             let how = match error.kind() {
@@ -257,17 +294,17 @@ fn failure(rank: usize, peer: usize, broken: Broken, wait: &Wait<'_>) -> Collect
                 std::io::ErrorKind::TimedOut => "its host does not answer",
                 _ => "the connection to its host broke",
             };
-            CollectiveError::PeerLost { rank: peer, op, seq, how }
+            lost(rank, peer.side.last_word(LAST_WORD), how, wait)
         }
         Broken::Other(theirs) if theirs.generation != wait.label.generation => {
-            CollectiveError::PeerLost { rank: peer, op, seq, how: "it belongs to another start" }
+            CollectiveError::PeerLost { rank, op, seq, how: "it belongs to another start" }
         }
         Broken::Other(theirs) => {
             let theirs = (wait.describe)(theirs);
-            CollectiveError::Mismatch { seq, rank, ours: op, peer, theirs }
+            CollectiveError::Mismatch { seq, rank: own, ours: op, peer: rank, theirs }
         }
         Broken::Foreign => {
-            CollectiveError::PeerLost { rank: peer, op, seq, how: "it sent what no rank sends" }
+            CollectiveError::PeerLost { rank, op, seq, how: "it sent what no rank sends" }
         }
     }
 }

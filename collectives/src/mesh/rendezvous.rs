@@ -5,21 +5,21 @@
 //! connects to its counterparts on the hosts before its own, and is connected to by the others. Every
 //! message is sealed with the job's token, and names the start (generation) it belongs to.
 
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::io::{self, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::Mesh;
+use super::door::{Door, Visitor};
 use super::seal::{Ended, Patience, Token};
+use super::{Mesh, Way};
 use crate::error::{CollectiveError, Result};
 
-/// Between two looks at a listener, and between two attempts to connect.
+/// Between two attempts to connect.
 const PAUSE: Duration = Duration::from_millis(20);
-/// What one stranger may take of a listener's time.
-const STRANGER: Duration = Duration::from_secs(2);
+/// Between two lines that say what is being waited for.
+const TELL: Duration = Duration::from_secs(10);
 /// What one attempt to connect may take.
 const ATTEMPT: Duration = Duration::from_secs(2);
 
@@ -86,6 +86,8 @@ enum Answer {
 struct Link {
     generation: u64,
     rank: usize,
+    /// Whether this is the quiet line beside the connection (`side.rs`).
+    side: bool,
 }
 
 /// Meets the ranks of all hosts and connects this one to its counterparts.
@@ -116,8 +118,8 @@ pub(crate) fn meet(seat: &Seat, mut meeting: Meeting<'_>) -> Result<Mesh> {
         Answer::Places(places) => places,
         Answer::Refused(why) => return Err(fail(why)),
     };
-    let streams = connect(seat, &own, &places, &patience).map_err(|ended| explain(ended, &fail))?;
-    Mesh::new(seat.rank, seat.host(), streams).map_err(|error| fail(error.to_string()))
+    let ways = connect(seat, &own, &places, &patience).map_err(|ended| explain(ended, &fail))?;
+    Mesh::new(seat.rank, seat.host(), ways).map_err(|error| fail(error.to_string()))
 }
 
 fn explain(ended: Ended, fail: &dyn Fn(String) -> CollectiveError) -> CollectiveError {
@@ -130,6 +132,7 @@ fn explain(ended: Ended, fail: &dyn Fn(String) -> CollectiveError) -> Collective
             fail("it ended the connection: another token, or no rank of this job".to_owned())
         }
         Ended::Io(error) => fail(error.to_string()),
+        Ended::Unreached(why) => fail(why),
         Ended::Unsealed => fail("a rank has another token".to_owned()),
     }
 }
@@ -147,7 +150,8 @@ fn ask(
     address: (&str, u16),
     patience: &Patience<'_>,
 ) -> std::result::Result<Answer, Ended> {
-    let mut stream = reach(address, patience)?;
+    let name = format!("rank 0 at {}:{}", address.0, address.1);
+    let mut stream = reach(address, &name, patience)?;
     let join = Join {
         generation: seat.generation,
         rank: seat.rank,
@@ -171,8 +175,10 @@ fn ask(
 /// Tries until it succeeds: rank 0 may start later than the others.
 fn reach(
     address: impl ToSocketAddrs + Copy,
+    name: &str,
     patience: &Patience<'_>,
 ) -> std::result::Result<TcpStream, Ended> {
+    let mut waiting = Waiting::begin();
     loop {
         let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
         match address.to_socket_addrs() {
@@ -188,17 +194,40 @@ fn reach(
         }
         (patience.watch)().map_err(Ended::Stopped)?;
         if Instant::now() >= patience.until {
-            return Err(Ended::Io(last));
+            return Err(Ended::Unreached(format!("{name}: {last}")));
         }
+        waiting.tell(|| format!("for {name}, last answer: {last}"));
         std::thread::sleep(PAUSE);
     }
 }
 
-/// A rank that waits for the table.
-struct Guest {
-    join: Join,
-    address: IpAddr,
-    stream: TcpStream,
+/// Tells now and then what is being waited for.
+struct Waiting {
+    since: Instant,
+    told: Instant,
+}
+
+impl Waiting {
+    fn begin() -> Waiting {
+        Waiting { since: Instant::now(), told: Instant::now() }
+    }
+
+    fn tell(&mut self, what: impl Fn() -> String) {
+        if self.told.elapsed() >= TELL {
+            self.told = Instant::now();
+            let seconds = self.since.elapsed().as_secs();
+            // A reader of stderr that went away leaves nobody to tell.
+            drop(writeln!(io::stderr().lock(), "waiting {} so far: {seconds} s", what()));
+        }
+    }
+}
+
+/// Those that have come to rank 0.
+struct Guests {
+    /// That of rank 1 first.
+    places: Vec<Option<Visitor<Join>>>,
+    /// Those that have no place: they are told why.
+    others: Vec<Visitor<Join>>,
 }
 
 /// Waits for all ranks and tells each where the others are. Rank 0 itself listens at `port`.
@@ -208,70 +237,60 @@ fn receive_guests(
     listener: &TcpListener,
     patience: &Patience<'_>,
 ) -> std::result::Result<Answer, Ended> {
-    let (sender, arrivals) = channel();
-    std::thread::scope(|scope| {
-        let mut guests: Vec<Option<Guest>> = (1..seat.world_size).map(|_| None).collect();
-        // Those that have no place: they are told why.
-        let mut others = Vec::new();
-        let mut refused = None;
-        while refused.is_none() && guests.iter().any(Option::is_none) {
-            if let Some((stream, address)) = accept(listener)? {
-                // A stranger that says nothing must not keep the others waiting.
-                let (sender, watch): (Sender<Guest>, _) = (sender.clone(), patience);
-                scope.spawn(move || welcome(stream, address, seat, watch, &sender));
-            }
-            refused = take_arrivals(&arrivals, seat, &mut guests, &mut others);
-            (patience.watch)().map_err(Ended::Stopped)?;
-            if Instant::now() >= patience.until {
-                return Err(Ended::Io(io::ErrorKind::TimedOut.into()));
-            }
-        }
-        let places = guests.iter().flatten();
-        let places = places.map(|guest| SocketAddr::new(guest.address, guest.join.port));
-        let own = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port);
-        let places = [own].into_iter().chain(places).collect();
-        let answer = refused.map_or(Answer::Places(places), Answer::Refused);
-        for guest in guests.iter_mut().flatten().chain(&mut others) {
-            let bytes = to_bytes(&answer)?;
-            let sent = patience.write_sealed(&mut guest.stream, &seat.token, TABLE, &bytes);
-            // Who is gone will be missed in the first collective.
-            drop(sent);
-        }
-        Ok(answer)
-    })
-}
-
-/// Reads who has come; a stranger is let go.
-fn welcome(
-    mut stream: TcpStream,
-    address: IpAddr,
-    seat: &Seat,
-    patience: &Patience<'_>,
-    sender: &Sender<Guest>,
-) {
-    let until = patience.until.min(Instant::now() + STRANGER);
-    let short = Patience { until, watch: patience.watch };
-    let said = short.read_sealed(&mut stream, &seat.token, JOIN);
-    if let Some(join) = said.ok().and_then(|said| from_bytes::<Join>(&said).ok()) {
-        // The receiver may have what it waits for.
-        drop(sender.send(Guest { join, address, stream }));
-    }
-}
-
-/// Gives those that have come their places, that of rank 1 first; what contradicts is put into words.
-fn take_arrivals(
-    arrivals: &Receiver<Guest>,
-    seat: &Seat,
-    guests: &mut [Option<Guest>],
-    others: &mut Vec<Guest>,
-) -> Option<String> {
+    let none = (1..seat.world_size).map(|_| None).collect();
+    let mut guests = Guests { places: none, others: Vec::new() };
     let mut refused = None;
-    while let Ok(guest) = arrivals.recv_timeout(PAUSE) {
-        let Join { generation, rank, world_size, ranks_per_host, .. } = guest.join;
-        // A rank of an earlier start that has not noticed its end yet.
-        if generation != seat.generation {
-            continue;
+    let door = Door { listener, token: &seat.token, purpose: JOIN, patience };
+    let come = door.receive(|guest| {
+        refused = guests.take(guest, seat, patience);
+        refused.is_some() || guests.places.iter().all(Option::is_some)
+    });
+    if let Err(Ended::Io(error)) = &come
+        && error.kind() == io::ErrorKind::TimedOut
+    {
+        return Err(Ended::Unreached(guests.describe_missing()));
+    }
+    come?;
+    let places = guests.places.iter().flatten();
+    let places = places.map(|guest| SocketAddr::new(guest.address, guest.said.port));
+    let own = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), port);
+    let places = [own].into_iter().chain(places).collect();
+    let answer = refused.map_or(Answer::Places(places), Answer::Refused);
+    let bytes = to_bytes(&answer)?;
+    std::thread::scope(|scope| {
+        for guest in guests.places.iter_mut().flatten().chain(&mut guests.others) {
+            // Each on its own thread: one that hangs must not keep the others waiting. Who is gone
+            // will be missed in the first collective.
+            scope.spawn(|| patience.write_sealed(&mut guest.stream, &seat.token, TABLE, &bytes));
         }
+    });
+    Ok(answer)
+}
+
+impl Guests {
+    /// Gives who has come a place; what contradicts is put into words.
+    fn take(
+        &mut self,
+        mut guest: Visitor<Join>,
+        seat: &Seat,
+        patience: &Patience<'_>,
+    ) -> Option<String> {
+        let Join { generation, rank, world_size, ranks_per_host, .. } = guest.said;
+        if generation != seat.generation {
+            // A rank of an earlier start that has not noticed its end yet; the others go on.
+            let why = format!(
+                "rank {rank} belongs to start {generation} of this job, and this is start {}",
+                seat.generation
+            );
+            let until = patience.until.min(Instant::now() + ATTEMPT);
+            let short = Patience { until, watch: patience.watch };
+            if let Ok(bytes) = to_bytes(&Answer::Refused(why)) {
+                // It may be gone.
+                drop(short.write_sealed(&mut guest.stream, &seat.token, TABLE, &bytes));
+            }
+            return None;
+        }
+        let mut refused = None;
         if (world_size, ranks_per_host) != (seat.world_size, seat.ranks_per_host) {
             refused = Some(format!(
                 "rank {rank} at {} counts {world_size} ranks, {ranks_per_host} on a host; rank 0 \
@@ -279,44 +298,34 @@ fn take_arrivals(
                 guest.address, seat.world_size, seat.ranks_per_host
             ));
         }
-        let place = rank.checked_sub(1).and_then(|place| guests.get_mut(place));
-        match place {
+        match rank.checked_sub(1).and_then(|place| self.places.get_mut(place)) {
             Some(place @ None) => *place = Some(guest),
             Some(Some(earlier)) => {
                 refused = Some(format!(
                     "two processes say that they are rank {rank}, at {} and {}",
                     earlier.address, guest.address
                 ));
-                others.push(guest);
+                self.others.push(guest);
             }
             None => {
                 refused.get_or_insert(format!(
                     "rank 0 is here, and a process at {} says it is rank {rank}",
                     guest.address
                 ));
-                others.push(guest);
+                self.others.push(guest);
             }
         }
+        refused
     }
-    refused
-}
 
-/// A connection that has come, without waiting long for one.
-fn accept(listener: &TcpListener) -> io::Result<Option<(TcpStream, IpAddr)>> {
-    listener.set_nonblocking(true)?;
-    match listener.accept() {
-        Ok((stream, address)) => {
-            stream.set_nonblocking(false)?;
-            Ok(Some((stream, address.ip())))
-        }
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-        // The peer went before it was seen.
-        Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => Ok(None),
-        Err(error) => Err(error),
+    fn describe_missing(&self) -> String {
+        let missing = self.places.iter().enumerate().filter(|(_, place)| place.is_none());
+        let missing: Vec<String> = missing.map(|(place, _)| (place + 1).to_string()).collect();
+        format!("time ran out before all had come, missing ranks: {}", missing.join(", "))
     }
 }
 
-type Streams = Vec<Option<(usize, TcpStream)>>;
+type Ways = Vec<Option<Way>>;
 
 /// Connects to the counterparts on earlier hosts and is connected to by those on later ones.
 fn connect(
@@ -324,38 +333,38 @@ fn connect(
     own: &TcpListener,
     places: &[SocketAddr],
     patience: &Patience<'_>,
-) -> std::result::Result<Streams, Ended> {
-    let mut streams: Streams = (0..seat.hosts()).map(|_| None).collect();
-    let hello = Link { generation: seat.generation, rank: seat.rank };
-    for (host, slot) in streams.iter_mut().enumerate().take(seat.host()) {
+) -> std::result::Result<Ways, Ended> {
+    let mut ways: Ways = (0..seat.hosts()).map(|_| None).collect();
+    for (host, slot) in ways.iter_mut().enumerate().take(seat.host()) {
         let rank = seat.counterpart(host);
         let place = places.get(rank).copied().ok_or(Ended::Unsealed)?;
-        let mut stream = reach(place, patience)?;
-        patience.write_sealed(&mut stream, &seat.token, LINK, &to_bytes(&hello)?)?;
-        *slot = Some((rank, stream));
+        let line = |side| {
+            let mut stream = reach(place, &format!("rank {rank} at {place}"), patience)?;
+            let hello = Link { generation: seat.generation, rank: seat.rank, side };
+            patience.write_sealed(&mut stream, &seat.token, LINK, &to_bytes(&hello)?)?;
+            Ok::<_, Ended>(stream)
+        };
+        *slot = Some(Way { rank, data: line(false)?, side: line(true)? });
     }
-    while let Some(missing) = (seat.host() + 1..seat.hosts()).find(|host| streams[*host].is_none())
-    {
-        if let Some((mut stream, _)) = accept(own)? {
-            let until = patience.until.min(Instant::now() + STRANGER);
-            let short = Patience { until, watch: patience.watch };
-            let said = short.read_sealed(&mut stream, &seat.token, LINK).ok();
-            let said = said.and_then(|said| from_bytes::<Link>(&said).ok());
-            let host = said.filter(|link| link.generation == seat.generation).and_then(|link| {
-                (missing..seat.hosts()).find(|host| seat.counterpart(*host) == link.rank)
-            });
-            if let Some(host) = host {
-                streams[host] = Some((seat.counterpart(host), stream));
+    let mut lines: Vec<[Option<TcpStream>; 2]> = (0..seat.hosts()).map(|_| [None, None]).collect();
+    let later = seat.host() + 1..seat.hosts();
+    let door = Door { listener: own, token: &seat.token, purpose: LINK, patience };
+    if !later.is_empty() {
+        door.receive(|visitor: Visitor<Link>| {
+            let Link { generation, rank, side } = visitor.said;
+            let host = later.clone().find(|host| seat.counterpart(*host) == rank);
+            if let Some(host) = host.filter(|_| generation == seat.generation) {
+                lines[host][usize::from(side)] = Some(visitor.stream);
             }
-            continue;
-        }
-        (patience.watch)().map_err(Ended::Stopped)?;
-        if Instant::now() >= patience.until {
-            return Err(Ended::Io(io::ErrorKind::TimedOut.into()));
-        }
-        std::thread::sleep(PAUSE);
+            later.clone().all(|host| lines[host].iter().all(Option::is_some))
+        })?;
     }
-    Ok(streams)
+    for (host, lines) in lines.into_iter().enumerate() {
+        if let [Some(data), Some(side)] = lines {
+            ways[host] = Some(Way { rank: seat.counterpart(host), data, side });
+        }
+    }
+    Ok(ways)
 }
 
 fn to_bytes(value: &impl Serialize) -> std::result::Result<Vec<u8>, Ended> {

@@ -80,6 +80,8 @@ pub(crate) enum Ended {
     Io(io::Error),
     /// The group has been called to stop.
     Stopped(crate::CollectiveError),
+    /// Time ran out, and this is what was missing.
+    Unreached(String),
     /// The tag does not fit: another token, or no process of this program.
     Unsealed,
 }

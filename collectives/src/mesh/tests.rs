@@ -11,17 +11,22 @@ const MANY: usize = 1 << 20;
 /// A mesh for each of `hosts` hosts.
 fn meshes(hosts: usize) -> Vec<Mesh> {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let mut streams: Vec<Vec<Option<(usize, TcpStream)>>> = Vec::new();
+    let mut ways: Vec<Vec<Option<Way>>> = Vec::new();
+    let line = || {
+        let one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (one, listener.accept().unwrap().0)
+    };
     for one in 0..hosts {
         let mut own: Vec<_> = (0..hosts).map(|_| None).collect();
-        for (other, row) in streams.iter_mut().enumerate() {
-            own[other] = Some((other, TcpStream::connect(listener.local_addr().unwrap()).unwrap()));
-            row[one] = Some((one, listener.accept().unwrap().0));
+        for (other, row) in ways.iter_mut().enumerate() {
+            let (data, side) = (line(), line());
+            own[other] = Some(Way { rank: other, data: data.0, side: side.0 });
+            row[one] = Some(Way { rank: one, data: data.1, side: side.1 });
         }
-        streams.push(own);
+        ways.push(own);
     }
-    let meshes = streams.into_iter().enumerate();
-    meshes.map(|(host, streams)| Mesh::new(host, host, streams).unwrap()).collect()
+    let meshes = ways.into_iter().enumerate();
+    meshes.map(|(host, ways)| Mesh::new(host, host, ways).unwrap()).collect()
 }
 
 fn label(seq: u64) -> Label {
@@ -121,7 +126,7 @@ fn bytes_of_any_length_are_gathered() {
 fn a_lost_host_and_a_late_one_are_named() {
     let results = on_all(meshes(2), |host, mesh| {
         if host == 1 {
-            mesh.close();
+            mesh.close(None);
             return None;
         }
         let error = mesh.gather(b"x", &wait(label(4), LONG, &|| Ok(()))).unwrap_err();
@@ -140,6 +145,21 @@ fn a_lost_host_and_a_late_one_are_named() {
     assert!(
         matches!(&results[0], Some(CollectiveError::Deadline { missing_ranks, .. }) if *missing_ranks == [1])
     );
+}
+
+#[test]
+fn who_gives_up_tells_who_is_at_fault() {
+    let results = on_all(meshes(2), |host, mesh| {
+        if host == 1 {
+            let (by, reason) = (crate::segment::Author::Rank(1), "rank 5 is gone".to_owned());
+            mesh.close(Some(&AbortRecord { by, culprit: Some(5), reason }));
+            return None;
+        }
+        let error = mesh.gather(&[7; 5_000_000], &wait(label(4), LONG, &|| Ok(()))).unwrap_err();
+        assert!(matches!(error, CollectiveError::Aborted { culprit: Some(5), .. }), "{error:?}");
+        Some(error.to_string())
+    });
+    assert_eq!(results[0].as_deref(), Some("stopped by rank 1: rank 5 is gone"));
 }
 
 #[test]
