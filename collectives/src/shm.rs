@@ -11,8 +11,8 @@
 //! ranks, one by one or in pairs, into the caller's memory; fetch the earlier sums of the other shards.
 //! So a piece costs one wait and 2 (N - 1) / N copies of its bytes.
 //!
-//! On one host the earlier piece is `k - 1`. Between hosts it is some [`LAG`] pieces earlier: that is how
-//! far sums travel between hosts (`mesh`) while the next pieces are added up here.
+//! On one host the earlier piece is `k - 1`. Between hosts it is a few more pieces behind: their sums
+//! travel between hosts (`mesh`) while the next pieces are added up here.
 //!
 //! # Why three buffers
 //! What phase `k` wrote is read by peers between their waits `k` and `k + 1`. Two buffers would do for
@@ -26,12 +26,10 @@ use crate::error::Result;
 use crate::group::{Call, Group, Op, Work};
 use crate::mesh::{Goal, Sum};
 use crate::segment::BUFFER_BYTES;
-use crate::sums::{BLOCK, Order, Sums};
+use crate::sums::{BLOCK, Order, Sums, add_two};
 
 /// Floats in one buffer.
 const CHUNK: usize = BUFFER_BYTES / size_of::<f32>();
-/// Most pieces that a sum is on its way between hosts while the host adds up others.
-const LAG: usize = 8;
 /// Shards begin at multiples of a cache line.
 const LINE: usize = 64 / size_of::<f32>();
 
@@ -81,7 +79,8 @@ impl Group {
         across: &mut Across,
     ) -> Result<()> {
         let cut = Cut::new(values.len(), self.world_size);
-        let lag = if across.sum.is_some() { LAG.min(cut.pieces).max(1) } else { 1 };
+        let lead = across.sum.as_ref().map_or(0, |sum| sum.lead().div_ceil(cut.piece));
+        let lag = (1 + lead).min(cut.pieces).max(1);
         for phase in 0..cut.pieces + lag {
             let buffer = self.writable_buffer();
             let ready = phase.checked_sub(lag);
@@ -185,6 +184,12 @@ impl Group {
     /// Adds up what the other ranks hold at float `at` of their buffers and `own`, into `own`.
     fn add_up(&self, buffer: usize, at: usize, own: &mut [f32], order: Order) {
         assert!(at + own.len() <= CHUNK, "{} floats at {at} of a buffer", own.len());
+        if self.world_size == 2 {
+            let peer = self.segment.buffer(1 - self.rank, buffer).cast::<f32>();
+            // SAFETY: as below.
+            let peer = unsafe { std::slice::from_raw_parts(peer.add(at), own.len()) };
+            return add_two(own, peer);
+        }
         let mut sums = Sums::new(order);
         for start in (0..own.len()).step_by(BLOCK) {
             let end = own.len().min(start + BLOCK);

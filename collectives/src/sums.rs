@@ -64,6 +64,12 @@ impl Sums {
     }
 }
 
+/// Adds the part of the other of two ranks to the own one: no copies, and either order of additions
+/// gives the same sum.
+pub(crate) fn add_two(own: &mut [f32], other: &[f32]) {
+    add(own, other);
+}
+
 fn add(sum: &mut [f32], part: &[f32]) {
     for (total, value) in sum.iter_mut().zip(part) {
         *total += value;

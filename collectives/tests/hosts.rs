@@ -72,8 +72,12 @@ fn bits(values: &[f32]) -> Vec<u32> {
 
 #[test]
 fn sums_are_those_of_the_hosts_sums_bit_for_bit() {
-    for (hosts, ranks) in [(2, 1), (2, 2), (3, 2), (2, 3)] {
-        for length in [0, 1, 17, 4097, 131_073, 500_001] {
+    let few =
+        [0, 1, 17, 4097, 131_073, 500_001].map(|length| (length, [(2, 1), (2, 2), (3, 2), (2, 3)]));
+    // Longer than what is on its way at a time.
+    let many = [(2_500_000, [(2, 2), (4, 2), (2, 4), (3, 1)])];
+    for (length, jobs) in few.into_iter().chain(many) {
+        for (hosts, ranks) in jobs {
             let host_sum = |host: usize, index: usize| {
                 let first = host * ranks;
                 (first + 1..first + ranks).fold(value(first, index), |sum, r| sum + value(r, index))

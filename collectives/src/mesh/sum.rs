@@ -7,8 +7,10 @@
 //! turn-around of a message, parts are sent from and totals received into the caller's memory, and
 //! only foreign parts need a place of their own.
 //!
-//! Nothing can wait in a circle: a part waits for nothing but its host, total `k` for the parts `k`
-//! alone, and a host that has no place for part `k` has not got all parts before `k - SLOTS`.
+//! Nothing can wait in a circle: a part waits for nothing but its host, total `k` for the parts `k` and
+//! those up to `k + DEPTH` before it on the line, and a host that has no place for part `k` has not got
+//! all parts before `k - SLOTS`. So a host may wait for a total only when it has [`Sum::lead`] floats
+//! more ready than that, or all.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -16,14 +18,14 @@ use std::ops::Range;
 
 use super::wire::{Broken, HEADER, Label};
 use crate::shm::shard;
-use crate::sums::{BLOCK, Order, Sums};
+use crate::sums::{BLOCK, Order, Sums, add_two};
 
 /// Totals travel so many segments behind the parts: what may be on its way for the line to be full.
-const DEPTH: usize = 6;
+const DEPTH: usize = 8;
 /// Parts that a host keeps of each other one until all hosts' are there.
 const SLOTS: usize = DEPTH + 2;
 /// Floats of a part: at most, and at least where the vector is short.
-const PART: (usize, usize) = (32 * 1024, 4 * 1024);
+const PART: (usize, usize) = (64 * 1024, 4 * 1024);
 /// Into so many segments even a short vector is cut.
 const CUTS: usize = 4;
 /// Bytes moved to or from one host before the others have their turn.
@@ -167,6 +169,11 @@ impl Sum {
             Lane { head_out, head_in: [0; HEADER], out, into, parts: 0, totals: 0, slots, slot }
         });
         Sum { plan, sums: Sums::new(order), label, ready: 0, summed: 0, lanes: lanes.collect() }
+    }
+
+    /// So many floats have to be ready beyond those whose totals are waited for.
+    pub fn lead(&self) -> usize {
+        (DEPTH + 1) * self.plan.segment
     }
 
     /// Gives the memory back.
@@ -316,6 +323,13 @@ impl Sum {
         {
             let own = plan.part(self.summed, plan.host);
             let slot = self.summed % SLOTS;
+            if plan.hosts == 2 {
+                let lane = &self.lanes[1 - plan.host];
+                let other = &lane.slots[slot * lane.slot..][..own.len()];
+                add_two(&mut values[own], other);
+                self.summed += 1;
+                continue;
+            }
             for start in own.clone().step_by(BLOCK) {
                 let end = own.end.min(start + BLOCK);
                 for (host, lane) in self.lanes.iter().enumerate() {
