@@ -2,7 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::net::TcpListener;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
@@ -244,4 +245,52 @@ fn an_address_where_nobody_is_is_named() {
     };
     let text = Comm::connect(&env).unwrap_err().to_string();
     assert!(text.contains(&format!("127.0.0.1:{port}")) && text.contains("refused"), "{text}");
+}
+
+#[test]
+fn strangers_at_the_door_neither_delay_nor_end_the_meeting() {
+    let job = Job::new(2, 2);
+    let address = job.listener.local_addr().unwrap();
+    let mut strangers = Vec::new();
+    for knock in [&b""[..], b"GET / HTTP/1.1\r\n\r\n", &[0xff; 5000], &[0; 20]] {
+        for _ in 0..5 {
+            let mut stranger = TcpStream::connect(address).unwrap();
+            stranger.write_all(knock).unwrap();
+            strangers.push(stranger);
+        }
+    }
+    // One that is gone before it is heard.
+    drop(TcpStream::connect(address).unwrap());
+    let start = Instant::now();
+    job.run(|env| {
+        let comm = Comm::connect(&env).unwrap();
+        assert!(start.elapsed() < Duration::from_millis(1900), "{:?}", start.elapsed());
+        comm.barrier().unwrap();
+    });
+    drop(strangers);
+}
+
+#[test]
+fn a_rank_of_an_earlier_start_is_told_so_and_the_missing_one_is_named() {
+    let job = Job::new(2, 1);
+    let errors = job.run(|mut env| {
+        env.collective_timeout = Duration::from_secs(2);
+        env.segment_fd = None;
+        if env.rank == 1 {
+            env.generation = 2;
+        }
+        Comm::connect(&env).unwrap_err().to_string()
+    });
+    assert!(errors[0].contains("before all had come, missing ranks: 1"), "{errors:?}");
+    let told = "rank 1 belongs to start 2 of this job, and this is start 3";
+    assert!(errors[1].contains(told), "{errors:?}");
+}
+
+#[test]
+fn a_port_that_is_taken_is_named() {
+    let taken = TcpListener::bind("0.0.0.0:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let env = Env { world_size: 2, local_world_size: 1, master_port: port, ..Env::single() };
+    let text = Comm::connect(&env).unwrap_err().to_string();
+    assert!(text.contains(&format!(":{port}: cannot listen there: Address already")), "{text}");
 }

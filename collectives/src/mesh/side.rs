@@ -18,7 +18,8 @@ use std::time::{Duration, Instant};
 
 use crate::segment::{AbortRecord, Author};
 
-/// Silence of a host's kernel that ends the connection.
+/// Silence of a host's kernel that ends the connection, at most; it is noticed 3 s sooner where the
+/// first question was just due.
 const SILENCE: Duration = Duration::from_secs(10);
 /// The first question is asked after so long, the next ones each second.
 const FIRST_QUESTION: Duration = Duration::from_secs(3);
