@@ -1,11 +1,15 @@
 //! What this folder does around NCCL, with a fake one between threads.
 
+use std::net::TcpListener;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::fake::{Faults, Net};
 use super::*;
+use crate::env::Env;
+use crate::segment::{Author, Segment};
 
 const STREAM: u64 = 7;
 const PATH: &str = "libnccl.so.2";
@@ -230,4 +234,78 @@ fn an_end_that_does_not_end_is_left_behind() {
     drop(nccl);
     assert!(start.elapsed() < END_LIMIT * 2);
     assert_eq!(net.ended(), [0, 1, 0]);
+}
+
+/// Runs `work` on two ranks of each of two hosts, with the memory that the ranks of its host share.
+fn ranks_of_two_hosts<T: Send>(work: impl Fn(Comm, &Segment) -> T + Sync) -> Vec<T> {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let segments = [0, 2].map(|first| Segment::create_from(first, 2, 1).unwrap());
+    let (work, segments) = (&work, &segments);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4)
+            .map(|rank| {
+                let env = Env {
+                    rank,
+                    local_rank: rank % 2,
+                    world_size: 4,
+                    local_world_size: 2,
+                    master_port: listener.local_addr().unwrap().port(),
+                    generation: 1,
+                    segment_fd: Some(segments[rank / 2].fd()),
+                    meeting_fd: (rank == 0).then(|| listener.as_raw_fd()),
+                    collective_timeout: Duration::from_secs(30),
+                    ..Env::single()
+                };
+                scope.spawn(move || work(Comm::connect(&env).unwrap(), &segments[rank / 2]))
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn one_communicator_spans_the_ranks_of_all_hosts() {
+    let net = Net::new(4);
+    ranks_of_two_hosts(|comm, _| {
+        let nccl = connect(&net, &comm, Faults::default()).unwrap();
+        net.write(comm.rank(), 64, &[comm.rank() as f32 + 1.]);
+        nccl.all_reduce(64, 1, STREAM).unwrap();
+        nccl.arm(Duration::from_secs(20));
+        net.synchronize(comm.rank());
+        nccl.disarm().unwrap();
+        assert_eq!(net.read(comm.rank(), 64), [10.]);
+        comm.barrier().unwrap();
+    });
+    assert_eq!(net.ids().len(), 1);
+}
+
+#[test]
+fn a_rank_lost_on_another_host_ends_the_sum_once_the_launcher_says_so() {
+    let net = Net::new(4);
+    let ends = ranks_of_two_hosts(|comm, segment| {
+        let nccl = connect(&net, &comm, Faults::default()).unwrap();
+        if comm.rank() == 3 {
+            // Its process would be gone; that host's launcher tells the others', which halt theirs.
+            return None;
+        }
+        net.write(comm.rank(), 64, &[1.]);
+        nccl.all_reduce(64, 1, STREAM).unwrap();
+        let start = Instant::now();
+        nccl.arm(Duration::from_secs(60));
+        if comm.rank() == 0 {
+            segment.abort(Author::Launcher, Some(3), "rank 3 on node 1 was killed");
+        }
+        net.synchronize(comm.rank());
+        Some((nccl.disarm().unwrap_err().to_string(), start.elapsed()))
+    });
+    for (rank, end) in ends.into_iter().enumerate().take(3) {
+        let (error, took) = end.unwrap();
+        // Rank 2 has seen it by itself: it shares memory with the lost one.
+        assert!(
+            rank == 2 || error == "stopped by the launcher: rank 3 on node 1 was killed",
+            "{error}"
+        );
+        assert!(rank != 2 || error.contains("rank 3 is gone"), "{error}");
+        assert!(took < Duration::from_secs(5), "{took:?}");
+    }
 }
