@@ -36,6 +36,8 @@ use collectives::{Env, exit_code, report_failure, signals};
 use crate::cards::Ranks;
 use crate::cli::{Cli, Command};
 use crate::job::agent::Node;
+use crate::job::event::Policy;
+use crate::job::table::SharedTable;
 use crate::output::tell;
 
 fn main() -> ExitCode {
@@ -67,27 +69,30 @@ fn launch(mut cli: Cli, env: Env) -> i32 {
         // The first task of this node starts the processes of all of them.
         return exit_code::DONE;
     }
-    let result = if site.nodes.1 > 1 {
-        let (launch, command) = (&cli.launch, &cli.command);
-        let policy = launch.job.policy(&site);
-        let node = Node { site: &site, launch, ranks: &ranks, command, policy, token: env.token };
-        job::agent::take_part(&node)
-    } else if ranks.count() == 1 && !is_watched(&cli) {
+    let (launch, command) = (&cli.launch, &cli.command);
+    let policy = launch.job.policy(&site);
+    // A rank that another launcher has started is that one's to watch.
+    let is_watched = env.world_size == 1 && is_watched(&cli, &policy);
+    if site.nodes.1 == 1 && ranks.count() == 1 && !is_watched {
         return run_alone(cli, &ranks, env);
-    } else {
-        supervise::run(&cli.launch, &ranks, &cli.command)
-    };
-    result.unwrap_or_else(|error| {
+    }
+    let (token, table) = (env.token, SharedTable::default());
+    let node = Node { site: &site, launch, ranks: &ranks, command, policy, token, table };
+    job::agent::take_part(&node).unwrap_or_else(|error| {
         tell(&format!("error: {error:#}"));
         exit_code::FAILURE
     })
 }
 
-/// Whether even a single rank is a process of its own: its output is led elsewhere.
-fn is_watched(cli: &Cli) -> bool {
-    let works =
-        matches!(cli.command, Command::Train(_) | Command::Plan(_) | Command::CheckRanks(_));
-    works && (cli.launch.log_dir.is_some() || cli.launch.local_ranks_filter.is_some())
+/// Whether even a single rank is a process of its own: its output is led elsewhere, or it is started
+/// again after a failure.
+fn is_watched(cli: &Cli, policy: &Policy) -> bool {
+    let is_led = cli.launch.log_dir.is_some() || cli.launch.local_ranks_filter.is_some();
+    match cli.command {
+        Command::Train(_) | Command::CheckRanks(_) => is_led || policy.max_restarts > 0,
+        Command::Plan(_) => is_led,
+        _ => false,
+    }
 }
 
 /// Becomes the only rank.

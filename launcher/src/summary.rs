@@ -57,6 +57,14 @@ impl Status {
         }
     }
 
+    /// Words for all ranks that fail in this way.
+    pub fn cause(self) -> String {
+        match self {
+            Status::Code(code) => format!("ranks that end with exit code {code}"),
+            Status::Signal(signal) => format!("ranks killed by signal {signal}"),
+        }
+    }
+
     /// Words that follow "rank 2".
     pub fn describe(self) -> String {
         match self {

@@ -7,6 +7,7 @@
 use std::io::IsTerminal;
 use std::net::TcpListener;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,9 @@ use tokio::sync::mpsc;
 
 use crate::cards::Ranks;
 use crate::cli::{Command, Launch};
-use crate::job::coordinator::Failure;
+use crate::job::event::Failure;
+use crate::job::flights::FlightFolder;
+use crate::job::watch::RankReport;
 use crate::output::{Pumps, RankOutput, Target, tell};
 use crate::spawn::{Channel, WorkerSpec};
 use crate::streams::Routes;
@@ -70,6 +73,10 @@ struct Run {
     killed_by: Option<i32>,
     /// When an abort that no rank has followed was seen.
     aborted_at: Option<Instant>,
+    /// They were ended for a reason that is not theirs.
+    is_halted: bool,
+    /// Where they record their collectives.
+    flights: Option<FlightFolder>,
 }
 
 /// The signals that a launcher listens to.
@@ -130,44 +137,6 @@ pub struct Place {
     pub snapshots: Option<(Arc<Snapshots>, u64)>,
     /// Whether a cluster has started this job again.
     pub restarted: bool,
-}
-
-impl Place {
-    /// The only node.
-    pub fn alone(world_size: usize) -> Place {
-        Place {
-            generation: 1,
-            first_rank: 0,
-            world_size,
-            full_world_size: world_size,
-            meeting: ("127.0.0.1".to_owned(), 29500),
-            listener: None,
-            token: Token::new(""),
-            snapshots: None,
-            restarted: false,
-        }
-    }
-}
-
-/// Starts the ranks of a job on this node alone and returns the exit code when the last one has ended.
-pub fn run(launch: &Launch, ranks: &Ranks, command: &Command) -> Result<i32> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start the launcher's event loop")?;
-    runtime.block_on(supervise(launch, ranks, command))
-}
-
-async fn supervise(launch: &Launch, ranks: &Ranks, command: &Command) -> Result<i32> {
-    let mut signals = Signals::listen()?;
-    let mut local = LocalRanks::start(launch, ranks, command, Place::alone(ranks.count()))?;
-    while !local.have_ended() {
-        tokio::select! {
-            () = local.step() => {}
-            signal = signals.next() => local.take_signal(signal),
-        }
-    }
-    Ok(local.conclude())
 }
 
 /// The ranks of one start on this node.
@@ -241,22 +210,32 @@ impl LocalRanks {
         self.run.halt(reason);
     }
 
-    /// Asks the ranks to save and end.
+    /// Asks the ranks to save and end, unless they were asked already.
     pub fn stop(&mut self) {
-        self.run.is_ending = true;
-        self.run.tell_all(libc::SIGTERM);
+        if !self.run.is_ending {
+            self.run.is_ending = true;
+            self.run.tell_all(libc::SIGTERM);
+        }
     }
 
     /// The failure that halts them, in words for the other nodes.
     pub fn failure(&self) -> Option<Failure> {
-        let record = self.run.segment.abort_record();
-        let ending = first_failure(&self.run.endings, record.as_ref())?;
-        let (code, how) = (ending.status.exit_code(), ending.status.describe());
-        Some(Failure { rank: Some(ending.rank), code, how })
+        self.run.failure()
     }
 
-    /// Prints the summary of a failure and returns the exit code, once all have ended.
-    pub fn conclude(self) -> i32 {
+    /// How the ranks do that run.
+    pub fn reports(&self) -> Vec<RankReport> {
+        self.run.reports()
+    }
+
+    /// Keeps what the ranks have recorded; gives the folder.
+    pub fn keep_flights(&mut self) -> Option<&Path> {
+        self.run.flights.as_mut().map(FlightFolder::keep)
+    }
+
+    /// Prints the summary of a failure and returns the exit code and the failure that it comes from,
+    /// once all have ended.
+    pub fn conclude(self) -> (i32, Option<Failure>) {
         self.pumps.finish(OUTPUT_GRACE);
         self.run.conclude()
     }
@@ -272,6 +251,8 @@ fn start(
     let count = places.count();
     let Place { generation, first_rank, world_size, meeting, listener, token, .. } = place;
     let segment = Segment::create_from(first_rank, count, generation)?;
+    // Nothing but words after a hang depends on it.
+    let flights = FlightFolder::create(launch.log_dir.as_deref(), generation).ok();
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     let threads = launch.num_cpu_threads_per_process.unwrap_or((cores / count).max(1));
     let terminal = std::io::stderr().is_terminal();
@@ -301,6 +282,7 @@ fn start(
                 segment_fd: Some(segment.fd()),
                 meeting_fd: listener.as_ref().filter(|_| rank == 0).map(AsRawFd::as_raw_fd),
                 token: token.clone(),
+                flight_dir: flights.as_ref().map(|folder| folder.path().to_owned()),
                 snapshot_fd: snapshots.map(|(memory, _)| memory.fd()),
                 snapshot_every: snapshots.map(|(_, steps)| *steps),
                 full_world_size: Some(place.full_world_size),
@@ -355,6 +337,8 @@ fn start(
         kill_at: None,
         killed_by: None,
         aborted_at: None,
+        is_halted: false,
+        flights,
     })
 }
 
@@ -395,6 +379,7 @@ impl Run {
 
     /// Ends all ranks: the flag wakes them out of collectives, the signal out of work.
     fn halt(&mut self, reason: &str) {
+        self.is_halted |= self.kill_at.is_none();
         self.segment.abort(Author::Launcher, None, reason);
         self.tell_all(libc::SIGTERM);
         self.kill_at.get_or_insert(Instant::now() + STOP_GRACE);
@@ -459,8 +444,38 @@ impl Run {
         }
     }
 
-    /// Prints the summary of a failure and returns the exit code.
-    fn conclude(mut self) -> i32 {
+    /// The failure that the others end of.
+    fn failure(&self) -> Option<Failure> {
+        if self.is_halted || self.killed_by.is_some() {
+            return None;
+        }
+        let record = self.segment.abort_record();
+        let ending = first_failure(&self.endings, record.as_ref())?;
+        let own = self.segment.first_rank()..self.segment.first_rank() + self.ranks.len();
+        Some(Failure {
+            rank: Some(ending.rank),
+            code: ending.status.exit_code(),
+            how: ending.status.describe(),
+            cause: ending.status.cause(),
+            blames: record.and_then(|record| record.culprit).filter(|rank| !own.contains(rank)),
+        })
+    }
+
+    /// How the ranks do that run.
+    fn reports(&self) -> Vec<RankReport> {
+        let running = self.ranks.iter().enumerate().filter(|(_, rank)| !rank.ended);
+        let report = |(local_rank, rank): (usize, &Rank)| {
+            let number = self.segment.first_rank() + local_rank;
+            let standing = self.segment.standing(local_rank);
+            let flight = self.flights.as_ref().and_then(|folder| folder.last(number));
+            let stopped = is_stopped(rank.pid);
+            RankReport { flight, ..RankReport::new(number, rank.pid, &standing, stopped) }
+        };
+        running.map(report).collect()
+    }
+
+    /// Prints the summary of a failure and returns the exit code and that failure.
+    fn conclude(mut self) -> (i32, Option<Failure>) {
         for ending in &mut self.endings {
             let local_rank = ending.rank - self.segment.first_rank();
             ending.last_words = self.segment.last_words(local_rank);
@@ -468,12 +483,20 @@ impl Run {
         }
         let record = self.segment.abort_record();
         if self.killed_by.is_none()
+            && !self.is_halted
             && let Some(failure) = first_failure(&self.endings, record.as_ref())
         {
             tell(&describe_failure(failure, &self.endings, record.as_ref()));
         }
-        exit_code_of(&self.endings, record.as_ref(), self.killed_by)
+        (exit_code_of(&self.endings, record.as_ref(), self.killed_by), self.failure())
     }
+}
+
+/// Whether a process is stopped, as by SIGSTOP.
+fn is_stopped(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name before it may hold anything.
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
 }
 
 /// Signals a rank's process group.

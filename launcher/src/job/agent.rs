@@ -1,21 +1,23 @@
 //! A node of a job: starts and ends its ranks as the coordinator says, and says what becomes of them.
 //!
 //! Node 0 runs the coordinator beside its own ranks, and talks to it like the others. A node that
-//! hears nothing of the coordinator for [`SILENCE`] ends its ranks and asks to be started again (75):
-//! at most one side of a broken network goes on.
+//! hears nothing of the coordinator for [`SILENCE`] ends its ranks: at most one side of a broken network
+//! goes on. It then looks for the coordinator until [`GONE`] and joins anew if it finds the same one;
+//! otherwise it asks to be started again (75).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use collectives::{Snapshots, Token, exit_code};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
+use tokio::net::{TcpListener, UnixStream};
 use tokio::task::JoinHandle;
 
-use super::coordinator::{Facts, Policy};
+use super::event::{Facts, Failure, News, Policy};
 use super::hub::{BEAT, Hub, Meeting, coordinate, take_listener};
-use super::wire::{self, Order, Report, Sender, converse};
+use super::reach::{Link, Reached, Search};
+use super::table::SharedTable;
+use super::wire::{self, Order, Report, draw_life};
 use crate::cards::Ranks;
 use crate::cli::{Command, Launch};
 use crate::output::tell;
@@ -23,12 +25,12 @@ use crate::site::Site;
 use crate::summary::signal_name;
 use crate::supervise::{LocalRanks, Place, Signals};
 
-/// A coordinator that was not heard from for this long is gone.
+/// A coordinator that was not heard from for this long may be on the other side of a broken network.
 const SILENCE: Duration = Duration::from_secs(3);
-/// Between two attempts to reach the coordinator.
-const PAUSE: Duration = Duration::from_millis(200);
-/// Between two lines that say that it is waited for.
-const SAY: Duration = Duration::from_secs(10);
+/// One that was not heard from for this long is gone.
+const GONE: Duration = Duration::from_secs(8);
+/// How long the coordinator has for its last words.
+const FAREWELL: Duration = Duration::from_secs(3);
 
 /// What this node brings to a job.
 pub struct Node<'a> {
@@ -44,12 +46,14 @@ pub struct Node<'a> {
     pub policy: Policy,
     /// Seals what nodes say.
     pub token: Token,
+    /// Where the newest table of the job is put.
+    pub table: SharedTable,
 }
 
 /// Takes part until the job is over; gives the exit code.
 ///
 /// # Errors
-/// An address that cannot be used, ranks that cannot be started.
+/// An address that cannot be used, memory that cannot be had.
 pub fn take_part(node: &Node<'_>) -> Result<i32> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -61,11 +65,28 @@ pub fn take_part(node: &Node<'_>) -> Result<i32> {
 async fn run(node: &Node<'_>) -> Result<i32> {
     let mut signals = Signals::listen()?;
     let meeting = Meeting::default();
-    let coordinator = match node.site.node {
-        0 => Some(open_hub(node, &meeting).await?),
-        _ => None,
+    let search = search(node)?;
+    let (link, coordinator) = if node.site.node == 0 {
+        let (own, theirs) = UnixStream::pair().context("cannot make a pair of sockets")?;
+        let coordinator = open_hub(node, theirs, &meeting).await?;
+        (search.join_own(own).await?, Some(coordinator))
+    } else {
+        match search.reach(node.policy.join_wait, &mut signals).await {
+            Reached::Welcome(link) => (link, None),
+            Reached::Refused => return Ok(exit_code::USAGE),
+            Reached::Signalled => return Ok(exit_code::REQUEUE),
+            Reached::Nobody(waited, error) => {
+                tell(&format!(
+                    "error: node 0 was not reached in {:.0} s at {}:{}: {error}\n\
+                     hint: every node must reach that address and port; a firewall may be between",
+                    waited.as_secs_f64(),
+                    search.address,
+                    search.port
+                ));
+                return Ok(exit_code::REQUEUE);
+            }
+        }
     };
-    let Some(link) = reach(node, &mut signals).await? else { return Ok(exit_code::REQUEUE) };
     let snapshots = match node.policy.max_restarts {
         0 => None,
         _ => {
@@ -74,114 +95,61 @@ async fn run(node: &Node<'_>) -> Result<i32> {
         }
     };
     let heard = Instant::now();
-    let mut agent = Agent { node, meeting, link, local: None, snapshots, heard };
-    let code = agent.serve(&mut signals).await?;
+    let mut agent = Agent { node, meeting, search, link, local: None, snapshots, heard };
+    let code = agent.take_part(&mut signals).await?;
     if let Some(coordinator) = coordinator {
         // It has said its last word, or this node gives up and nobody is left to hear it.
-        drop(tokio::time::timeout(SILENCE, coordinator).await);
+        drop(tokio::time::timeout(FAREWELL, coordinator).await);
     }
     Ok(code)
 }
 
-async fn open_hub(node: &Node<'_>, meeting: &Meeting) -> Result<JoinHandle<i32>> {
+async fn open_hub(node: &Node<'_>, own: UnixStream, meeting: &Meeting) -> Result<JoinHandle<i32>> {
     let port = node.site.port;
-    let listener = TcpListener::bind(("0.0.0.0", port)).await.with_context(|| {
-        format!(
-            "cannot coordinate the job at port {port}\n\
-             hint: `--main_process_port` chooses another one, the same on all nodes"
-        )
-    })?;
+    let listener = match node.policy.nodes.1 {
+        1 => None,
+        _ => Some(TcpListener::bind(("0.0.0.0", port)).await.with_context(|| {
+            format!(
+                "cannot coordinate the job at port {port}\n\
+                 hint: `--main_process_port` chooses another one, the same on all nodes"
+            )
+        })?),
+    };
     let hub = Hub {
+        own,
         listener,
         policy: node.policy.clone(),
         token: node.token.clone(),
         job: node.site.job.clone(),
+        life: draw_life().context("cannot draw a number")?,
         meeting: meeting.clone(),
     };
     Ok(tokio::spawn(coordinate(hub)))
 }
 
-/// The conversation with the coordinator.
-struct Link {
-    sender: Sender,
-    /// `Err` once, when it ended.
-    orders: mpsc::UnboundedReceiver<std::io::Result<Order>>,
-}
-
-/// Reaches the coordinator; `None` when a signal or the time ended the attempt.
-async fn reach(node: &Node<'_>, signals: &mut Signals) -> Result<Option<Link>> {
-    let site = node.site;
-    // Node 0 talks to itself whatever its name resolves to.
-    let address = if site.node == 0 { "127.0.0.1" } else { site.address.as_str() };
-    let start = Instant::now();
-    let mut said = start;
-    loop {
-        let attempt = async {
-            let connect = TcpStream::connect((address, site.port));
-            let stream = tokio::time::timeout(SILENCE, connect).await??;
-            converse(stream, &node.token, false).await
-        };
-        let error = tokio::select! {
-            attempt = attempt => match attempt {
-                Ok((mut sender, mut receiver)) => {
-                    let facts = facts(node);
-                    sender.send(&Report::Join { node: site.node, job: site.job.clone(), facts }).await
-                        .context("cannot greet the coordinator")?;
-                    let (queue, orders) = mpsc::unbounded_channel();
-                    tokio::spawn(async move {
-                        loop {
-                            let order = receiver.receive::<Order>().await;
-                            let is_last = order.is_err();
-                            if queue.send(order).is_err() || is_last {
-                                return;
-                            }
-                        }
-                    });
-                    return Ok(Some(Link { sender, orders }));
-                }
-                Err(error) => error,
-            },
-            signal = signals.next() => {
-                if signal == libc::SIGWINCH {
-                    continue;
-                }
-                tell(&format!("{} before the job began", signal_name(signal).unwrap_or("a signal")));
-                return Ok(None);
-            }
-        };
-        if start.elapsed() >= node.policy.join_wait {
-            tell(&format!(
-                "error: node 0 was not reached in {:.0} s at {address}:{}: {error}\n\
-                 hint: every node must reach that address and port; a firewall may be between",
-                start.elapsed().as_secs_f64(),
-                site.port
-            ));
-            return Ok(None);
-        }
-        if said.elapsed() >= SAY {
-            said = Instant::now();
-            tell(&format!(
-                "waiting for node 0, {:.0} s, tried {address}:{}: {error}",
-                start.elapsed().as_secs_f64(),
-                site.port
-            ));
-        }
-        tokio::time::sleep(PAUSE).await;
-    }
-}
-
-fn facts(node: &Node<'_>) -> Facts {
-    Facts {
+fn search(node: &Node<'_>) -> Result<Search> {
+    let facts = Facts {
         host: crate::summary::host_name(),
         processes: node.ranks.count(),
         build: concat!(env!("CARGO_PKG_VERSION"), " ", env!("BUILD_COMMIT")).to_owned(),
         config: node.command.digest(),
-    }
+        life: draw_life().context("cannot draw a number")?,
+    };
+    let site = node.site;
+    Ok(Search {
+        address: site.address.clone(),
+        port: site.port,
+        token: node.token.clone(),
+        node: site.node,
+        job: site.job.clone(),
+        facts,
+    })
 }
 
 struct Agent<'a> {
     node: &'a Node<'a>,
     meeting: Meeting,
+    search: Search,
     link: Link,
     local: Option<Local>,
     /// What outlives the ranks, where they may be started again.
@@ -198,42 +166,77 @@ struct Local {
     is_reported: bool,
 }
 
+/// How a conversation with the coordinator ends.
+enum Parted {
+    /// The job is over, with this code.
+    Over(i32),
+    /// The coordinator is out of reach, or has left this node behind.
+    Left(String),
+}
+
 impl Agent<'_> {
-    async fn serve(&mut self, signals: &mut Signals) -> Result<i32> {
+    async fn take_part(&mut self, signals: &mut Signals) -> Result<i32> {
+        loop {
+            let why = match self.serve(signals).await {
+                Parted::Over(code) => {
+                    self.end_ranks("the job is over").await;
+                    return Ok(code);
+                }
+                Parted::Left(why) => why,
+            };
+            if self.node.site.node == 0 {
+                self.end_ranks("the coordinator is gone").await;
+                anyhow::bail!("the coordinator of this job has ended unexpectedly: {why}");
+            }
+            if let Some(code) = self.come_back(&why, signals).await {
+                return Ok(code);
+            }
+        }
+    }
+
+    /// One conversation with the coordinator.
+    async fn serve(&mut self, signals: &mut Signals) -> Parted {
         let mut beats = tokio::time::interval(BEAT);
+        beats.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut last_beat = Instant::now();
         loop {
             tokio::select! {
                 order = self.link.orders.recv() => match order {
                     Some(Ok(order)) => {
                         self.heard = Instant::now();
-                        if let Some(code) = self.obey(order)? {
-                            self.end_ranks("the job is over").await;
-                            return Ok(code);
+                        if let Some(parted) = self.obey(order).await {
+                            return parted;
                         }
                     }
                     Some(Err(error)) if wire::is_unsealed(&error) => {
-                        self.end_ranks("the coordinator cannot be trusted").await;
-                        tell(&format!("error: node 0 was refused: {error}"));
-                        return Ok(exit_code::USAGE);
+                        return Parted::Left("what it said was not sealed".to_owned());
                     }
-                    Some(Err(_)) | None => return Ok(self.give_up("its connection ended").await),
+                    Some(Err(_)) | None => {
+                        return Parted::Left("its connection ended".to_owned());
+                    }
                 },
                 () = step(&mut self.local) => self.report().await,
                 signal = signals.next() => self.take_signal(signal).await,
                 _ = beats.tick() => {
-                    drop(self.link.sender.send(&Report::Beat).await);
+                    self.beat().await;
+                    if last_beat.elapsed() > SILENCE {
+                        // It was this process that did not run.
+                        self.heard = Instant::now();
+                    }
+                    last_beat = Instant::now();
                     if self.heard.elapsed() > SILENCE {
-                        return Ok(self.give_up("it was not heard from for 3 s").await);
+                        let why = format!("it was not heard from for {SILENCE:?}");
+                        return Parted::Left(why);
                     }
                 }
             }
         }
     }
 
-    /// Does what the coordinator says; gives the exit code when that is the end.
-    fn obey(&mut self, order: Order) -> Result<Option<i32>> {
+    /// Does what the coordinator says.
+    async fn obey(&mut self, order: Order) -> Option<Parted> {
         match order {
-            Order::Beat => {}
+            Order::Beat { table } => self.node.table.set(*table),
             Order::Start { generation, first_rank, world_size, full_world_size, meeting_port } => {
                 let Node { site, launch, ranks, command, token, .. } = self.node;
                 let place = Place {
@@ -247,12 +250,21 @@ impl Agent<'_> {
                     listener: take_listener(&self.meeting),
                     token: token.clone(),
                 };
-                let ranks = LocalRanks::start(launch, ranks, command, place)?;
-                self.local = Some(Local { generation, ranks, is_reported: false });
+                match LocalRanks::start(launch, ranks, command, place) {
+                    Ok(ranks) => {
+                        self.local = Some(Local { generation, ranks, is_reported: false });
+                        // The coordinator knows at once whom it watches.
+                        self.beat().await;
+                    }
+                    Err(error) => self.fail_to_start(generation, &error).await,
+                }
             }
-            Order::Halt { generation, reason } => {
+            Order::Halt { generation, reason, keep_flights } => {
                 if let Some(local) = self.local.as_mut().filter(|l| l.generation == generation) {
                     local.is_reported = true;
+                    if keep_flights && let Some(folder) = local.ranks.keep_flights() {
+                        tell(&format!("what ranks recorded is kept: {}", folder.display()));
+                    }
                     local.ranks.halt(&reason);
                 }
             }
@@ -261,13 +273,46 @@ impl Agent<'_> {
                     local.ranks.stop();
                 }
             }
+            // Said once, before this conversation.
+            Order::Welcome { .. } => {}
             Order::Refuse { why } => {
                 tell(&format!("error: node {} cannot take part: {why}", self.node.site.node));
-                return Ok(Some(exit_code::USAGE));
+                return Some(Parted::Over(exit_code::USAGE));
             }
-            Order::Finish { code } => return Ok(Some(code)),
+            Order::Leave { why } => return Some(Parted::Left(why)),
+            Order::Finish { code } => return Some(Parted::Over(code)),
         }
-        Ok(None)
+        None
+    }
+
+    async fn fail_to_start(&mut self, generation: u64, error: &anyhow::Error) {
+        tell(&format!("error: {error:#}"));
+        let code = exit_code::FAILURE;
+        let failure = Failure {
+            rank: None,
+            code,
+            how: format!("cannot start its ranks: {error:#}"),
+            cause: "ranks that cannot be started".to_owned(),
+            blames: None,
+        };
+        let failed = Report::Failed { generation, failure: failure.clone() };
+        self.send(&failed).await;
+        self.send(&Report::Ended { generation, code, failure: Some(failure) }).await;
+    }
+
+    /// A coordinator that is gone is noticed by its silence.
+    async fn send(&mut self, report: &Report) {
+        drop(self.link.sender.send(report).await);
+    }
+
+    /// Says that this node is there, and how its ranks do.
+    async fn beat(&mut self) {
+        let kept = self.snapshots.as_ref().and_then(|(memory, _)| memory.newest());
+        let (generation, ranks) = match &self.local {
+            Some(local) => (local.generation, local.ranks.reports()),
+            None => (0, Vec::new()),
+        };
+        self.send(&Report::Beat(News { generation, ranks, kept })).await;
     }
 
     /// Tells the coordinator what has become of the ranks.
@@ -276,14 +321,14 @@ impl Agent<'_> {
         let generation = local.generation;
         if let Some(failure) = local.ranks.failure().filter(|_| !local.is_reported) {
             local.is_reported = true;
-            // A coordinator that is gone is noticed by its silence.
-            drop(self.link.sender.send(&Report::Failed { generation, failure }).await);
+            self.send(&Report::Failed { generation, failure }).await;
         }
-        if local.ranks.have_ended()
-            && let Some(local) = self.local.take()
-        {
-            let code = local.ranks.conclude();
-            drop(self.link.sender.send(&Report::Ended { generation, code }).await);
+        if self.local.as_ref().is_some_and(|local| local.ranks.have_ended()) {
+            // With the last snapshot that they have left.
+            self.beat().await;
+            let Some(local) = self.local.take() else { return };
+            let (code, failure) = local.ranks.conclude();
+            self.send(&Report::Ended { generation, code, failure }).await;
         }
     }
 
@@ -294,20 +339,40 @@ impl Agent<'_> {
         }
         if signal != libc::SIGWINCH {
             let why = signal_name(signal).unwrap_or("a signal").to_owned();
-            drop(self.link.sender.send(&Report::StopAsked { why }).await);
+            self.send(&Report::StopAsked { why }).await;
         }
     }
 
-    /// Goes without the coordinator: what was saved is good, and the job can be started again.
-    async fn give_up(&mut self, how: &str) -> i32 {
-        let site = self.node.site;
+    /// Ends the ranks and looks for the coordinator; gives the exit code when it is gone.
+    async fn come_back(&mut self, why: &str, signals: &mut Signals) -> Option<i32> {
+        let (node, site) = (self.node.site.node, self.node.site);
+        let (address, port) = (&site.address, site.port);
         tell(&format!(
-            "error: node 0, which coordinates the job at {}:{}, is gone: {how}\n\
-             hint: the last complete checkpoint is good; start the job again (exit code 75)",
-            site.address, site.port
+            "node {node} has lost node 0 at {address}:{port}: {why}; its ranks are ended, and it \
+             tries to come back"
         ));
-        self.end_ranks("the coordinator is gone").await;
-        exit_code::REQUEUE
+        self.end_ranks("the coordinator is out of reach").await;
+        let life = self.link.life;
+        let limit = GONE.saturating_sub(self.heard.elapsed());
+        let how = match self.search.reach(limit, signals).await {
+            Reached::Welcome(link) if link.life == life => {
+                tell(&format!("node {node} has reached node 0 again"));
+                (self.link, self.heard) = (link, Instant::now());
+                return None;
+            }
+            Reached::Welcome(_) => "another launcher is in its place".to_owned(),
+            Reached::Nobody(_, error) => {
+                let quiet = self.heard.elapsed().as_secs_f64();
+                format!("not heard from for {quiet:.0} s, {error}")
+            }
+            Reached::Refused => return Some(exit_code::USAGE),
+            Reached::Signalled => return Some(exit_code::REQUEUE),
+        };
+        tell(&format!(
+            "error: node 0, which coordinates the job at {address}:{port}, is gone: {how}\n\
+             hint: the last complete checkpoint is good; start the job again (exit code 75)"
+        ));
+        Some(exit_code::REQUEUE)
     }
 
     async fn end_ranks(&mut self, reason: &str) {

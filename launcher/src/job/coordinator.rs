@@ -7,98 +7,19 @@
 //! The way: nodes join (*gathering*) until all are there, or the least number is there and the wait
 //! is over; ranks run; the first failure halts all of them (*halting*), failures within
 //! [`Policy::merge`] count as one; when every node has halted its ranks the nodes gather again, as
-//! often as the budget of that cause allows. Ranks that end well on all nodes end the job.
+//! often as the budget of that cause allows. A node that comes while ranks run takes part from the next
+//! snapshot on: then all halt and start with it. Ranks that end well on all nodes end the job.
+
+mod turns;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use collectives::exit_code;
-use serde::{Deserialize, Serialize};
+use collectives::{Moment, exit_code};
 
-/// What the job allows.
-#[derive(Debug, Clone)]
-pub struct Policy {
-    /// Least and largest number of nodes.
-    pub nodes: (usize, usize),
-    /// How long the first start waits for the largest number.
-    pub join_wait: Duration,
-    /// How long a start after a failure waits for a node that is gone.
-    pub rejoin_wait: Duration,
-    /// Starts after a failure, for each cause.
-    pub max_restarts: usize,
-    /// A node that was not heard from for this long is gone.
-    pub silence: Duration,
-    /// Failures this close together are one.
-    pub merge: Duration,
-    /// How long nodes have to halt their ranks before they count as gone.
-    pub halt_wait: Duration,
-}
-
-/// What a node says of itself when it joins.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Facts {
-    /// Its name, for messages.
-    pub host: String,
-    /// Processes that it will start.
-    pub processes: usize,
-    /// What it was built from; different builds do not run together.
-    pub build: String,
-    /// A number for config and arguments; different ones do not run together.
-    pub config: String,
-}
-
-/// How a rank failed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Failure {
-    /// Its number among all; `None` when it is the node that failed.
-    pub rank: Option<usize>,
-    /// What a shell would show.
-    pub code: i32,
-    /// Words that follow "rank 2" or "node 1".
-    pub how: String,
-}
-
-/// What has happened.
-#[derive(Debug, Clone)]
-pub enum Event {
-    /// A node is there and runs nothing.
-    Joined { node: usize, facts: Facts },
-    /// A node was heard from.
-    Beat { node: usize },
-    /// A node's connection ended.
-    Lost { node: usize },
-    /// A rank of a node failed.
-    Failed { node: usize, generation: u64, failure: Failure },
-    /// All ranks of a node have ended; the code is the worst.
-    Ended { node: usize, generation: u64, code: i32 },
-    /// Somebody asks that the job is saved and ends.
-    StopAsked { why: String },
-    /// Time passes.
-    Tick,
-}
-
-/// What is to be done.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
-    /// This node starts its ranks.
-    Start {
-        node: usize,
-        generation: u64,
-        first_rank: usize,
-        world_size: usize,
-        full_world_size: usize,
-    },
-    /// This node ends its ranks, and says when all have ended.
-    Halt { node: usize, generation: u64, reason: String },
-    /// This node asks its ranks to save and end.
-    Stop { node: usize, generation: u64 },
-    /// This node is told why it cannot take part.
-    Refuse { node: usize, why: String },
-    /// A line for the user.
-    Say(String),
-    /// The job is over; every node ends with this code.
-    Finish { code: i32 },
-}
+use super::event::{Action, Event, Facts, Failure, News, Policy};
+use super::table::{JobState, NodeRow, Restart, Table};
+use super::watch::Watch;
 
 /// A node as the coordinator knows it.
 #[derive(Debug, Clone)]
@@ -106,6 +27,8 @@ struct Member {
     facts: Facts,
     heard: Duration,
     state: State,
+    /// The newest snapshot in its memory.
+    kept: Option<Moment>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,10 +43,28 @@ enum State {
 
 #[derive(Debug, Clone)]
 enum Phase {
-    Gathering { since: Duration, said: Duration },
-    Running,
-    Halting { since: Duration, first: (usize, Failure), more: usize },
+    Gathering {
+        since: Duration,
+        said: Duration,
+    },
+    /// With the newest snapshot at the time when a node came that waits for the next one.
+    Running {
+        waiting_since: Option<Option<Moment>>,
+    },
+    Halting {
+        since: Duration,
+        why: Why,
+    },
     Over,
+}
+
+/// Why ranks halt.
+#[derive(Debug, Clone)]
+enum Why {
+    /// The first failure and its node, and how many came with it.
+    Failed { node: usize, host: String, failure: Failure, more: usize },
+    /// Nodes have come.
+    Back { nodes: String },
 }
 
 /// The state of the job.
@@ -135,23 +76,29 @@ pub struct Coordinator {
     generation: u64,
     /// Starts after failures, by cause.
     restarts: BTreeMap<String, usize>,
+    history: Vec<Restart>,
+    watch: Watch,
     /// The job is to end: nothing starts any more.
     stopping: bool,
 }
 
-/// Between two lines that say who is waited for.
-const SAY: Duration = Duration::from_secs(10);
+/// A member that was not heard from for this long may have lost its place to a new launcher.
+const UNSURE: Duration = Duration::from_secs(1);
+/// Clocks that differ by more seconds are worth a warning.
+const SKEW: f64 = 2.0;
 
 impl Coordinator {
     /// A job whose nodes gather from `now` on. `generation` is that of the last start before, 0 for
     /// none.
     pub fn new(policy: Policy, generation: u64, now: Duration) -> Coordinator {
         Coordinator {
+            watch: Watch::new(policy.hang_timeout),
             policy,
             phase: Phase::Gathering { since: now, said: now },
             members: BTreeMap::new(),
             generation,
             restarts: BTreeMap::new(),
+            history: Vec::new(),
             stopping: false,
         }
     }
@@ -163,96 +110,261 @@ impl Coordinator {
             return actions;
         }
         match event {
-            Event::Joined { node, facts } => self.join(node, facts, now, &mut actions),
-            Event::Beat { node } => {
-                if let Some(member) = self.members.get_mut(&node) {
-                    member.heard = now;
-                }
+            Event::Joined { node, facts, skew } => {
+                self.join(node, facts, skew, now, &mut actions);
             }
+            Event::Beat { node, news } => self.hear(node, news, now),
             Event::Lost { node } => self.lose(node, "its connection ended", now, &mut actions),
             Event::Failed { node, generation, failure } if generation == self.generation => {
                 self.fail(node, failure, now, &mut actions);
             }
-            Event::Ended { node, generation, code } if generation == self.generation => {
-                if let Some(member) = self.members.get_mut(&node) {
-                    member.heard = now;
-                    member.state = State::Ended(code);
-                }
+            Event::Ended { node, generation, code, failure } if generation == self.generation => {
+                self.note_end(node, (code, failure), now, &mut actions);
             }
             // Of a start that is over.
             Event::Failed { .. } | Event::Ended { .. } => {}
             Event::StopAsked { why } => self.stop(&why, &mut actions),
-            Event::Tick => self.look_for_silence(now, &mut actions),
+            Event::Tick => {
+                self.look_for_silence(now, &mut actions);
+                self.look_for_hangs(now, &mut actions);
+            }
         }
         self.go_on(now, &mut actions);
         actions
     }
 
-    fn join(&mut self, node: usize, facts: Facts, now: Duration, actions: &mut Vec<Action>) {
-        let refuse = |why: String| Action::Refuse { node, why };
-        if node >= self.policy.nodes.1 {
-            let most = self.policy.nodes.1;
-            actions.push(refuse(format!("the job has nodes 0 to {}, this is: {node}", most - 1)));
-            return;
+    /// The job as a table.
+    pub fn table(&self, now: Duration) -> Table {
+        let state = match self.phase {
+            Phase::Gathering { .. } => JobState::Gathering,
+            Phase::Running { .. } => JobState::Running,
+            Phase::Halting { .. } => JobState::Halting,
+            Phase::Over => JobState::Over,
+        };
+        let row = |(node, member): (&usize, &Member)| NodeRow {
+            node: *node,
+            host: member.facts.host.clone(),
+            processes: member.facts.processes,
+            is_running: member.state == State::Running,
+            quiet_s: now.saturating_sub(member.heard).as_secs_f32(),
+        };
+        Table {
+            job: String::new(),
+            generation: self.generation,
+            state,
+            elapsed_s: now.as_secs_f64(),
+            nodes_wanted: self.policy.nodes,
+            nodes: self.members.iter().map(row).collect(),
+            ranks: self.watch.rows(now),
+            restarts: self.history.clone(),
+            kept_step: self.kept().map(|moment| moment.step),
         }
+    }
+
+    /// What ranks would go on from: rank 0 reads the memory of node 0.
+    fn kept(&self) -> Option<Moment> {
+        self.members.get(&0)?.kept
+    }
+
+    /// Nobody but this node: what its ranks say of themselves is enough.
+    fn is_alone(&self) -> bool {
+        self.policy.nodes.1 == 1
+    }
+
+    fn join(
+        &mut self,
+        node: usize,
+        facts: Facts,
+        skew: f64,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
         if let Some(member) = self.members.get(&node) {
-            actions.push(refuse(format!(
-                "two launchers say that they are node {node}, on {} and {}",
-                member.facts.host, facts.host
-            )));
-            return;
-        }
-        if let Some((other, member)) = self.members.iter().next() {
-            let theirs = &member.facts;
-            let differs =
-                [("build", &theirs.build, &facts.build), ("config", &theirs.config, &facts.config)];
-            let counts = (theirs.processes.to_string(), facts.processes.to_string());
-            let differs =
-                differs.into_iter().chain([("number of processes", &counts.0, &counts.1)]);
-            if let Some((what, theirs, own)) = { differs }.find(|(_, theirs, own)| theirs != own) {
-                actions.push(refuse(format!(
-                    "its {what} differs from that of node {other}: {own} instead of {theirs}"
-                )));
+            if member.facts.life == facts.life {
+                self.lose(node, "its connection was interrupted", now, actions);
+            } else if now.saturating_sub(member.heard) > UNSURE {
+                actions.push(Action::Later { node });
                 return;
             }
         }
-        self.members.insert(node, Member { facts, heard: now, state: State::Ready });
-        // A node that comes back while the others run takes part from the next start on.
+        if let Err(why) = self.admit(node, &facts) {
+            actions.push(Action::Refuse { node, why });
+            return;
+        }
+        if skew.abs() > SKEW {
+            let (by, to) = (skew.abs(), if skew > 0.0 { "ahead of" } else { "behind" });
+            actions.push(Action::Say(format!(
+                "warning: the clock of node {node} ({}) is {by:.1} s {to} that of node 0\n\
+                 hint: times in logs and files will not fit; a time service (NTP) sets clocks",
+                facts.host
+            )));
+        }
+        let kept = self.kept();
+        if let Phase::Running { waiting_since } = &mut self.phase {
+            waiting_since.get_or_insert(kept);
+            actions.push(Action::Say(format!(
+                "node {node} ({}) has come: it takes part from the next snapshot on",
+                facts.host
+            )));
+        }
+        self.members.insert(node, Member { facts, heard: now, state: State::Ready, kept: None });
+    }
+
+    /// Whether a node fits to those that are there.
+    fn admit(&self, node: usize, facts: &Facts) -> Result<(), String> {
+        if node >= self.policy.nodes.1 {
+            let most = self.policy.nodes.1;
+            return Err(format!("the job has nodes 0 to {}, this is: {node}", most - 1));
+        }
+        if let Some(member) = self.members.get(&node) {
+            return Err(format!(
+                "two launchers say that they are node {node}, on {} and {}\n\
+                 hint: every launcher needs a number of its own, `--node_rank`",
+                member.facts.host, facts.host
+            ));
+        }
+        let Some((other, member)) = self.members.iter().next() else { return Ok(()) };
+        let theirs = &member.facts;
+        let counts = (theirs.processes.to_string(), facts.processes.to_string());
+        let all = [
+            ("build", &theirs.build, &facts.build, "install the same `lorarun` on all nodes"),
+            (
+                "config",
+                &theirs.config,
+                &facts.config,
+                "every node needs the same command, options of the command and config files",
+            ),
+            (
+                "number of processes",
+                &counts.0,
+                &counts.1,
+                "every node starts as many, `--nproc_per_node`",
+            ),
+        ];
+        match all.into_iter().find(|(_, theirs, own, _)| theirs != own) {
+            None => Ok(()),
+            Some((what, theirs, own, hint)) => Err(format!(
+                "its {what} differs from that of node {other}: {own} instead of {theirs}\n\
+                 hint: {hint}"
+            )),
+        }
+    }
+
+    /// A node beats.
+    fn hear(&mut self, node: usize, news: News, now: Duration) {
+        let Some(member) = self.members.get_mut(&node) else { return };
+        member.heard = now;
+        member.kept = news.kept.max(member.kept);
+        if news.generation == self.generation {
+            self.watch.take((node, &member.facts.host), news.ranks, now);
+        }
     }
 
     /// A node is gone.
     fn lose(&mut self, node: usize, how: &str, now: Duration, actions: &mut Vec<Action>) {
         let Some(member) = self.members.remove(&node) else { return };
-        let how = format!("({}) is gone: {how}", member.facts.host);
-        if member.state == State::Ready && !matches!(self.phase, Phase::Halting { .. }) {
-            actions.push(Action::Say(format!("node {node} {how}")));
+        self.watch.forget(node);
+        let is_halting = matches!(self.phase, Phase::Halting { .. });
+        let ended_well = matches!(member.state, State::Ended(exit_code::DONE | exit_code::REQUEUE));
+        if !is_halting && (member.state == State::Ready || ended_well) {
+            let host = member.facts.host;
+            actions.push(Action::Say(format!("node {node} ({host}) is gone: {how}")));
             return;
         }
-        let failure = Failure { rank: None, code: exit_code::FAILURE, how };
-        self.fail(node, failure, now, actions);
+        let failure = Failure {
+            rank: None,
+            // What was saved is good, and another start may find the node again.
+            code: exit_code::REQUEUE,
+            how: format!("is gone: {how}"),
+            cause: "nodes that are gone".to_owned(),
+            blames: None,
+        };
+        let host = member.facts.host;
+        self.note_failure((node, host), failure, now, actions);
     }
 
     fn fail(&mut self, node: usize, failure: Failure, now: Duration, actions: &mut Vec<Action>) {
+        let host = self.members.get(&node).map(|member| member.facts.host.clone());
+        self.note_failure((node, host.unwrap_or_default()), failure, now, actions);
+    }
+
+    fn note_failure(
+        &mut self,
+        (node, host): (usize, String),
+        failure: Failure,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
         match &mut self.phase {
-            Phase::Halting { since, more, .. } => {
-                // What fails while all are told to end, fails because of that.
-                if now.saturating_sub(*since) <= self.policy.merge {
+            Phase::Halting {
+                since,
+                why: Why::Failed { node: first, host: at, failure: known, more },
+            } => {
+                let is_consequence = failure.blames.is_some();
+                if known.blames.is_some() && !is_consequence {
+                    // What came first was a consequence of this one.
+                    (*first, *at, *known) = (node, host, failure);
+                } else if !is_consequence && now.saturating_sub(*since) <= self.policy.merge {
                     *more += 1;
                 }
             }
-            Phase::Running => {
-                let who = who(node, &failure);
-                actions.push(Action::Say(format!("{who} {}", failure.how)));
+            Phase::Halting { why, .. } => {
+                *why = Why::Failed { node, host, failure, more: 0 };
+            }
+            Phase::Running { .. } => {
+                let who = who((node, &host), &failure);
                 let reason = format!("{who} {}", failure.how);
-                for (node, member) in &self.members {
-                    if member.state == State::Running {
-                        let (node, reason) = (*node, reason.clone());
-                        actions.push(Action::Halt { node, generation: self.generation, reason });
-                    }
+                let is_told = failure.blames.is_some() || self.is_alone();
+                if !is_told && !is_final(failure.code) {
+                    actions.push(Action::Say(reason.clone()));
                 }
-                self.phase = Phase::Halting { since: now, first: (node, failure), more: 0 };
+                self.halt_all(&reason, false, actions);
+                let why = Why::Failed { node, host, failure, more: 0 };
+                self.phase = Phase::Halting { since: now, why };
             }
             Phase::Gathering { .. } | Phase::Over => {}
+        }
+    }
+
+    fn halt_all(&self, reason: &str, keep_flights: bool, actions: &mut Vec<Action>) {
+        let running = self.members.iter().filter(|(_, member)| member.state == State::Running);
+        actions.extend(running.map(|(node, _)| Action::Halt {
+            node: *node,
+            generation: self.generation,
+            reason: reason.to_owned(),
+            keep_flights,
+        }));
+    }
+
+    /// All ranks of a node have ended.
+    fn note_end(
+        &mut self,
+        node: usize,
+        (code, failure): (i32, Option<Failure>),
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(member) = self.members.get_mut(&node) else { return };
+        member.heard = now;
+        member.state = State::Ended(code);
+        self.watch.forget(node);
+        match (&mut self.phase, failure) {
+            // It knows better now which of its ranks was the first.
+            (
+                Phase::Halting { why: Why::Failed { node: first, failure: known, .. }, .. },
+                Some(failure),
+            ) if *first == node && known.rank.is_some() => *known = failure,
+            (Phase::Running { .. }, None)
+                if !matches!(code, exit_code::DONE | exit_code::REQUEUE) =>
+            {
+                // Nobody failed: somebody has ended this node's ranks at once, and the job with them.
+                self.stopping = true;
+                let how = "was told to end at once".to_owned();
+                let cause = how.clone();
+                let failure = Failure { rank: None, code, how, cause, blames: None };
+                self.fail(node, failure, now, actions);
+            }
+            _ => {}
         }
     }
 
@@ -261,7 +373,9 @@ impl Coordinator {
             return;
         }
         self.stopping = true;
-        actions.push(Action::Say(format!("{why}: asking all ranks to save and end")));
+        if !self.is_alone() {
+            actions.push(Action::Say(format!("{why}: asking all ranks to save and end")));
+        }
         for (node, member) in &self.members {
             if member.state == State::Running {
                 actions.push(Action::Stop { node: *node, generation: self.generation });
@@ -274,168 +388,47 @@ impl Coordinator {
         let silent = silent.filter(|(_, m)| now.saturating_sub(m.heard) > self.policy.silence);
         for node in silent.map(|(node, _)| *node).collect::<Vec<_>>() {
             let how = format!("not heard from for {:.1} s", self.policy.silence.as_secs_f64());
+            // Should it hear this, it ends its ranks.
+            actions.push(Action::Leave { node, why: format!("it was {how}") });
             self.lose(node, &how, now, actions);
         }
     }
 
-    /// Changes the phase when its end is reached.
-    fn go_on(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        match self.phase.clone() {
-            Phase::Gathering { since, said } => self.gather((since, said), now, actions),
-            Phase::Running => {
-                let running = self.members.values().filter(|m| m.state != State::Ready);
-                let codes: Option<Vec<i32>> = running
-                    .map(|member| match member.state {
-                        State::Ended(code) => Some(code),
-                        _ => None,
-                    })
-                    .collect();
-                if let Some(code) = codes.and_then(|codes| codes.into_iter().max()) {
-                    // Well or saved: a failure would have halted the job.
-                    self.finish(code, actions);
-                }
-            }
-            Phase::Halting { since, first, more } => {
-                self.halt((since, first, more), now, actions);
-            }
-            Phase::Over => {}
-        }
-    }
-
-    fn gather(
-        &mut self,
-        (since, said): (Duration, Duration),
-        now: Duration,
-        actions: &mut Vec<Action>,
-    ) {
-        if self.stopping {
-            self.finish(exit_code::REQUEUE, actions);
+    fn look_for_hangs(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        if !matches!(self.phase, Phase::Running { .. }) {
             return;
         }
-        let (least, most) = self.policy.nodes;
-        let first = self.restarts.is_empty();
-        let wait = if first { self.policy.join_wait } else { self.policy.rejoin_wait };
-        let waited = now.saturating_sub(since);
-        let there = self.members.len();
-        if there == most || (there >= least && waited >= wait) {
-            self.start(actions);
-        } else if waited >= wait.max(self.policy.join_wait) {
-            actions.push(Action::Say(format!(
-                "error: {there} of at least {least} nodes have come in {:.0} s, missing: {}",
-                waited.as_secs_f64(),
-                self.missing()
-            )));
-            self.finish(exit_code::REQUEUE, actions);
-        } else if now.saturating_sub(said) >= SAY {
-            actions.push(Action::Say(format!(
-                "waiting for {} ({there} of {most} nodes are there), {:.0} s",
-                self.missing(),
-                waited.as_secs_f64()
-            )));
-            self.phase = Phase::Gathering { since, said: now };
-        }
-    }
-
-    /// Ranks are numbered by node; what is there is numbered without gaps.
-    fn start(&mut self, actions: &mut Vec<Action>) {
-        self.generation += 1;
-        let processes = || self.members.values().map(|member| member.facts.processes);
-        let world_size = processes().sum();
-        // Every node has as many as the others.
-        let full_world_size = processes().max().unwrap_or(0) * self.policy.nodes.1;
-        let mut first_rank = 0;
-        for (node, member) in &mut self.members {
-            member.state = State::Running;
-            let (node, generation) = (*node, self.generation);
-            actions.push(Action::Start {
-                node,
-                generation,
-                first_rank,
-                world_size,
-                full_world_size,
-            });
-            first_rank += member.facts.processes;
-        }
-        self.phase = Phase::Running;
-    }
-
-    fn halt(
-        &mut self,
-        (since, (node, failure), more): (Duration, (usize, Failure), usize),
-        now: Duration,
-        actions: &mut Vec<Action>,
-    ) {
-        let waited = now.saturating_sub(since);
-        let still: Vec<usize> = self
-            .members
-            .iter()
-            .filter(|(_, member)| member.state == State::Running)
-            .map(|(node, _)| *node)
-            .collect();
-        if waited >= self.policy.halt_wait {
-            for node in &still {
-                self.members.remove(node);
-                let why = "it did not end its ranks";
-                actions.push(Action::Say(format!("node {node} is left behind: {why}")));
-                actions.push(Action::Refuse { node: *node, why: why.to_owned() });
-            }
-        } else if !still.is_empty() || waited < self.policy.merge {
-            return;
-        }
-        let who = who(node, &failure);
-        if matches!(failure.code, exit_code::USAGE | exit_code::CONFIGURATION) {
-            // The same command would fail again.
-            self.finish(failure.code, actions);
-            return;
-        }
-        if self.stopping {
-            self.finish(failure.code, actions);
-            return;
-        }
-        let cause = match failure.rank {
-            Some(_) => format!("ranks that {}", failure.how),
-            None => "nodes that are gone".to_owned(),
+        let Some(verdict) = self.watch.verdict(now) else { return };
+        let host = self.members.get(&verdict.node).map(|member| member.facts.host.clone());
+        let host = host.unwrap_or_default();
+        let failure = Failure {
+            rank: Some(verdict.rank),
+            code: exit_code::FAILURE,
+            how: verdict.how,
+            cause: "ranks that hang".to_owned(),
+            blames: None,
         };
-        let used = self.restarts.entry(cause.clone()).or_insert(0);
-        if *used >= self.policy.max_restarts {
-            actions.push(Action::Say(format!(
-                "error: {who} {}, and the restarts for {cause} are used up: {used}",
-                failure.how
-            )));
-            self.finish(failure.code, actions);
-            return;
-        }
-        *used += 1;
-        let others = if more > 0 { format!(", and {more} more") } else { String::new() };
-        let max = self.policy.max_restarts;
-        actions.push(Action::Say(format!(
-            "starting again after {who}{others}: {used} of {max} restarts for {cause}"
-        )));
-        for member in self.members.values_mut() {
-            member.state = State::Ready;
-        }
-        self.phase = Phase::Gathering { since: now, said: now };
-        self.gather((now, now), now, actions);
-    }
-
-    fn finish(&mut self, code: i32, actions: &mut Vec<Action>) {
-        self.phase = Phase::Over;
-        actions.push(Action::Finish { code });
-    }
-
-    /// `node 1` or `nodes 1, 3`.
-    fn missing(&self) -> String {
-        let missing = (0..self.policy.nodes.1).filter(|node| !self.members.contains_key(node));
-        let missing: Vec<String> = missing.map(|node| node.to_string()).collect();
-        let plural = if missing.len() == 1 { "" } else { "s" };
-        format!("node{plural} {}", missing.join(", "))
+        let reason = format!("{} {}", who((verdict.node, &host), &failure), failure.how);
+        let mut lines = vec![format!("error: {reason}")];
+        lines.extend(self.watch.flight_lines(now).into_iter().map(|line| format!("  {line}")));
+        actions.push(Action::Say(lines.join("\n")));
+        self.halt_all(&reason, true, actions);
+        let why = Why::Failed { node: verdict.node, host, failure, more: 0 };
+        self.phase = Phase::Halting { since: now, why };
     }
 }
 
-fn who(node: usize, failure: &Failure) -> String {
+/// Whether trying again cannot help: the same command would fail again.
+fn is_final(code: i32) -> bool {
+    matches!(code, exit_code::USAGE | exit_code::CONFIGURATION)
+}
+
+/// `rank 3 on node 1 (host)`.
+fn who((node, host): (usize, &str), failure: &Failure) -> String {
+    let host = if host.is_empty() { String::new() } else { format!(" ({host})") };
     match failure.rank {
-        Some(rank) => format!("rank {rank} on node {node}"),
-        None => format!("node {node}"),
+        Some(rank) => format!("rank {rank} on node {node}{host}"),
+        None => format!("node {node}{host}"),
     }
 }
 

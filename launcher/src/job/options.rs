@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::coordinator::Policy;
-use crate::site::{Asked, Site, parse_nodes};
+use super::event::Policy;
+use crate::site::{Asked, Site, Source, parse_nodes};
 
 /// How long a node may take to end its ranks.
 const HALT_WAIT: Duration = Duration::from_secs(8);
@@ -41,7 +41,8 @@ pub struct JobOptions {
     #[arg(long = "rdzv_id", alias = "rdzv-id", value_name = "NAME")]
     pub rdzv_id: Option<String>,
 
-    /// Starts after a failure, for each cause [default: 3 with several nodes]
+    /// Starts after a failure, for each cause; 0 ends the job with the first one [default: 3 with
+    /// several nodes and in a cluster's job, otherwise 0]
     #[arg(long = "max_restarts", alias = "max-restarts", value_name = "N")]
     pub max_restarts: Option<usize>,
 
@@ -59,6 +60,12 @@ pub struct JobOptions {
     #[arg(long = "rejoin_wait", alias = "rejoin-wait", value_name = "SECONDS",
           default_value = "60", value_parser = crate::cli::parse_seconds)]
     pub rejoin_wait: f64,
+
+    /// Seconds without a sign of life after which a process hangs and all start again [default: ten
+    /// times the longest that the run has shown, and minutes while nothing is known]
+    #[arg(long = "hang_timeout", alias = "hang-timeout", value_name = "SECONDS",
+          value_parser = crate::cli::parse_seconds)]
+    pub hang_timeout: Option<f64>,
 }
 
 impl JobOptions {
@@ -75,11 +82,14 @@ impl JobOptions {
 
     /// What the job allows.
     pub fn policy(&self, site: &Site) -> Policy {
+        let is_cluster = site.nodes.1 > 1
+            || matches!(site.source, Source::Slurm | Source::Kubernetes | Source::Torchrun);
         Policy {
             nodes: site.nodes,
             join_wait: Duration::from_secs_f64(self.join_wait),
             rejoin_wait: Duration::from_secs_f64(self.rejoin_wait),
-            max_restarts: self.max_restarts.unwrap_or(3),
+            max_restarts: self.max_restarts.unwrap_or(if is_cluster { 3 } else { 0 }),
+            hang_timeout: self.hang_timeout.map(Duration::from_secs_f64),
             silence: SILENCE,
             merge: MERGE,
             halt_wait: HALT_WAIT,

@@ -13,11 +13,10 @@ use collectives::Token;
 use hmac::{Hmac, KeyInit, Mac};
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::coordinator::{Facts, Failure};
+use super::event::{Facts, Failure, News};
+use super::table::Table;
 
 /// Longest frame: words and tables of a job.
 const LONGEST: usize = 1 << 20;
@@ -29,23 +28,25 @@ const HELLO: &[u8; 8] = b"lorajob1";
 type Nonce = [u8; 16];
 
 /// From a node to the coordinator.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Report {
-    /// It is there and runs nothing.
-    Join { node: usize, job: String, facts: Facts },
+    /// It is there and runs nothing. The clock is in milliseconds since 1970.
+    Join { node: usize, job: String, facts: Facts, clock: u64 },
     /// It is still there.
-    Beat,
+    Beat(News),
     /// A rank of its failed.
     Failed { generation: u64, failure: Failure },
-    /// All its ranks have ended; the worst code.
-    Ended { generation: u64, code: i32 },
+    /// All its ranks have ended: the code of all, and the failure that it comes from.
+    Ended { generation: u64, code: i32, failure: Option<Failure> },
     /// Somebody asks that the job is saved and ends.
     StopAsked { why: String },
 }
 
 /// From the coordinator to a node.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Order {
+    /// The node takes part. The number is the coordinator's own: another one is another job.
+    Welcome { life: u64 },
     /// Start the ranks; rank 0 is met at this port of node 0.
     Start {
         generation: u64,
@@ -55,13 +56,15 @@ pub enum Order {
         meeting_port: u16,
     },
     /// End the ranks.
-    Halt { generation: u64, reason: String },
+    Halt { generation: u64, reason: String, keep_flights: bool },
     /// Ask the ranks to save and end.
     Stop { generation: u64 },
     /// This node cannot take part.
     Refuse { why: String },
-    /// The coordinator is still there.
-    Beat,
+    /// This node is left behind: end the ranks, and join anew.
+    Leave { why: String },
+    /// The coordinator is still there; what it knows of all.
+    Beat { table: Box<Table> },
     /// The job is over.
     Finish { code: i32 },
 }
@@ -86,13 +89,13 @@ impl Seal {
 
 /// The sending half.
 pub struct Sender {
-    stream: OwnedWriteHalf,
+    stream: Box<dyn AsyncWrite + Send + Unpin>,
     seal: Seal,
 }
 
 /// The receiving half.
 pub struct Receiver {
-    stream: OwnedReadHalf,
+    stream: Box<dyn AsyncRead + Send + Unpin>,
     seal: Seal,
 }
 
@@ -109,6 +112,14 @@ impl Sender {
         frame.extend_from_slice(&content);
         frame.extend_from_slice(&tag);
         self.stream.write_all(&frame).await
+    }
+
+    /// Says that nothing more comes.
+    ///
+    /// # Errors
+    /// Those of the connection.
+    pub async fn close(&mut self) -> io::Result<()> {
+        self.stream.shutdown().await
     }
 }
 
@@ -145,11 +156,10 @@ pub fn is_unsealed(error: &io::Error) -> bool {
 /// # Errors
 /// Those of the connection, and [`io::ErrorKind::InvalidData`] for another program.
 pub async fn converse(
-    mut stream: TcpStream,
+    mut stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     token: &Token,
     as_coordinator: bool,
 ) -> io::Result<(Sender, Receiver)> {
-    stream.set_nodelay(true)?;
     let own = nonce()?;
     stream.write_all(&[&HELLO[..], &own].concat()).await?;
     let (mut hello, mut theirs) = ([0; 8], Nonce::default());
@@ -170,11 +180,20 @@ pub async fn converse(
         direction: by_coordinator.into(),
         count: 0,
     };
-    let (reader, writer) = stream.into_split();
+    let (reader, writer) = tokio::io::split(stream);
     Ok((
-        Sender { stream: writer, seal: seal(as_coordinator) },
-        Receiver { stream: reader, seal: seal(!as_coordinator) },
+        Sender { stream: Box::new(writer), seal: seal(as_coordinator) },
+        Receiver { stream: Box::new(reader), seal: seal(!as_coordinator) },
     ))
+}
+
+/// A number that no other process has drawn.
+///
+/// # Errors
+/// Those of the system.
+pub fn draw_life() -> io::Result<u64> {
+    let nonce = nonce()?;
+    Ok(nonce.iter().fold(0, |number, byte| (number << 8) | u64::from(*byte)))
 }
 
 /// A fresh number from the kernel.
@@ -187,7 +206,7 @@ fn nonce() -> io::Result<Nonce> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::net::TcpListener;
+    use tokio::net::{TcpListener, TcpStream};
 
     use super::*;
 
@@ -211,11 +230,12 @@ mod tests {
         run(async {
             let ((mut sender, mut receiver), (mut back, mut far)) = pair("t", "t").await;
             for generation in 1..4 {
-                sender.send(&Report::Ended { generation, code: 0 }).await.unwrap();
+                let report = Report::Ended { generation, code: 0, failure: None };
+                sender.send(&report).await.unwrap();
             }
             for generation in 1..4 {
                 let report: Report = far.receive().await.unwrap();
-                assert_eq!(report, Report::Ended { generation, code: 0 });
+                assert_eq!(report, Report::Ended { generation, code: 0, failure: None });
             }
             back.send(&Order::Finish { code: 75 }).await.unwrap();
             assert_eq!(receiver.receive::<Order>().await.unwrap(), Order::Finish { code: 75 });
@@ -226,7 +246,7 @@ mod tests {
     fn another_token_does_not_open_a_frame() {
         run(async {
             let ((mut sender, _), (_, mut far)) = pair("t", "u").await;
-            sender.send(&Report::Beat).await.unwrap();
+            sender.send(&Report::Beat(News::default())).await.unwrap();
             assert!(is_unsealed(&far.receive::<Report>().await.unwrap_err()));
         });
     }
@@ -235,10 +255,10 @@ mod tests {
     fn a_repeated_frame_does_not_open() {
         run(async {
             let ((mut sender, _), (_, mut far)) = pair("t", "t").await;
-            sender.send(&Report::Beat).await.unwrap();
+            sender.send(&Report::Beat(News::default())).await.unwrap();
             sender.seal.count = 0;
-            sender.send(&Report::Beat).await.unwrap();
-            assert_eq!(far.receive::<Report>().await.unwrap(), Report::Beat);
+            sender.send(&Report::Beat(News::default())).await.unwrap();
+            assert_eq!(far.receive::<Report>().await.unwrap(), Report::Beat(News::default()));
             assert!(is_unsealed(&far.receive::<Report>().await.unwrap_err()));
         });
     }
