@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use collectives::{Comm, Env, exit_code, report_failure, signals};
+use collectives::{Comm, Env, Moment, Phase, Snapshots, exit_code, report_failure, signals};
 
 use crate::fault::{Fault, WrongConfiguration};
 use crate::output::{print_data, tell};
@@ -56,14 +56,48 @@ pub fn run(options: &Options, env: &Env) -> i32 {
 
 fn check(options: &Options, env: &Env) -> Result<()> {
     let comm = Comm::connect(env).context("cannot join the other ranks")?;
-    let outcome = exercise(options, &comm);
+    let outcome = Memory::open(env).and_then(|memory| exercise(options, &comm, &memory));
     if let Err(error) = &outcome {
         comm.abort(&format!("{error:#}"));
     }
     outcome
 }
 
-fn exercise(options: &Options, comm: &Comm) -> Result<()> {
+/// Where to go on after a failure: what a trainer keeps whole is here the number of a round.
+struct Memory {
+    /// On the first rank of each host, where ranks may start again.
+    snapshots: Option<Snapshots>,
+    every: u64,
+    generation: u64,
+}
+
+impl Memory {
+    fn open(env: &Env) -> Result<Memory> {
+        let snapshots = env.snapshot_fd.map(Snapshots::attach).transpose();
+        let snapshots = snapshots.context("cannot open the memory for snapshots")?;
+        let every = env.snapshot_every.unwrap_or(u64::MAX);
+        Ok(Memory { snapshots, every, generation: env.generation })
+    }
+
+    /// The round to begin with, the same on all ranks.
+    fn first_round(&self, comm: &Comm) -> Result<u64> {
+        let newest = self.snapshots.as_ref().and_then(Snapshots::newest);
+        let own = newest.map_or(0, |moment| moment.step);
+        let agreed = comm.broadcast(0, own.to_le_bytes().to_vec())?;
+        Ok(agreed.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes)))
+    }
+
+    /// Notes that all rounds before this one are done.
+    fn note(&self, round: u64) -> Result<()> {
+        let Some(snapshots) = self.snapshots.as_ref().filter(|_| round % self.every == 0) else {
+            return Ok(());
+        };
+        let moment = Moment { generation: self.generation, step: round };
+        snapshots.write(moment, &[]).context("cannot write a snapshot")
+    }
+}
+
+fn exercise(options: &Options, comm: &Comm, memory: &Memory) -> Result<()> {
     let names = comm.all_gather(host_name().as_bytes())?;
     ensure!(names.len() == comm.world_size(), "number of ranks that answered: {}", names.len());
     if comm.rank() == 0 {
@@ -73,11 +107,22 @@ fn exercise(options: &Options, comm: &Comm) -> Result<()> {
             tell("hint: one rank has nobody to talk to; try `--num_processes 2`");
         }
     }
+    let first = memory.first_round(comm)?;
+    if first > 0 && comm.rank() == 0 {
+        print_data(&format!("going on from round {first}\n"));
+    }
+    comm.enter_phase(Phase::Training);
+    let all = options.rounds as usize * options.sizes.len();
     let mut round = 0;
     for &bytes in &options.sizes {
         let mut times = Times { bytes, rounds: Vec::new() };
         let mut values = vec![0.0; bytes / size_of::<f32>()];
-        while options.rounds == 0 || (times.rounds.len() as u64) < options.rounds {
+        let last = round + options.rounds;
+        while options.rounds == 0 || round < last {
+            if round < first {
+                round += 1;
+                continue;
+            }
             if all_agree_to_stop(comm)? {
                 if comm.rank() == 0 {
                     print_data(&format!("stopped before round {round}\n"));
@@ -86,13 +131,15 @@ fn exercise(options: &Options, comm: &Comm) -> Result<()> {
             }
             std::thread::sleep(Duration::from_millis(options.pause_ms));
             for fault in &options.fault {
-                fault.strike(comm, round)?;
+                fault.strike(comm, memory.generation, round)?;
             }
             times.rounds.push(sum_once(comm, &mut values, round)?);
             if options.rounds == 0 && comm.rank() == 0 {
                 print_data(&format!("round {round} done\n"));
             }
             round += 1;
+            comm.finish_step((round as usize, all), f32::NAN, 0.0);
+            memory.note(round)?;
         }
         sum_in_parts(comm, &mut values, round)?;
         if comm.rank() == 0 {

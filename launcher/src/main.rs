@@ -1,7 +1,7 @@
 //! The `lorarun` binary: starts and watches one process per rank, and hands commands on.
 //!
 //! This file alone knows which command is served by which crate. The way of a command: the launcher
-//! (`cli`, `supervise`) starts this same binary once per rank with the environment contract of
+//! (`cli`, `job`) starts this same binary once per rank with the environment contract of
 //! `collectives::env` set; each of those lands in [`run_as_rank`]. With one process there is no
 //! second one: the launcher becomes the rank.
 
@@ -76,7 +76,11 @@ fn launch(mut cli: Cli, env: Env) -> i32 {
     if site.nodes.1 == 1 && ranks.count() == 1 && !is_watched {
         return run_alone(cli, &ranks, env);
     }
-    let (token, table) = (env.token, SharedTable::default());
+    let token = match launch.job.token(env.token) {
+        Ok(token) => token,
+        Err(message) => return usage(message),
+    };
+    let table = SharedTable::default();
     let node = Node { site: &site, launch, ranks: &ranks, command, policy, token, table };
     job::agent::take_part(&node).unwrap_or_else(|error| {
         tell(&format!("error: {error:#}"));

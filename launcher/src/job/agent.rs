@@ -5,6 +5,7 @@
 //! goes on. It then looks for the coordinator until [`GONE`] and joins anew if it finds the same one;
 //! otherwise it asks to be started again (75).
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -115,6 +116,12 @@ async fn open_hub(node: &Node<'_>, own: UnixStream, meeting: &Meeting) -> Result
             )
         })?),
     };
+    if listener.is_some() && node.token.is_empty() && !is_loopback(&node.site.address) {
+        tell(&format!(
+            "warning: this job has no token: whoever reaches port {port} can take part in it\n\
+             hint: set `LORARUN_TOKEN` to the same secret on all nodes, or use `--rdzv_token_file`"
+        ));
+    }
     let hub = Hub {
         own,
         listener,
@@ -125,6 +132,11 @@ async fn open_hub(node: &Node<'_>, own: UnixStream, meeting: &Meeting) -> Result
         meeting: meeting.clone(),
     };
     Ok(tokio::spawn(coordinate(hub)))
+}
+
+/// Whether other hosts cannot mean this one by the address.
+fn is_loopback(address: &str) -> bool {
+    address == "localhost" || address.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 fn search(node: &Node<'_>) -> Result<Search> {

@@ -63,8 +63,8 @@ enum Phase {
 enum Why {
     /// The first failure and its node, and how many came with it.
     Failed { node: usize, host: String, failure: Failure, more: usize },
-    /// Nodes have come.
-    Back { nodes: String },
+    /// Nodes have come: `node 1 is back`.
+    Back { reason: String },
 }
 
 /// The state of the job.
@@ -80,6 +80,8 @@ pub struct Coordinator {
     watch: Watch,
     /// The job is to end: nothing starts any more.
     stopping: bool,
+    /// Somebody has ended the ranks of a node at once; the code says how.
+    ended_at_once: Option<i32>,
 }
 
 /// A member that was not heard from for this long may have lost its place to a new launcher.
@@ -100,6 +102,7 @@ impl Coordinator {
             restarts: BTreeMap::new(),
             history: Vec::new(),
             stopping: false,
+            ended_at_once: None,
         }
     }
 
@@ -358,7 +361,7 @@ impl Coordinator {
                 if !matches!(code, exit_code::DONE | exit_code::REQUEUE) =>
             {
                 // Nobody failed: somebody has ended this node's ranks at once, and the job with them.
-                self.stopping = true;
+                self.ended_at_once = Some(code);
                 let how = "was told to end at once".to_owned();
                 let cause = how.clone();
                 let failure = Failure { rank: None, code, how, cause, blames: None };

@@ -1,8 +1,10 @@
 //! Options that make several nodes one job, in the words of accelerate and torchrun.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use collectives::Token;
 
 use super::event::Policy;
 use crate::site::{Asked, Site, Source, parse_nodes};
@@ -40,6 +42,13 @@ pub struct JobOptions {
     /// Name of the job: nodes that say another one are refused
     #[arg(long = "rdzv_id", alias = "rdzv-id", value_name = "NAME")]
     pub rdzv_id: Option<String>,
+
+    /// File with the secret of this job, the same on all nodes and read by nobody else: frames between
+    /// nodes are sealed with it. `LORARUN_TOKEN` is the same in the environment and wins. Without
+    /// either, also under Slurm and Kubernetes, whoever reaches the port and knows the job's name can
+    /// take part
+    #[arg(long = "rdzv_token_file", alias = "rdzv-token-file", value_name = "FILE")]
+    pub rdzv_token_file: Option<PathBuf>,
 
     /// Starts after a failure, for each cause; 0 ends the job with the first one [default: 3 with
     /// several nodes and in a cluster's job, otherwise 0]
@@ -80,6 +89,24 @@ impl JobOptions {
         }
     }
 
+    /// The secret of the job; `known` is that of the environment.
+    ///
+    /// # Errors
+    /// Words for a file that cannot be read or holds none.
+    pub fn token(&self, known: Token) -> Result<Token, String> {
+        let Some(path) = self.rdzv_token_file.as_ref().filter(|_| known.is_empty()) else {
+            return Ok(known);
+        };
+        let shown = path.display();
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            format!("cannot read the file of `--rdzv_token_file`: {shown}: {error}")
+        })?;
+        match text.trim() {
+            "" => Err(format!("the file of `--rdzv_token_file` should hold a secret: {shown}")),
+            text => Ok(Token::new(text)),
+        }
+    }
+
     /// What the job allows.
     pub fn policy(&self, site: &Site) -> Policy {
         let is_cluster = site.nodes.1 > 1
@@ -94,5 +121,35 @@ impl JobOptions {
             merge: MERGE,
             halt_wait: HALT_WAIT,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_environment_wins_over_the_file_of_the_token() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        let options = JobOptions { rdzv_token_file: Some(path.clone()), ..JobOptions::default() };
+        let token = |known: &str| options.token(Token::new(known)).map(|t| t.text().to_owned());
+        assert_eq!(token("known"), Ok("known".to_owned()));
+        assert!(token("").unwrap_err().starts_with("cannot read the file of `--rdzv_token_file`"));
+        std::fs::write(&path, " \n").unwrap();
+        assert!(token("").unwrap_err().contains("should hold a secret"));
+        std::fs::write(&path, "secret\n").unwrap();
+        assert_eq!(token(""), Ok("secret".to_owned()));
+    }
+
+    #[test]
+    fn a_plain_machine_does_not_start_again_unless_asked() {
+        let options = JobOptions { join_wait: 1.0, rejoin_wait: 1.0, ..JobOptions::default() };
+        let restarts = |site: &Site| options.policy(site).max_restarts;
+        assert_eq!(restarts(&Site::alone()), 0);
+        assert_eq!(restarts(&Site { source: Source::Slurm, ..Site::alone() }), 3);
+        assert_eq!(restarts(&Site { nodes: (1, 2), ..Site::alone() }), 3);
+        let asked = JobOptions { max_restarts: Some(0), ..options };
+        assert_eq!(asked.policy(&Site { nodes: (2, 2), ..Site::alone() }).max_restarts, 0);
     }
 }

@@ -20,7 +20,9 @@ use crate::supervise::Signals;
 const ATTEMPT: Duration = Duration::from_secs(3);
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(200);
-/// Between two lines that say who is waited for.
+/// The first line that says who is waited for comes after this time.
+const SAY_FIRST: Duration = Duration::from_secs(3);
+/// Between two such lines.
 const SAY: Duration = Duration::from_secs(10);
 
 /// Whom a node looks for, and what it says of itself.
@@ -97,7 +99,7 @@ impl Search {
             if start.elapsed() >= limit {
                 return Reached::Nobody(start.elapsed(), error);
             }
-            if said.elapsed() >= SAY {
+            if said.elapsed() >= (if said == start { SAY_FIRST } else { SAY }) {
                 said = Instant::now();
                 let waited = start.elapsed().as_secs_f64();
                 let (address, port) = (&self.address, self.port);

@@ -200,7 +200,8 @@ impl Watch {
         let (first, floor) = match phase {
             Phase::Starting => (600, 600),
             Phase::Loading | Phase::Caching => (900, 300),
-            Phase::Training => (600, 30),
+            // The first step may compile, and on a processor it may be a long one.
+            Phase::Training => (1800, 60),
             Phase::Validating | Phase::Sampling | Phase::Saving => (600, 120),
         };
         let learnt = self.learnt.get(&phase).copied().unwrap_or_default();

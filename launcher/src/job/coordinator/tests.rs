@@ -138,7 +138,7 @@ fn the_least_number_starts_when_the_wait_is_over() {
     job.join(2);
     let actions = job.pass(59.0, &[0, 2]);
     assert_eq!(starts(&actions), []);
-    assert!(said(&actions).starts_with("waiting for node 1 (2 of 3 nodes are there), 10 s"));
+    assert!(said(&actions).starts_with("waiting for node 1 (2 of 3 nodes are there), 3 s"));
     assert_eq!(starts(&job.pass(2.0, &[0, 2])), [(0, 1, 0, 4), (2, 1, 2, 4)]);
 }
 
@@ -367,7 +367,7 @@ fn a_node_that_comes_late_takes_part_from_the_next_snapshot_on() {
     job.kept = Some(Moment { generation: 1, step: 40 });
     let actions = job.pass(0.5, &[0, 1, 2]);
     assert_eq!(halted(&actions), [0, 2]);
-    assert!(said(&actions).starts_with("taking in node 1"), "{actions:?}");
+    assert!(said(&actions).starts_with("node 1 is back: all ranks start again"), "{actions:?}");
     job.ended(0, 1, 1);
     // At once, and it costs no restart.
     assert_eq!(starts(&job.ended(2, 1, 1)), [(0, 2, 0, 6), (1, 2, 2, 6), (2, 2, 4, 6)]);

@@ -4,7 +4,9 @@ use super::{
     Action, Coordinator, Duration, Failure, Phase, Restart, State, Why, exit_code, is_final, who,
 };
 
-/// Between two lines that say who is waited for.
+/// The first line that says who is waited for comes after this time.
+const SAY_FIRST: Duration = Duration::from_secs(3);
+/// Between two such lines.
 const SAY: Duration = Duration::from_secs(10);
 
 impl Coordinator {
@@ -42,11 +44,11 @@ impl Coordinator {
             self.phase = Phase::Running { waiting_since: None };
             return;
         }
-        let nodes = names(&waiting);
-        let reason = format!("taking in {nodes}");
+        let verb = if waiting.len() == 1 { "is" } else { "are" };
+        let reason = format!("{} {verb} back", names(&waiting));
         actions.push(Action::Say(format!("{reason}: all ranks start again from the snapshot")));
         self.halt_all(&reason, false, actions);
-        self.phase = Phase::Halting { since: now, why: Why::Back { nodes } };
+        self.phase = Phase::Halting { since: now, why: Why::Back { reason } };
     }
 
     fn gather(
@@ -76,7 +78,7 @@ impl Coordinator {
                 self.missing()
             )));
             self.finish(exit_code::REQUEUE, actions);
-        } else if now.saturating_sub(said) >= SAY {
+        } else if now.saturating_sub(said) >= (if said == since { SAY_FIRST } else { SAY }) {
             actions.push(Action::Say(format!(
                 "waiting for {} ({there} of {most} nodes are there), {:.0} s",
                 self.missing(),
@@ -137,20 +139,20 @@ impl Coordinator {
             return;
         }
         match why {
-            Why::Back { nodes } if self.stopping => {
-                drop(nodes);
-                self.finish(exit_code::REQUEUE, actions);
-            }
-            Why::Back { nodes } => {
-                self.note_restart(format!("taking in {nodes}"), None, now);
+            Why::Back { .. } if self.stopping => self.finish(exit_code::REQUEUE, actions),
+            Why::Back { reason } => {
+                self.note_restart(reason, None, now);
                 self.gather_again(now, actions);
             }
             Why::Failed { node, host, failure, more } => {
-                let is_last = is_final(failure.code)
-                    || self.stopping
-                    || self.used(&failure) >= self.policy.max_restarts;
-                if is_last {
+                let used_up = self.used(&failure) >= self.policy.max_restarts;
+                if let Some(code) = self.ended_at_once {
+                    self.finish(code, actions);
+                } else if is_final(failure.code) || used_up {
                     self.end_failed((node, &host), &failure, actions);
+                } else if self.stopping {
+                    // It would have started again: it may do so where it is started next.
+                    self.finish(exit_code::REQUEUE, actions);
                 } else if waited >= self.policy.merge {
                     self.try_again((node, &host), &failure, more, now, actions);
                 }
@@ -166,7 +168,7 @@ impl Coordinator {
     /// A failure that ends the job.
     fn end_failed(&mut self, node: (usize, &str), failure: &Failure, actions: &mut Vec<Action>) {
         let used = self.used(failure);
-        if used > 0 && !is_final(failure.code) && !self.stopping {
+        if used > 0 && !is_final(failure.code) {
             actions.push(Action::Say(format!(
                 "error: {} {}, and the restarts for {} are used up: {used}",
                 who(node, failure),

@@ -37,16 +37,16 @@ impl Scene {
 fn deadlines_are_learnt_and_have_floors() {
     let mut scene = Scene::new(Phase::Training);
     let seconds = |scene: &Scene| scene.watch.deadline(Phase::Training).as_secs_f64();
-    assert_eq!(seconds(&scene), 600.0);
+    assert_eq!(seconds(&scene), 1800.0);
     scene.pass(20.0, [true, true]);
-    assert_eq!(seconds(&scene), 30.0);
+    assert_eq!(seconds(&scene), 60.0);
     // A step that takes 8 s.
     scene.pass(7.5, [false, true]);
     scene.pass(1.0, [true, true]);
     assert_eq!(seconds(&scene), 80.0);
     // First steps are slow again; what was seen stays.
     scene.watch.begin();
-    assert_eq!(seconds(&scene), 600.0);
+    assert_eq!(seconds(&scene), 1800.0);
     scene.pass(20.0, [true, true]);
     assert_eq!(seconds(&scene), 80.0);
     assert_eq!(scene.watch.deadline(Phase::Loading).as_secs(), 900);
@@ -67,7 +67,7 @@ fn who_waits_inside_is_no_suspect_while_one_is_outside() {
     // The rank outside shows life for long: it works.
     scene.pass(200.0, [false, true]);
     assert_eq!(scene.verdict(), None);
-    scene.pass(29.0, [false, false]);
+    scene.pass(59.0, [false, false]);
     assert_eq!(scene.verdict(), None);
     scene.pass(2.0, [false, false]);
     assert_eq!(scene.verdict(), Some(1));
