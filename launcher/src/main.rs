@@ -78,7 +78,10 @@ fn launch(mut cli: Cli, env: Env) -> i32 {
     }
     let token = match launch.job.token(env.token) {
         Ok(token) => token,
-        Err(message) => return usage(message),
+        Err(message) => {
+            tell(&format!("error: {message}"));
+            return exit_code::USAGE;
+        }
     };
     let table = SharedTable::default();
     let node = Node { site: &site, launch, ranks: &ranks, command, policy, token, table };
