@@ -237,6 +237,20 @@ fn two_ranks_with_a_card_each_are_one_with_twice_the_batch() {
     }
 }
 
+#[test]
+#[ignore = "minutes on an emulated card"]
+fn one_rank_in_place_of_two_takes_two_micro_steps_to_the_same_lora() {
+    let _cards = cards();
+    let whole = on_card(&scene());
+    let mut scene = scene();
+    scene.set("train_batch_size", "1");
+    let env = Env { full_world_size: Some(2), ..Env::single() };
+    train(&scene.write_config(), "cuda", &env);
+    let cosine = cosine(&read(&scene.output_dir()), &whole);
+    println!("one rank in place of two: cosine {cosine:.6}");
+    assert!(cosine > 0.9999, "{cosine}");
+}
+
 fn two_ranks(scene: &Scene) {
     let segment = Segment::create(2, 0).expect("a segment");
     let env = |rank: usize| Env {

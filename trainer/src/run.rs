@@ -53,6 +53,8 @@ const LINE_INTERVAL: Duration = Duration::from_secs(5);
 pub struct Run {
     options: Options,
     comm: Comm,
+    /// Ranks of this machine.
+    local_ranks: usize,
     base: Base,
     group: DatasetGroup,
     /// Images to validate with.
@@ -142,6 +144,7 @@ impl Run {
         Ok(Self {
             options,
             comm,
+            local_ranks: env.local_world_size,
             base,
             group,
             held_out,
@@ -171,7 +174,7 @@ impl Run {
                 estimate_memory(options, (&self.group, plan.world), base, &self.prepared).total();
             let hint = "lower the batch size or the resolution, or set \
                         `gradient_checkpointing`, `mixed_precision = \"bf16\"`";
-            refuse_beyond_memory("the ranks of this run", need * comm.world_size(), hint)?;
+            refuse_beyond_memory("the ranks of this machine", need * self.local_ranks, hint)?;
         }
         if comm.rank() == 0 && !options.dry_run {
             check_writable(&plan.saving.output_dir)?;

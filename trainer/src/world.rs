@@ -80,6 +80,13 @@ impl World {
         batch_size.max(1).min(self.share(batch_size))
     }
 
+    /// Sizes of the micro-steps of a full share, each once.
+    pub fn micro_batches(self, batch_size: usize) -> Vec<usize> {
+        let at_once = self.at_once(batch_size);
+        let rest = self.share(batch_size) % at_once;
+        [at_once, rest].into_iter().filter(|size| *size > 0).collect()
+    }
+
     /// Refuses a number of ranks by which a batch cannot be shared evenly. Ranks can be a multiple of
     /// the samples: some have none then.
     fn check(self, batch_size: usize, reproducible: bool) -> Result<()> {
@@ -218,6 +225,9 @@ mod tests {
         }
         // Shares that are no multiple of the batch size.
         assert_eq!((world(3, 4).share(3), world(3, 4).micro_steps()), (4, 2));
+        assert_eq!(world(3, 4).micro_batches(3), [3, 1]);
+        assert_eq!(world(2, 4).micro_batches(3), [3]);
+        assert_eq!(world(8, 4).micro_batches(2), [1]);
         assert_eq!(world(1, 1).describe(2, 1), "2 a rank, 1 rank, 1 accumulated: 2 images a step");
         assert_eq!(
             world(2, 4).describe(2, 1),

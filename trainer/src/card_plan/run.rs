@@ -82,9 +82,12 @@ pub fn plan_run(
         weighted: options.weighted_captions,
         masked: options.alpha_mask || options.masked_loss,
     };
-    // A validation takes whole batches, whatever a rank's share of one is.
-    let at_once = |size: usize| if held_out.is_some() { size } else { world.at_once(size) };
-    let shapes = step_shapes(options, group, &at_once)?;
+    let micro_batches = |size: usize| match held_out {
+        // A validation takes whole batches, whatever a rank's share of one is.
+        Some(_) => [world.micro_batches(size), vec![size.max(1)]].concat(),
+        None => world.micro_batches(size),
+    };
+    let shapes = step_shapes(options, group, &micro_batches)?;
     let caching = options.cache_latents || options.cache_latents_to_disk;
     let together = match (caching, options.reproducible) {
         (true, false) => Some(options.vae_batch_size.max(1)),
@@ -124,7 +127,7 @@ pub fn plan_run(
 fn step_shapes(
     options: &Options,
     group: &DatasetGroup,
-    at_once: &dyn Fn(usize) -> usize,
+    micro_batches: &dyn Fn(usize) -> Vec<usize>,
 ) -> Result<Vec<StepShape>> {
     let length = options.max_token_length.map(|length| length as u32);
     let chunks =
@@ -133,12 +136,15 @@ fn step_shapes(
         .datasets
         .iter()
         .flat_map(|dataset| {
-            let batch = at_once(dataset.plan.options.batch_size);
+            let batches = micro_batches(dataset.plan.options.batch_size);
             // A rank's part of a bucket that holds fewer images than a batch is as small.
-            dataset.buckets.iter().filter(|bucket| !bucket.items.is_empty()).map(move |bucket| {
-                let (width, height) = (bucket.size.0 as usize / 8, bucket.size.1 as usize / 8);
-                StepShape { batch: batch.max(1), height, width, chunks }
-            })
+            dataset.buckets.iter().filter(|bucket| !bucket.items.is_empty()).flat_map(
+                move |bucket| {
+                    let (width, height) = (bucket.size.0 as usize / 8, bucket.size.1 as usize / 8);
+                    let shape = move |batch| StepShape { batch, height, width, chunks };
+                    batches.clone().into_iter().map(shape)
+                },
+            )
         })
         .collect();
     shapes.sort();
