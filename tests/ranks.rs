@@ -485,7 +485,11 @@ fn wrong_usage_ends_with_64() {
             "cannot write logs to the folder: /proc/self/status/logs",
         ),
         (
-            "--cpu train examples/quickstart/config.toml --device cuda",
+            concat!(
+                "--cpu train ",
+                env!("CARGO_MANIFEST_DIR"),
+                "/../examples/quickstart/config.toml --device cuda"
+            ),
             "`--cpu` and `--device cuda` contradict each other",
         ),
     ] {
@@ -609,4 +613,59 @@ fn the_version_says_what_was_built() {
     for word in ["lorarun 0.", "commit", "target", "compiler"] {
         assert!(end.stdout.contains(word), "{}", end.stdout);
     }
+}
+
+#[test]
+fn top_tells_what_a_run_is_at() {
+    let folder = tempfile::tempdir().unwrap();
+    let logs = folder.path().join("logs");
+    let (mut command, mark) = lorarun(&format!(
+        "--num_processes 2 --rdzv_id night --log_dir {} check-ranks --rounds 0 --sizes 4kB \
+         --pause_ms 5",
+        logs.display()
+    ));
+    command.env("XDG_RUNTIME_DIR", folder.path());
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut run = Run { child, stdout, mark };
+    run.wait_for("round 3 done");
+    let top = |arguments: &str| {
+        let (mut command, _) = lorarun(&format!("top {arguments}"));
+        let output = command.env("XDG_RUNTIME_DIR", folder.path()).output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let start = Instant::now();
+    let view = loop {
+        let (code, line, error) = top("--job night --json");
+        assert_eq!(code, Some(0), "{error}");
+        assert_eq!(line.lines().count(), 1, "{line}");
+        let view: serde_json::Value = serde_json::from_str(&line).unwrap();
+        if view["ranks"].as_array().unwrap().len() == 2 {
+            break view;
+        }
+        assert!(start.elapsed() < Duration::from_secs(10), "{line}");
+    };
+    assert_eq!(view["pid"], run.child.id());
+    assert_eq!(view["job"], "night");
+    assert_eq!(view["state"], "running");
+    assert_eq!(view["ranks"][1]["rank"], 1);
+    assert_eq!(view["ranks"][1]["pid"], run.pid_of(1));
+    assert!(view["command"].as_str().unwrap().starts_with("check-ranks "), "{view}");
+    // The only run needs no name.
+    let (code, text, _) = top("--once");
+    assert_eq!(code, Some(0));
+    assert!(text.starts_with("night   running   ranks: 2   for "), "{text}");
+    assert!(text.contains("\nrank  host"), "{text}");
+    let (code, _, error) = top("--job day");
+    assert_eq!(code, Some(1));
+    assert!(error.contains("no run of this name") && error.contains("--job night"), "{error}");
+    run.signal(libc::SIGTERM);
+    let end = run.finish();
+    assert_eq!(end.code, 0, "{}", end.stderr);
+    // Nothing is left, and that is said.
+    assert_eq!(std::fs::read_dir(folder.path().join("lorarun")).unwrap().count(), 0);
+    let (code, _, error) = top("");
+    assert_eq!(code, Some(1));
+    assert!(error.starts_with("no run of yours is going on"), "{error}");
 }

@@ -134,7 +134,8 @@ fn parse(path: &Path, text: &str) -> Result<AccelerateConfig, String> {
     let value: Value = if is_json {
         serde_json::from_str(text).map_err(|error| format!("{shown}: {error}"))?
     } else {
-        serde_saphyr::from_str(text).map_err(|error| format!("{shown}: {error}"))?
+        serde_saphyr::from_str(text)
+            .map_err(|error| format!("{shown}: {}", first_line(&error.to_string())))?
     };
     let Value::Object(entries) = value else {
         return Err(format!(
@@ -358,6 +359,13 @@ impl Reader<'_> {
             None => format!("{shown}: "),
         }
     }
+}
+
+/// What the reader of YAML says, without its drawing of the place and advice for programmers.
+fn first_line(error: &str) -> &str {
+    let line = error.lines().next().unwrap_or_default();
+    let line = line.strip_prefix("error: ").unwrap_or(line);
+    line.split(", set DuplicateKeyPolicy").next().unwrap_or(line)
 }
 
 /// A value as it is written.

@@ -165,6 +165,8 @@ fn what_is_no_config_is_refused() {
         let why = read(text).unwrap_err();
         assert!(why.starts_with("a.yaml"), "{text:?}: {why}");
     }
+    let twice = read("a: 1\na: 2\n").unwrap_err();
+    assert_eq!(twice, "a.yaml: line 2 column 1: duplicate mapping key: a");
     let missing = super::read(Path::new("/nowhere/a.yaml")).unwrap_err();
     assert!(missing.starts_with("cannot read the config file of accelerate: `/nowhere/a.yaml`"));
 }

@@ -14,7 +14,7 @@ use crate::cards::{PerNode, Ranks};
 use crate::intent::Intent;
 pub use crate::launch::{Launch, parse_seconds};
 use crate::site::Site;
-use crate::{cards, check_ranks, doctor};
+use crate::{cards, check_ranks, doctor, top};
 
 /// `--version` says what was built, from what, by what.
 const LONG_VERSION: &str = concat!(
@@ -45,6 +45,8 @@ Examples, one machine:
       what that run would take of such a card, and the files it would write
   lorarun --num_processes 4 check-ranks
       do the processes reach each other, and how fast
+  lorarun top
+      what the runs of this machine are at: every rank, its step, loss and waiting
   lorarun doctor
       which cards and libraries there are, and how to get what is missing
 
@@ -101,6 +103,8 @@ pub enum Command {
     CheckRanks(check_ranks::Options),
     /// Say what this machine trains with: cards, libraries and their versions, what is missing
     Doctor(doctor::Options),
+    /// Show the runs of this machine: ranks, steps, loss, waiting, why ranks were started again
+    Top(top::Options),
     /// Offline work on files.
     #[command(flatten)]
     Tool(tools::Command),
@@ -164,6 +168,7 @@ impl Cli {
         let alone = match self.command {
             Command::Selftest(_) => Some("`selftest`"),
             Command::Doctor(_) => Some("`doctor`"),
+            Command::Top(_) => Some("`top`"),
             Command::Tool(_) => Some("a tool"),
             Command::Train(_) | Command::Plan(_) | Command::CheckRanks(_) => None,
         };

@@ -139,7 +139,10 @@ impl Intent {
 
     /// Number of processes on this machine where nothing says it: one for each card.
     pub fn processes(&self) -> Option<usize> {
-        match self.device? {
+        let Some(device) = self.device else {
+            return Some(cards_here()).filter(|count| self.wants_cards && *count > 0);
+        };
+        match device {
             Device::Cpu => None,
             Device::Cuda => Some(cards_here()).filter(|count| *count > 0),
             Device::Auto if device::choice(Device::Auto) == Device::Cuda => {
@@ -149,14 +152,15 @@ impl Intent {
         }
     }
 
-    /// Number of cards of this machine, where every rank has to have one.
+    /// Number of cards of this machine, where every rank has to have one. `None` too where there are
+    /// none: the rank that misses its card knows why.
     pub fn cards_needed(&self, are_named: bool) -> Option<usize> {
         let must = match self.device? {
             Device::Cpu => false,
             Device::Cuda => true,
             Device::Auto => are_named || self.wants_cards,
         };
-        must.then(cards_here)
+        must.then(cards_here).filter(|cards| *cards > 0)
     }
 }
 
@@ -213,7 +217,10 @@ mod tests {
         let path = folder.path().join("c.toml");
         std::fs::write(
             &path,
-            format!("pretrained_model_name_or_path = \"m.safetensors\"\ntrain_data_dir = \"d\"\n{lines}\n"),
+            format!(
+                "pretrained_model_name_or_path = \"m.safetensors\"\ntrain_data_dir = \"d\"\n\
+                 resolution = 512\noutput_dir = \"o\"\n{lines}\n"
+            ),
         )
         .unwrap();
         let path = path.display().to_string();

@@ -36,7 +36,7 @@ pub struct Launch {
 
     /// Train on the processor, as `--device cpu` behind `train` does; with `--num_processes N` in N
     /// processes
-    #[arg(long = "cpu", alias = "use_cpu")]
+    #[arg(long = "cpu", aliases = ["use_cpu", "use-cpu"])]
     pub cpu: bool,
 
     /// Number format of training, where neither the config nor the arguments of `train` name one:

@@ -26,6 +26,7 @@ mod streams;
 mod summary;
 mod supervise;
 mod terminal;
+mod top;
 
 use std::process::ExitCode;
 
@@ -84,6 +85,10 @@ fn launch(mut cli: Cli, env: Env) -> i32 {
         }
     };
     let table = SharedTable::default();
+    let shown = command.arguments();
+    let shown: Vec<_> = shown.iter().map(|word| word.to_string_lossy()).collect();
+    // Until this function returns.
+    let _server = top::serve(table.clone(), &site.job, shown.join(" "));
     let node = Node { site: &site, launch, ranks: &ranks, command, policy, token, table };
     job::agent::take_part(&node).unwrap_or_else(|error| {
         tell(&format!("error: {error:#}"));
@@ -126,6 +131,7 @@ fn run_as_rank(command: Command, env: &Env) -> i32 {
         Command::Selftest(passed) => trainer::cli::selftest_main(&passed.all(), env),
         Command::CheckRanks(options) => check_ranks::run(&options, env),
         Command::Doctor(options) => doctor::run(&options),
+        Command::Top(options) => top::run(&options),
         Command::Tool(tool) => tool.run(),
     }
 }
@@ -133,7 +139,11 @@ fn run_as_rank(command: Command, env: &Env) -> i32 {
 /// What holds for a rank whatever it does: its share of the processor, and a stop that is polite.
 fn prepare_process(command: &Command, env: &Env) -> Result<()> {
     // Nothing of these needs saving; there a signal ends the process, and no partial file stays.
-    if !matches!(command, Command::Selftest(_) | Command::Doctor(_) | Command::Tool(_)) {
+    let has_nothing_to_save = matches!(
+        command,
+        Command::Selftest(_) | Command::Doctor(_) | Command::Top(_) | Command::Tool(_)
+    );
+    if !has_nothing_to_save {
         signals::install().context("cannot install signal handlers")?;
     }
     if let Some(threads) = env.threads {

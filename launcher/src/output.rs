@@ -177,16 +177,18 @@ impl Log {
 
 /// Makes the log folder and writes a file in it for a moment: what cannot be logged should be known
 /// before a run begins.
-pub fn check_log_folder(folder: &Path) -> Result<()> {
-    let failed = || {
-        format!(
-            "cannot write logs to the folder: {}\nhint: `--log_dir` names another one",
-            folder.display()
-        )
-    };
-    std::fs::create_dir_all(folder).with_context(failed)?;
+pub fn check_log_folder(folder: &Path) -> Result<(), String> {
     let trial = folder.join(format!(".trial-{}", std::process::id()));
-    std::fs::write(&trial, b"").and_then(|()| std::fs::remove_file(&trial)).with_context(failed)
+    std::fs::create_dir_all(folder)
+        .and_then(|()| std::fs::write(&trial, b""))
+        .and_then(|()| std::fs::remove_file(&trial))
+        .map_err(|error| {
+            format!(
+                "cannot write logs to the folder: {}: {error}\n\
+                 hint: `--log_dir` names another one",
+                folder.display()
+            )
+        })
 }
 
 /// The threads that read the ranks' streams.

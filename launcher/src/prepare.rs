@@ -44,10 +44,23 @@ pub fn prepare(cli: &mut Cli, env: &Env) -> Result<(Site, Ranks), Refusal> {
     if site.task == 0 {
         remarks.for_each(|remark| tell(&remark));
         if let Some(folder) = &cli.launch.log_dir {
-            check_log_folder(folder).map_err(|error| usage(format!("{error:#}")))?;
+            check_log_folder(folder).map_err(usage)?;
         } else if cli.launch.tee.is_some() {
             tell("warning: `--tee` logs nothing without `--log_dir`");
         }
+    }
+    let launch = &cli.launch;
+    let was_said = launch.num_processes.is_some()
+        || launch.nproc_per_node.is_some()
+        || launch.gpu_ids.is_some()
+        || launch.file.num_processes.is_some()
+        || site.processes.is_some();
+    if !was_said && ranks.count() > 1 && site.task == 0 {
+        tell(&format!(
+            "one process on each card of this machine: {}; `--num_processes` or `--gpu_ids` takes \
+             fewer",
+            ranks.count()
+        ));
     }
     if let Command::Train(passed) | Command::Plan(passed) = &mut cli.command {
         passed.added.clone_from(&intent.added);

@@ -48,7 +48,6 @@ pub enum JobState {
 
 impl JobState {
     /// A word for tables.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for those who show the table"))]
     pub fn name(self) -> &'static str {
         match self {
             JobState::Gathering => "gathering",
@@ -125,7 +124,6 @@ pub struct SharedTable(Arc<Mutex<Table>>);
 
 impl SharedTable {
     /// A copy of it.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for those who show the table"))]
     pub fn get(&self) -> Table {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
