@@ -327,6 +327,9 @@ fn one_process_starts_again_as_well() {
     job.assert_over();
 }
 
+/// Arguments, variables, and what is said.
+type Refused<'c> = (String, &'c [(&'c str, &'c str)], &'c str);
+
 #[test]
 fn who_does_not_belong_is_not_let_in() {
     let job = Job::new("--nnodes 3 --join_wait 40", ENDLESS);
@@ -334,7 +337,7 @@ fn who_does_not_belong_is_not_let_in() {
     let member = job.node(1);
     let place = format!("--nnodes 3 --master_addr 127.0.0.1 --master_port {}", job.port);
     let other = "check-ranks --rounds 7";
-    let cases: [(String, &[(&str, &str)], &str); 5] = [
+    let cases: [Refused<'_>; 5] = [
         (format!("{place} --node_rank 1 {ENDLESS}"), &[], "two launchers say that they are node 1"),
         (format!("{place} --node_rank 2 {other}"), &[], "its config differs from that of node 0"),
         (

@@ -89,7 +89,8 @@ impl Memory {
 
     /// Notes that all rounds before this one are done.
     fn note(&self, round: u64) -> Result<()> {
-        let Some(snapshots) = self.snapshots.as_ref().filter(|_| round % self.every == 0) else {
+        let Some(snapshots) = self.snapshots.as_ref().filter(|_| round.is_multiple_of(self.every))
+        else {
             return Ok(());
         };
         let moment = Moment { generation: self.generation, step: round };
