@@ -33,12 +33,27 @@ pub fn write_atomic(
     path: &Path,
     fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> Result<(), FormatError> {
-    write_atomic_in_place(path, |file| {
+    write_atomic_if(path, fill, || Ok(()))
+}
+
+/// [`write_atomic`] for who may lose the right to the name while it writes: `permit` is asked when
+/// the whole file is on the disk, just before it gets its name; its error leaves everything as it
+/// was.
+///
+/// # Errors
+/// As [`write_atomic`], and those of `permit`.
+pub fn write_atomic_if<E: From<FormatError>>(
+    path: &Path,
+    fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    permit: impl FnOnce() -> Result<(), E>,
+) -> Result<(), E> {
+    let write = |file: &File| {
         let fail = |source| FormatError::io("write", path, source);
         let mut writer = BufWriter::with_capacity(1 << 20, file);
         fill(&mut writer).map_err(fail)?;
-        writer.flush().map_err(fail)
-    })
+        Ok(writer.flush().map_err(fail)?)
+    };
+    put(path, write, permit)
 }
 
 /// Writes `path` through `fill`, which may write anywhere in the new, empty file.
@@ -49,6 +64,14 @@ pub fn write_atomic_in_place<E: From<FormatError>>(
     path: &Path,
     fill: impl FnOnce(&File) -> Result<(), E>,
 ) -> Result<(), E> {
+    put(path, fill, || Ok(()))
+}
+
+fn put<E: From<FormatError>>(
+    path: &Path,
+    fill: impl FnOnce(&File) -> Result<(), E>,
+    permit: impl FnOnce() -> Result<(), E>,
+) -> Result<(), E> {
     let fail = |action| move |source| FormatError::io(action, path, source);
     let folder = folder_of(path);
     let prefix = prefix_of(path)?;
@@ -56,6 +79,7 @@ pub fn write_atomic_in_place<E: From<FormatError>>(
         Temporary::create(folder, &prefix).map_err(fail("create a file in the folder of"))?;
     fill(temporary.file())?;
     temporary.file().sync_all().map_err(fail("write"))?;
+    permit()?;
     temporary.publish(folder, &prefix, path).map_err(fail("put in place"))?;
     let synced = File::open(folder).and_then(|f| f.sync_all());
     Ok(synced.map_err(|e| FormatError::io("sync", folder, e))?)
@@ -204,6 +228,18 @@ mod tests {
         assert!(error.to_string().starts_with("the disk is full, `"), "{error}");
         assert!(error.to_string().contains("a.bin"), "{error}");
         assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(names(folder.path()), ["a.bin"]);
+    }
+
+    #[test]
+    fn who_may_not_write_any_more_leaves_the_old_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.bin");
+        fs::write(&path, b"another's").unwrap();
+        let forbidden = || Err(FormatError::io("write", &path, io::Error::other("not yours")));
+        let error = write_atomic_if(&path, |w| w.write_all(b"mine"), forbidden).unwrap_err();
+        assert!(error.to_string().contains("not yours"), "{error}");
+        assert_eq!(fs::read(&path).unwrap(), b"another's");
         assert_eq!(names(folder.path()), ["a.bin"]);
     }
 

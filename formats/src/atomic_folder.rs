@@ -30,6 +30,20 @@ pub fn write_folder_atomic<E: From<FormatError>>(
     path: &Path,
     fill: impl FnOnce(&Path) -> Result<(), E>,
 ) -> Result<(), E> {
+    write_folder_atomic_if(path, fill, || Ok(()))
+}
+
+/// [`write_folder_atomic`] for who may lose the right to the name while it writes: `permit` is asked
+/// when the whole folder is on the disk, just before it gets its name; its error leaves everything
+/// as it was.
+///
+/// # Errors
+/// As [`write_folder_atomic`], and those of `permit`.
+pub fn write_folder_atomic_if<E: From<FormatError>>(
+    path: &Path,
+    fill: impl FnOnce(&Path) -> Result<(), E>,
+    permit: impl FnOnce() -> Result<(), E>,
+) -> Result<(), E> {
     let hidden = hidden(path, PART)?;
     let fail = |action| move |source| FormatError::io(action, path, source);
     if hidden.exists() {
@@ -37,8 +51,9 @@ pub fn write_folder_atomic<E: From<FormatError>>(
     }
     fs::create_dir(&hidden).map_err(fail("create the folder"))?;
     let written = fill(&hidden).and_then(|()| {
-        sync_all(&hidden).and_then(|()| publish(&hidden, path)).map_err(fail("write"))?;
-        Ok(())
+        sync_all(&hidden).map_err(fail("write"))?;
+        permit()?;
+        Ok(publish(&hidden, path).map_err(fail("write"))?)
     });
     if written.is_err() {
         // The error of the writing is the one to report.
@@ -196,6 +211,20 @@ mod tests {
         let error = write_folder_atomic(&path, full).unwrap_err();
         assert!(matches!(error, FormatError::DiskFull { .. }), "{error}");
         assert_eq!(fs::read_to_string(path.join("a")).unwrap(), "one");
+        assert_eq!(names(parent.path()), ["x-state"]);
+    }
+
+    #[test]
+    fn who_may_not_write_any_more_leaves_the_earlier_folder() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("x-state");
+        write(&path, "another's").unwrap();
+        let forbidden = || Err(FormatError::io("write", &path, io::Error::other("not yours")));
+        let fill = |folder: &Path| {
+            fs::write(folder.join("a"), "mine").map_err(|e| FormatError::io("write", folder, e))
+        };
+        write_folder_atomic_if(&path, fill, forbidden).unwrap_err();
+        assert_eq!(fs::read_to_string(path.join("a")).unwrap(), "another's");
         assert_eq!(names(parent.path()), ["x-state"]);
     }
 

@@ -4,12 +4,12 @@
 //! computed as sd-scripts does.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::atomic::write_atomic;
+use crate::atomic::write_atomic_if;
 use crate::lora_modules::{LoraModule, group_modules};
 use crate::model_hash::{LEGACY_LENGTH, LEGACY_OFFSET, hex};
 use crate::pickle::write_pickle;
@@ -70,15 +70,30 @@ pub fn write(
     metadata: &Metadata,
     save_as: SaveAs,
 ) -> Result<(), FormatError> {
+    write_if(path, (tensors, metadata), save_as, || Ok(()))
+}
+
+/// [`write()`] for who may lose the right to the name while it writes: `permit` is asked when the
+/// whole file is on the disk, just before it gets its name.
+///
+/// # Errors
+/// As [`write()`], and those of `permit`.
+pub fn write_if<E: From<FormatError>>(
+    path: &Path,
+    (tensors, metadata): (&Tensors, &Metadata),
+    save_as: SaveAs,
+    permit: impl FnOnce() -> Result<(), E>,
+) -> Result<(), E> {
     match save_as {
-        SaveAs::Pickle => write_atomic(path, |writer| write_pickle(writer, tensors)),
+        SaveAs::Pickle => write_atomic_if(path, |writer| write_pickle(writer, tensors), permit),
         SaveAs::Safetensors => {
             let (model_hash, legacy_hash) =
                 sshs_hashes(tensors, metadata).map_err(|e| FormatError::io("write", path, e))?;
             let mut metadata = metadata.clone();
             metadata.insert("sshs_model_hash".to_owned(), model_hash);
             metadata.insert("sshs_legacy_hash".to_owned(), legacy_hash);
-            write_atomic(path, |writer| write_safetensors(writer, tensors, Some(&metadata)))
+            let fill = |writer: &mut dyn Write| write_safetensors(writer, tensors, Some(&metadata));
+            write_atomic_if(path, fill, permit)
         }
     }
 }

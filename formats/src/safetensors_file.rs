@@ -284,11 +284,27 @@ pub fn write_safetensors(
     Ok(())
 }
 
+/// The file of [`write_safetensors`] without metadata, as pieces to be written one after the other:
+/// its head, and the data of the tensors where they lie.
+///
+/// # Errors
+/// When the data of a tensor is not what its type and shape say.
+pub fn safetensors_pieces<'a>(
+    tensors: &BTreeMap<String, &'a OwnedTensor>,
+) -> io::Result<(Vec<u8>, Vec<&'a [u8]>)> {
+    let specs = filled_specs(tensors.iter().map(|(name, tensor)| (name, *tensor)))?;
+    let header = header_bytes(&specs, None)?;
+    let head = [&(header.len() as u64).to_le_bytes()[..], &header].concat();
+    Ok((head, specs.iter().map(|spec| &tensors[&spec.name].data[..]).collect()))
+}
+
 /// The tensors in the order of their data.
 ///
 /// # Errors
 /// When the data of one is not what its type and shape say.
-pub(crate) fn filled_specs(tensors: &BTreeMap<String, OwnedTensor>) -> io::Result<Vec<TensorSpec>> {
+pub(crate) fn filled_specs<'a>(
+    tensors: impl IntoIterator<Item = (&'a String, &'a OwnedTensor)>,
+) -> io::Result<Vec<TensorSpec>> {
     let mut specs = Vec::new();
     for (name, tensor) in tensors {
         tensor.check_filled(name)?;

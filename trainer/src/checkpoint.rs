@@ -7,6 +7,7 @@ use formats::atomic::remove_leftovers;
 use formats::atomic_folder::recover;
 
 use crate::console;
+use crate::lease::lease_name;
 use crate::options::{Options, SaveModelAs};
 
 /// The files of a run.
@@ -119,7 +120,8 @@ impl Saving {
         if !self.output_dir.is_dir() {
             return Ok(());
         }
-        remove_leftovers(&self.output_dir, &|name| self.is_file_name(name))?;
+        let lease = lease_name(self);
+        remove_leftovers(&self.output_dir, &|name| self.is_file_name(name) || name == lease)?;
         for name in recover(&self.output_dir, &|name| self.is_state_name(name))? {
             console::note(&format!("brought back a state that was being replaced: {name}"));
         }

@@ -8,6 +8,7 @@ use collectives::{CollectiveError, Env, exit_code, report_failure};
 use models::ModelError;
 
 use crate::dataset::DatasetError;
+use crate::lease::LeaseLost;
 use crate::options::{self, Action, Parsed, UsageError};
 use crate::run::Run;
 use crate::train::Ending;
@@ -107,7 +108,10 @@ fn code_of(error: &anyhow::Error, otherwise: i32) -> i32 {
     let wrong = |cause: &(dyn std::error::Error + 'static)| {
         cause.is::<DatasetError>() || cause.is::<ModelError>()
     };
-    if error.chain().any(lost) {
+    if error.chain().any(|cause| cause.is::<LeaseLost>()) {
+        // Trying again would take the names from the run that has them now.
+        exit_code::CONFIGURATION
+    } else if error.chain().any(lost) {
         exit_code::FAILURE
     } else if error.chain().any(wrong) {
         exit_code::CONFIGURATION

@@ -1,4 +1,5 @@
-//! What a run keeps: files of the LoRA and states, when they are due, and how a state is gone on from.
+//! What a run keeps: files of the LoRA, states and snapshots, when they are due, and how a state is
+//! gone on from.
 
 use anyhow::{Context, Result};
 use collectives::Phase;
@@ -6,7 +7,8 @@ use engine::ParamStore;
 
 use crate::checkpoint::SavePoint;
 use crate::ema::Ema;
-use crate::state::{Carried, Loaded};
+use crate::monitor::Moment;
+use crate::state::{Carried, Loaded, OPTIMIZER, WEIGHTS, weights};
 use crate::train::Trainer;
 use crate::watch::require_finite;
 
@@ -17,12 +19,12 @@ impl Trainer<'_> {
         Ok(weights.map(|weights| self.params.with_values(&weights)).transpose()?)
     }
 
-    pub(crate) fn save_what_is_due(
-        &self,
-        step: usize,
-        epoch: usize,
-        epoch_ends: bool,
-    ) -> Result<()> {
+    /// Writes the files that are due after a step, and keeps a snapshot where one is due.
+    pub(crate) fn keep_what_is_due(&self, moment: Moment, epoch_ends: bool) -> Result<()> {
+        let Moment { step, epoch, .. } = moment;
+        if let Some(saver) = &self.saver {
+            saver.lease().look()?;
+        }
         let saving = &self.plan.saving;
         if self.watch.is_alarmed() {
             // Nobody knows yet whether the weights are to blame: good files must not make way.
@@ -40,13 +42,22 @@ impl Trainer<'_> {
             self.save(point, step, epoch)?;
             self.comm.enter_phase(Phase::Training);
         }
-        Ok(())
+        let saved = due.iter().any(|(point, due)| *due && self.keeper.is_due(*point));
+        match &self.memory {
+            // After the files: who goes on from here need not write them again.
+            Some(memory) if saved || memory.is_due(step, self.start.step) => {
+                require_finite(&self.network, &self.params, step)?;
+                memory.keep(&self.keeper.facts((step, epoch)), &self.carried()?)
+            }
+            _ => Ok(()),
+        }
     }
 
-    /// What this run carries from step to step beside the weights.
+    /// What this run carries from step to step; the same on all ranks.
     fn carried(&self) -> Result<Carried> {
         let mut carried = Carried::from([
-            ("optimizer", self.optimizer.state()?),
+            (WEIGHTS, weights(&self.network, &self.params)?),
+            (OPTIMIZER, self.optimizer.state()?),
             ("watch", self.watch.state()),
             ("monitor", self.monitor.state()?),
         ]);
@@ -61,7 +72,7 @@ impl Trainer<'_> {
 
     /// Goes on from what another run carried.
     pub fn restore(&mut self, mut loaded: Loaded) -> Result<()> {
-        if let Some(state) = loaded.take("optimizer")? {
+        if let Some(state) = loaded.take(OPTIMIZER)? {
             self.optimizer.load_state(state).context("the state's optimizer does not fit")?;
         }
         if let Some(state) = loaded.take("watch")? {
@@ -86,18 +97,18 @@ impl Trainer<'_> {
         Ok(())
     }
 
-    /// Writes the LoRA of `point`, and the state where one is due.
+    /// Writes, on rank 0, the LoRA of `point`, and the state where one is due.
     pub(crate) fn save(&self, point: SavePoint, step: usize, epoch: usize) -> Result<()> {
         self.save_file(point, step, epoch)?;
-        match &self.keeper {
-            Some(keeper) if keeper.is_due(point) => self.save_state(point, step, epoch),
-            _ => Ok(()),
+        match self.keeper.is_due(point) {
+            true => self.save_state(point, step, epoch),
+            false => Ok(()),
         }
     }
 
     pub(crate) fn save_state(&self, point: SavePoint, step: usize, epoch: usize) -> Result<()> {
-        let Some(keeper) = &self.keeper else { return Ok(()) };
-        keeper.save(point, (step, epoch), (&self.network, &self.params), &self.carried()?)
+        let Some(saver) = &self.saver else { return Ok(()) };
+        self.keeper.save(point, (step, epoch), &self.carried()?, saver.lease())
     }
 
     pub(crate) fn save_file(&self, point: SavePoint, step: usize, epoch: usize) -> Result<()> {

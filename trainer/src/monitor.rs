@@ -2,7 +2,7 @@
 //!
 //! Every rank keeps the averages; rank 0 alone shows and writes. Nothing here changes the training.
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use collectives::Comm;
 
 use crate::console;
@@ -54,6 +54,8 @@ pub struct Monitor {
     history: Option<LossHistory>,
     /// Rank 0 only, where a log was asked for.
     log: Option<RunLog>,
+    /// Name of the log's folder, on all ranks.
+    log_name: Option<String>,
     progress: Option<Progress>,
     steps: usize,
     epochs: usize,
@@ -70,6 +72,7 @@ impl Monitor {
                 0 => RunLog::new(options, Stamp::Clock.now())?,
                 _ => None,
             },
+            log_name: None,
             progress: None,
             steps: plan.steps,
             epochs: plan.epochs,
@@ -77,8 +80,14 @@ impl Monitor {
         })
     }
 
-    /// Opens the logs and shows the progress of a run of which `steps` steps are done.
+    /// Opens the logs and shows the progress of a run of which `steps` steps are done. All ranks call
+    /// it, which then know the name of rank 0's log.
     pub fn start(&mut self, comm: &Comm, steps: usize) -> Result<()> {
+        if self.history.is_some() {
+            let own = self.log.as_ref().map(RunLog::run).unwrap_or_default();
+            let name = comm.broadcast(0, own.into()).context("name the log")?;
+            self.log_name = Some(String::from_utf8(name)?);
+        }
         if let Some(log) = &mut self.log {
             log.open(steps, steps / self.steps_per_epoch.max(1))?;
         }
@@ -157,16 +166,15 @@ impl Monitor {
         self.log.as_mut().map_or(Ok(()), RunLog::finish)
     }
 
-    /// Everything to go on from: the same on every rank but for the name of the log's folder, which
-    /// rank 0 alone knows.
+    /// Everything to go on from: the same on every rank.
     pub fn state(&self) -> Result<OptimizerState> {
         let mut state = OptimizerState::default();
         insert(&mut state, "average", self.recorder.state());
         if let Some(history) = &self.history {
             insert(&mut state, "images", history.state()?);
         }
-        if let Some(log) = &self.log {
-            let name = log.run().as_bytes().to_vec();
+        if let Some(name) = &self.log_name {
+            let name = name.as_bytes().to_vec();
             let tensor = formats::OwnedTensor {
                 dtype: formats::Dtype::U8,
                 shape: vec![name.len()],

@@ -13,7 +13,7 @@ use models::lora::{LoraNetwork, Part};
 use crate::base::Base;
 use crate::card::LossScale;
 use crate::card_plan::{CardPlan, Target, plan_run};
-use crate::checkpoint::check_writable;
+use crate::checkpoint::{Saving, check_writable};
 use crate::console;
 use crate::data_plan::{dataset_defaults, dataset_input, missing_masks};
 use crate::dataset::{
@@ -25,6 +25,7 @@ use crate::device;
 use crate::ema::{Ema, average_path};
 use crate::encoded::{Encoded, constant_captions};
 use crate::latents::{VaeEncoder, vae_fingerprint};
+use crate::lease::{self, Lease};
 use crate::logs;
 use crate::lr::Schedule;
 use crate::memory::{peak_resident, refuse_beyond_memory, show_bytes};
@@ -39,7 +40,8 @@ use crate::precision::{round_weights, weights_type};
 use crate::progress::format_summary;
 use crate::reproducible;
 use crate::saver::{DatasetNumbers, Saver};
-use crate::state::{self, Keeper, Resume, RunFacts, Start, run_facts};
+use crate::snapshot::Memory;
+use crate::state::{self, Keeper, Resume, RunFacts, Sources, Start, run_facts};
 use crate::step::Models;
 use crate::train::{Ending, Trainer};
 use crate::validation::Validation;
@@ -65,6 +67,8 @@ pub struct Run {
     card: Option<CardPlan>,
     /// The plan for people.
     summary: String,
+    /// Where snapshots are kept.
+    memory: Option<Memory>,
     resume: Option<Resume>,
     facts: RunFacts,
     start: Start,
@@ -109,7 +113,10 @@ impl Run {
         }
         let comm = Comm::connect(env).context("connect the ranks")?;
         comm.enter_phase(Phase::Loading);
-        let resume = Resume::find(&options, &comm)?;
+        let memory = Memory::open(env)?;
+        claim_names(&options, env)?;
+        let from = Sources { options: &options, env, memory: memory.as_ref() };
+        let resume = Resume::find(from, &comm)?;
         let world = World::choose(
             &options,
             &group.batch_sizes(),
@@ -152,6 +159,7 @@ impl Run {
             plan,
             card,
             summary,
+            memory,
             resume,
             facts,
             start,
@@ -231,6 +239,21 @@ impl Run {
     }
 }
 
+/// Makes sure, on rank 0, that no other run is writing files of these names, and clears what a killed
+/// one has left half written.
+fn claim_names(options: &Options, env: &Env) -> Result<()> {
+    if env.rank != 0 || options.dry_run || options.debug_dataset {
+        return Ok(());
+    }
+    // What is wrong with the options is said later.
+    let Ok(saving) = Saving::from_options(options, 1) else { return Ok(()) };
+    lease::refuse_rival(&saving, env)?;
+    if let Err(error) = saving.clear_leftovers() {
+        console::warn(&format!("cannot clear what a killed run has left: {error:#}"));
+    }
+    Ok(())
+}
+
 /// Ranks that chose a seed each would train different things.
 fn agree_on_seed(options: &Options, resume: Option<&Resume>, comm: &Comm) -> Result<u64> {
     if let Some(seed) = options.seed.or(resume.and_then(Resume::seed)) {
@@ -247,6 +270,10 @@ impl Run {
     pub fn train(self, env: &Env) -> Result<Ending> {
         let Self { options, comm, base, group, held_out, mut prepared, plan, resume, .. } = self;
         let (mut facts, mut start) = (self.facts, self.start);
+        let lease = match comm.rank() {
+            0 => Some(Lease::take(&plan.saving, env)?),
+            _ => None,
+        };
         let groups: Vec<DatasetGroup> = [group].into_iter().chain(held_out).collect();
         comm.enter_phase(Phase::Caching);
         let mut cached = cache(&options, &comm, &base, groups)?.into_iter();
@@ -266,7 +293,9 @@ impl Run {
         }
         let group = Arc::new(group);
         let groups = (&*group, held_out.as_ref().map(|(group, _)| group));
-        let saver = prepare_saver((&options, &comm, &base), &plan, &prepared, groups)?;
+        let saver = lease
+            .map(|lease| prepare_saver((&options, &base), lease, &plan, &prepared, groups))
+            .transpose()?;
         let monitor = Monitor::new(&options, &plan, &group, &comm)?;
         let mut models = load_models(&base, &comm)?;
         engine::release_pool();
@@ -309,7 +338,6 @@ impl Run {
             vae: if has_latents { None } else { Some(RefCell::new(VaeEncoder::load(&base)?)) },
         };
         let ema = options.ema_decay.map(|decay| Ema::new(decay, &params)).transpose()?;
-        let keeper = (comm.rank() == 0).then(|| Keeper::new(&plan, facts, start));
         let mut trainer = Trainer {
             optimizer: build_optimizer(&options, &plan, &params, &network)?,
             schedule: Schedule::new(&options, plan.steps)?,
@@ -329,7 +357,8 @@ impl Run {
             saver,
             monitor,
             start,
-            keeper,
+            keeper: Keeper::new(&plan, facts, start),
+            memory: self.memory,
         };
         if let Some(loaded) = loaded {
             trainer.restore(loaded)?;
@@ -344,18 +373,16 @@ impl Run {
     }
 }
 
-/// What writes the LoRA; rank 0's work.
+/// What writes the LoRA.
 fn prepare_saver(
-    (options, comm, base): (&Options, &Comm, &Base),
+    (options, base): (&Options, &Base),
+    lease: Lease,
     plan: &Plan,
     prepared: &PreparedNetwork,
     (group, held_out): (&DatasetGroup, Option<&DatasetGroup>),
-) -> Result<Option<Saver>> {
-    if comm.rank() != 0 {
-        return Ok(None);
-    }
+) -> Result<Saver> {
     let numbers = DatasetNumbers::new(group, held_out, plan);
-    Ok(Some(Saver::new(options, plan, base, prepared, &numbers)?))
+    Saver::new((options, lease), plan, base, prepared, &numbers)
 }
 
 fn load_models(base: &Base, comm: &Comm) -> Result<Models> {

@@ -13,6 +13,7 @@ use crate::checkpoint::{SavePoint, Saving};
 use crate::console;
 use crate::dataset::DatasetGroup;
 use crate::ema::average_path;
+use crate::lease::Lease;
 use crate::metadata::{DatasetFacts, FileMetadata, ModelFacts, RunFacts};
 use crate::network::PreparedNetwork;
 use crate::options::{Options, SaveModelAs, SavePrecision};
@@ -25,12 +26,13 @@ pub struct Saver {
     save_as: SaveAs,
     dtype: Dtype,
     stamp: Stamp,
+    lease: Lease,
 }
 
 impl Saver {
     /// Collects names and metadata; hashes the base model, which takes seconds for a large file.
     pub fn new(
-        options: &Options,
+        (options, lease): (&Options, Lease),
         plan: &Plan,
         base: &Base,
         prepared: &PreparedNetwork,
@@ -50,7 +52,13 @@ impl Saver {
                 Some(SavePrecision::Bf16) => Dtype::BF16,
             },
             stamp: plan.stamp,
+            lease,
         })
+    }
+
+    /// The right to write files of this run's names.
+    pub fn lease(&self) -> &Lease {
+        &self.lease
     }
 
     /// Which files are due when.
@@ -91,12 +99,14 @@ impl Saver {
     ) -> Result<()> {
         let tensors = network.export(params, self.dtype)?;
         let metadata = self.metadata.at(step, epoch, self.stamp.now());
-        lora_file::write(path, &tensors, &metadata, self.save_as)
+        let permit = || self.lease.check();
+        lora_file::write_if(path, (&tensors, &metadata), self.save_as, permit)
             .with_context(|| format!("step {step} could not be saved"))?;
         console::note(&format!("saved {}", path.display()));
         if let Some(old) = old
             && old.exists()
         {
+            self.lease.check()?;
             std::fs::remove_file(&old)
                 .with_context(|| format!("cannot remove the outdated file: {}", old.display()))?;
             console::note(&format!("removed {}", old.display()));

@@ -31,6 +31,7 @@ use crate::precision::round_weights;
 use crate::reduce::Ways;
 use crate::reproducible::{self, Ready};
 use crate::saver::Saver;
+use crate::snapshot::Memory;
 use crate::state::{Keeper, Start};
 use crate::step::{Models, Setting, forward_backward};
 use crate::validation::{Occasion, Validation};
@@ -72,8 +73,9 @@ pub struct Trainer<'a> {
     pub monitor: Monitor,
     /// Where the counts begin.
     pub start: Start,
-    /// Rank 0 only.
-    pub keeper: Option<Keeper>,
+    pub keeper: Keeper,
+    /// On ranks that keep snapshots.
+    pub memory: Option<Memory>,
 }
 
 /// Where a step is computed, and what is kept there from step to step.
@@ -118,7 +120,7 @@ impl Trainer<'_> {
             if epoch_ends || ends {
                 self.monitor.end_epoch(moment)?;
             }
-            self.save_what_is_due(moment.step, moment.epoch, epoch_ends)?;
+            self.keep_what_is_due(moment, epoch_ends)?;
             if stop && !ends {
                 self.monitor.stop()?;
                 return self.stop(moment.step, moment.epoch);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use formats::FormatError;
-use formats::atomic_folder::write_folder_atomic;
+use formats::atomic_folder::write_folder_atomic_if;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -50,8 +50,14 @@ fn checksum(body: &Body) -> Result<String> {
     Ok(digest(&serde_json::to_vec(body)?))
 }
 
-/// Writes the state's folder; an earlier one of the name is replaced in one step.
-pub fn write(path: &Path, facts: &Facts, files: &Files) -> Result<()> {
+/// Writes the state's folder; an earlier one of the name is replaced in one step. `permit` is asked
+/// just before that.
+pub fn write(
+    path: &Path,
+    facts: &Facts,
+    files: &Files,
+    permit: impl FnOnce() -> Result<()>,
+) -> Result<()> {
     let described = |(name, bytes): (&String, &Vec<u8>)| {
         (name.clone(), FileFacts { bytes: bytes.len() as u64, sha256: digest(bytes) })
     };
@@ -59,7 +65,7 @@ pub fn write(path: &Path, facts: &Facts, files: &Files) -> Result<()> {
     let body = Body { format: FORMAT.to_owned(), facts: facts.clone(), files: files_facts };
     let sha256 = checksum(&body)?;
     let manifest = serde_json::to_vec_pretty(&Manifest { state: body, sha256 })?;
-    write_folder_atomic(path, |folder| {
+    let fill = |folder: &Path| -> Result<()> {
         let put = |name: &str, bytes: &[u8]| {
             let file = folder.join(name);
             std::fs::write(&file, bytes).map_err(|error| FormatError::io("write", path, error))
@@ -67,9 +73,9 @@ pub fn write(path: &Path, facts: &Facts, files: &Files) -> Result<()> {
         for (name, bytes) in files {
             put(name, bytes)?;
         }
-        put(MANIFEST, &manifest)
-    })
-    .map_err(|error: FormatError| anyhow::Error::new(error))
+        Ok(put(MANIFEST, &manifest)?)
+    };
+    write_folder_atomic_if(path, fill, permit)
 }
 
 /// A state whose `state.json` is whole.

@@ -1,4 +1,4 @@
-//! Writes states while a run goes on; on rank 0 alone.
+//! What a run's states say, on all ranks, and how rank 0 writes them while the run goes on.
 
 use std::collections::BTreeMap;
 
@@ -14,6 +14,7 @@ use super::parts;
 use super::start::Start;
 use crate::checkpoint::{SavePoint, Saving};
 use crate::console;
+use crate::lease::Lease;
 use crate::optimizer::OptimizerState;
 use crate::plan::Plan;
 
@@ -22,7 +23,7 @@ pub const WEIGHTS: &str = "weights";
 /// The part that no state is without.
 pub const OPTIMIZER: &str = "optimizer";
 
-/// What the parts of a run carry from step to step, by their names.
+/// What a run carries from step to step: the weights and the other parts, by their names.
 pub type Carried = BTreeMap<&'static str, OptimizerState>;
 
 /// Knows everything about a run's states that does not change from step to step.
@@ -46,16 +47,9 @@ impl Keeper {
         self.saving.state_due(point)
     }
 
-    /// Writes the state after `step` steps, in `epoch` (from 1), and removes the one it outdates.
-    pub fn save(
-        &self,
-        point: SavePoint,
-        (step, epoch): (usize, usize),
-        (network, params): (&LoraNetwork, &ParamStore),
-        carried: &Carried,
-    ) -> Result<()> {
-        let path = self.saving.state_path(point);
-        let facts = Facts {
+    /// What a state after `step` steps, in `epoch` (from 1), says of itself; the same on all ranks.
+    pub fn facts(&self, (step, epoch): (usize, usize)) -> Facts {
+        Facts {
             version: VERSION,
             written_by: format!("lorarun {}", env!("CARGO_PKG_VERSION")),
             step,
@@ -65,19 +59,30 @@ impl Keeper {
             seed: self.seed,
             ranks: self.ranks,
             run: self.run.clone(),
-        };
-        let mut files = Files::new();
-        let weights = OptimizerState { tensors: weights(network, params)?, ..Default::default() };
-        files.insert(format!("{WEIGHTS}.safetensors"), parts::to_bytes(&weights)?);
-        for (name, state) in carried {
-            files.insert(format!("{name}.safetensors"), parts::to_bytes(state)?);
         }
-        folder::write(&path, &facts, &files)
+    }
+
+    /// Writes the state after `step` steps, in `epoch` (from 1), and removes the one it outdates.
+    pub fn save(
+        &self,
+        point: SavePoint,
+        (step, epoch): (usize, usize),
+        carried: &Carried,
+        lease: &Lease,
+    ) -> Result<()> {
+        let path = self.saving.state_path(point);
+        let mut files = Files::new();
+        for (name, state) in carried {
+            files.insert(parts::file_name(name), parts::to_bytes(state)?);
+        }
+        lease.check()?;
+        folder::write(&path, &self.facts((step, epoch)), &files, || lease.check())
             .with_context(|| format!("the state after step {step} could not be saved"))?;
         console::note(&format!("saved {}", path.display()));
         if let Some(old) = self.saving.outdated_state(point)
             && old.is_dir()
         {
+            lease.check()?;
             remove_folder(&old).context("cannot remove the outdated state")?;
             console::note(&format!("removed {}", old.display()));
         }
@@ -86,13 +91,13 @@ impl Keeper {
 }
 
 /// The trained tensors as f32 under their keys and in the order of files.
-fn weights(network: &LoraNetwork, params: &ParamStore) -> Result<BTreeMap<String, OwnedTensor>> {
-    (0..network.param_count())
-        .map(ParamId)
-        .map(|id| {
-            let values = network.file_order(id, &params.tensor(id)?.to_vec_f32()?);
-            let shape = network.file_shape(id);
-            Ok((network.key(id), OwnedTensor::from_f32(&shape, &values, Dtype::F32)?))
-        })
-        .collect()
+pub fn weights(network: &LoraNetwork, params: &ParamStore) -> Result<OptimizerState> {
+    let flat = params.flat().to_vec_f32()?;
+    let tensor = |id: ParamId| {
+        let values = network.file_order(id, &flat[params.range(id)]);
+        let tensor = OwnedTensor::from_f32(&network.file_shape(id), &values, Dtype::F32)?;
+        Ok((network.key(id), tensor))
+    };
+    let tensors = (0..network.param_count()).map(ParamId).map(tensor).collect::<Result<_>>()?;
+    Ok(OptimizerState { tensors, ..Default::default() })
 }

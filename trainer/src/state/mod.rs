@@ -11,7 +11,7 @@
 //! - `find`: which state `resume` means · `fit`: whether it belongs to this run, what differs
 //! - `start`: where the run begins · `parts`: tensors and numbers of each part as a file
 //! - `resume`: from the option to weights and parts, on all ranks
-//! - `keeper`: writes states while training (rank 0)
+//! - `keeper`: what states say, and writing them while training
 //! - `accelerate`: states of sd-scripts
 
 pub mod accelerate;
@@ -28,10 +28,11 @@ mod start;
 mod tests;
 
 pub use facts::{Facts, RunFacts};
+pub use folder::Files;
 pub use identity::run_facts;
-pub use keeper::{Carried, Keeper};
-pub use parts::{f64_tensor, f64_values};
-pub use resume::{Loaded, Resume, begin, begin_again};
+pub use keeper::{Carried, Keeper, OPTIMIZER, WEIGHTS, weights};
+pub use parts::{f64_tensor, f64_values, pack_in_place, unpack};
+pub use resume::{Loaded, Resume, Sources, begin, begin_again};
 pub use start::Start;
 #[cfg(test)]
 pub use tests::facts as test_facts;

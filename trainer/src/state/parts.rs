@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use formats::safetensors_file::{SafetensorsFile, write_safetensors};
+use formats::safetensors_file::{SafetensorsFile, safetensors_pieces};
 use formats::{Dtype, OwnedTensor, TensorFile};
 
 use crate::optimizer::OptimizerState;
@@ -12,17 +12,30 @@ use crate::optimizer::OptimizerState;
 /// Begins the names of numbers; no tensor of ours has a colon.
 const NUMBER: &str = "number:";
 
-/// The bytes of a file with all of `state`. Numbers become tensors of one f64 each.
+/// The bytes of a file with all of `state`.
 pub fn to_bytes(state: &OptimizerState) -> Result<Vec<u8>> {
-    let mut tensors = state.tensors.clone();
-    for (name, number) in &state.numbers {
+    let numbers = numbers(state);
+    let (head, data) = pieces(state, &numbers)?;
+    Ok([&[&head[..]], &data[..]].concat().concat())
+}
+
+/// The numbers of a state as tensors of one f64 each.
+fn numbers(state: &OptimizerState) -> BTreeMap<String, OwnedTensor> {
+    let tensor = |(name, number): (&String, &f64)| {
         let data = number.to_le_bytes().to_vec();
-        let tensor = OwnedTensor { dtype: Dtype::F64, shape: Vec::new(), data };
-        tensors.insert(format!("{NUMBER}{name}"), tensor);
-    }
-    let mut bytes = Vec::new();
-    write_safetensors(&mut bytes, &tensors, None)?;
-    Ok(bytes)
+        (format!("{NUMBER}{name}"), OwnedTensor { dtype: Dtype::F64, shape: Vec::new(), data })
+    };
+    state.numbers.iter().map(tensor).collect()
+}
+
+/// The head of the file, and its data where they lie.
+fn pieces<'a>(
+    state: &'a OptimizerState,
+    numbers: &'a BTreeMap<String, OwnedTensor>,
+) -> Result<(Vec<u8>, Vec<&'a [u8]>)> {
+    let tensors: BTreeMap<String, &OwnedTensor> =
+        state.tensors.iter().chain(numbers).map(|(name, tensor)| (name.clone(), tensor)).collect();
+    Ok(safetensors_pieces(&tensors)?)
 }
 
 /// Reads what [`to_bytes`] wrote; `path` is what errors name.
@@ -64,12 +77,45 @@ pub fn f64_values(name: &str, tensor: &OwnedTensor) -> Result<Vec<f64>> {
 pub fn pack(files: &BTreeMap<String, Vec<u8>>) -> Vec<u8> {
     let mut message = Vec::new();
     for (name, bytes) in files {
-        message.extend((name.len() as u64).to_le_bytes());
-        message.extend((bytes.len() as u64).to_le_bytes());
-        message.extend(name.as_bytes());
+        message.extend(title(name, bytes.len()));
         message.extend(bytes);
     }
     message
+}
+
+/// What stands before a file in a message.
+fn title(name: &str, length: usize) -> Vec<u8> {
+    let (name_length, length) = (name.len() as u64, length as u64);
+    [&name_length.to_le_bytes()[..], &length.to_le_bytes(), name.as_bytes()].concat()
+}
+
+/// Hands `write` the message of [`pack`] with a file `first` and one for each of `states`, in pieces
+/// that lie where they are: tensors are not copied.
+pub fn pack_in_place<T>(
+    first: (&str, &[u8]),
+    states: &BTreeMap<&'static str, OptimizerState>,
+    write: impl FnOnce(&[&[u8]]) -> T,
+) -> Result<T> {
+    let numbers: Vec<_> = states.values().map(numbers).collect();
+    let mut heads = vec![title(first.0, first.1.len())];
+    let mut data = vec![vec![first.1]];
+    for ((name, state), numbers) in states.iter().zip(&numbers) {
+        let (head, tensors) = pieces(state, numbers)?;
+        let length = head.len() + tensors.iter().map(|tensor| tensor.len()).sum::<usize>();
+        heads.push([title(&file_name(name), length), head].concat());
+        data.push(tensors);
+    }
+    let all: Vec<&[u8]> = heads
+        .iter()
+        .zip(&data)
+        .flat_map(|(head, data)| std::iter::once(&head[..]).chain(data.iter().copied()))
+        .collect();
+    Ok(write(&all))
+}
+
+/// The file of a part.
+pub fn file_name(part: &str) -> String {
+    format!("{part}.safetensors")
 }
 
 /// Undoes [`pack`].
@@ -109,6 +155,20 @@ mod tests {
         assert_eq!(f64_values("d", &read.tensors["d"]).unwrap(), odd);
         assert!(f64_values("a", &read.tensors["a/b.c"]).is_err());
         assert!(from_bytes(Path::new("x"), written[..50].to_vec()).is_err());
+    }
+
+    #[test]
+    fn a_message_in_place_is_that_of_the_files() {
+        let mut state = OptimizerState::default();
+        state.tensors.insert("t".to_owned(), f64_tensor(&[0.5, 2.]));
+        state.numbers.insert("n".to_owned(), 3.);
+        let states = BTreeMap::from([("a", OptimizerState::default()), ("b", state)]);
+        let message = pack_in_place(("facts", b"{}"), &states, |pieces| pieces.concat()).unwrap();
+        let mut files = BTreeMap::from([("facts".to_owned(), b"{}".to_vec())]);
+        for (name, state) in &states {
+            files.insert(file_name(name), to_bytes(state).unwrap());
+        }
+        assert_eq!(unpack(&message).unwrap(), files);
     }
 
     #[test]

@@ -1,13 +1,15 @@
-//! From the option `resume` to weights and parts on every rank.
+//! From a snapshot in memory or the option `resume` to weights and parts on every rank.
 //!
-//! Rank 0 alone reads; the others get the bytes from it, so that only rank 0 needs to see the
+//! A snapshot is of this very job, so it goes before what the options ask for, which is where the job
+//! began. Rank 0 alone reads; the others get the bytes from it, so that only rank 0 needs to see the
 //! folder, and what is wrong with a state ends all ranks with the same words.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Result, anyhow, bail};
-use collectives::Comm;
+use collectives::{Comm, Env};
 use formats::OwnedTensor;
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +28,7 @@ use crate::network::PreparedNetwork;
 use crate::optimizer::OptimizerState;
 use crate::options::Options;
 use crate::plan::Plan;
+use crate::snapshot::Memory;
 
 /// What rank 0 has found, as all ranks know it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -33,17 +36,41 @@ enum Known {
     /// Nothing to go on from.
     Nothing,
     /// One of ours.
-    Own { path: PathBuf, facts: Box<Facts> },
+    Own { path: PathBuf, facts: Box<Facts>, why: Why },
     /// One of sd-scripts.
     Foreign { path: PathBuf, step: usize },
     /// It cannot be used.
     Unusable(String),
 }
 
+/// Why a run goes on from a state of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Why {
+    /// The options ask for it.
+    Asked,
+    /// A cluster has started the job again.
+    Restarted,
+    /// The launcher has started the ranks again.
+    Kept,
+}
+
 /// The state that a run goes on from.
 #[derive(Clone, Debug)]
 pub struct Resume {
     known: Known,
+    /// Its files where it was kept in memory; on rank 0.
+    kept: Option<Arc<Files>>,
+}
+
+/// Where to look for a state.
+#[derive(Clone, Copy)]
+pub struct Sources<'a> {
+    /// What the user asks for.
+    pub options: &'a Options,
+    /// How this run was started.
+    pub env: &'a Env,
+    /// Where snapshots are.
+    pub memory: Option<&'a Memory>,
 }
 
 /// What a state gives: values for the network, and the parts by name.
@@ -55,26 +82,22 @@ pub struct Loaded {
 }
 
 /// `resume = "auto"`.
-pub fn is_auto(options: &Options) -> bool {
-    options.resume.as_deref() == Some(Path::new("auto"))
-}
+const AUTO: &str = "auto";
 
 impl Resume {
-    /// Finds the state that the options ask for; `None` where the run begins anew. A collective.
-    pub fn find(options: &Options, comm: &Comm) -> Result<Option<Self>> {
-        if comm.rank() == 0
-            && !options.dry_run
-            && let Ok(saving) = Saving::from_options(options, 1)
-            && let Err(error) = saving.clear_leftovers()
-        {
-            console::warn(&format!("cannot clear what a killed run has left: {error:#}"));
-        }
-        // Front ends write an empty text where nothing is asked for.
-        let asked = options.resume.as_ref().filter(|path| !path.as_os_str().is_empty());
-        let Some(asked) = asked else { return Ok(None) };
+    /// Finds the state that the run goes on from; `None` where it begins anew. A collective.
+    pub fn find(from: Sources<'_>, comm: &Comm) -> Result<Option<Self>> {
+        let mut kept = None;
         let own = match comm.rank() {
             0 => {
-                let known = look(options, asked);
+                let known = match recall(from.memory) {
+                    Some((facts, files)) => {
+                        kept = Some(Arc::new(files));
+                        let path = PathBuf::from("the snapshot in memory");
+                        Ok(Known::Own { path, facts: Box::new(facts), why: Why::Kept })
+                    }
+                    None => look(from),
+                };
                 serde_json::to_vec(&known.unwrap_or_else(|e| Known::Unusable(format!("{e:#}"))))?
             }
             _ => Vec::new(),
@@ -83,7 +106,7 @@ impl Resume {
         match &known {
             Known::Unusable(error) => bail!("{error}"),
             Known::Nothing => Ok(None),
-            Known::Own { .. } | Known::Foreign { .. } => Ok(Some(Self { known })),
+            Known::Own { .. } | Known::Foreign { .. } => Ok(Some(Self { known, kept })),
         }
     }
 
@@ -98,10 +121,14 @@ impl Resume {
     /// Checks that the state belongs to the run; says where it goes on and what differs.
     fn check(&self, run: &RunFacts, seed: u64) -> Result<Vec<String>> {
         match &self.known {
-            Known::Own { path, facts } => {
+            Known::Own { path, facts, why } => {
                 let notes = fit::check(facts, &Expected { run, seed })
                     .map_err(|error| error.context(format!("resume {}", path.display())))?;
-                let from = format!("goes on from step {}: {}", facts.step, path.display());
+                let step = facts.step;
+                let from = match why {
+                    Why::Kept => format!("goes on from step {step}, kept in memory"),
+                    _ => format!("goes on from step {step}: {}", path.display()),
+                };
                 Ok(std::iter::once(from).chain(notes).collect())
             }
             Known::Foreign { path, step } => {
@@ -135,9 +162,14 @@ impl Resume {
         let foreign = matches!(self.known, Known::Foreign { .. });
         let own = match comm.rank() {
             0 => {
-                let read = if foreign { accelerate::read(path) } else { read_own(path) };
+                let read = match &self.kept {
+                    Some(kept) => Ok(kept.clone()),
+                    None if foreign => accelerate::read(path).map(Arc::new),
+                    None => read_own(path).map(Arc::new),
+                };
                 let files = read.unwrap_or_else(|error| {
-                    Files::from([(FAILURE.to_owned(), format!("{error:#}").into_bytes())])
+                    let words = format!("{error:#}").into_bytes();
+                    Arc::new(Files::from([(FAILURE.to_owned(), words)]))
                 });
                 parts::pack(&files)
             }
@@ -167,17 +199,35 @@ fn read_own(path: &Path) -> Result<Files> {
     StateFolder::open(path)?.read()
 }
 
+/// The snapshot that an earlier start of this job left.
+fn recall(memory: Option<&Memory>) -> Option<(Facts, Files)> {
+    memory?.recall().unwrap_or_else(|error| {
+        console::warn(&format!("cannot go on from memory: {error:#}"));
+        None
+    })
+}
+
 /// Where `resume` leads, on rank 0.
-fn look(options: &Options, asked: &Path) -> Result<Known> {
+fn look(Sources { options, env, .. }: Sources<'_>) -> Result<Known> {
+    // Front ends write an empty text where nothing is asked for.
+    let asked = options.resume.as_deref().filter(|path| !path.as_os_str().is_empty());
+    let (asked, why) = match asked {
+        Some(asked) => (asked, Why::Asked),
+        None if env.restarted => {
+            console::note("the cluster has started this job again: taken as `resume = \"auto\"`");
+            (Path::new(AUTO), Why::Restarted)
+        }
+        None => return Ok(Known::Nothing),
+    };
     let saving = Saving::from_options(options, 1)?;
-    let found = match is_auto(options) {
+    let found = match asked == Path::new(AUTO) {
         false => Some(find::named(asked)?),
         true => find::newest(&saving)?,
     };
     match found {
         Some(Found::Own(folder)) => {
             let StateFolder { path, facts, .. } = *folder;
-            Ok(Known::Own { path, facts: Box::new(facts) })
+            Ok(Known::Own { path, facts: Box::new(facts), why })
         }
         Some(Found::Foreign(path)) => {
             let step = accelerate::step(&path)?;
@@ -237,7 +287,15 @@ fn choose(
         sampler(data).step_at(samples) as usize
     };
     let here = Here { data, run_steps: plan.steps, nearest: &nearest };
-    let chosen = Start::choose(options, origin, &here);
+    let chosen = match resume.map(|resume| &resume.known) {
+        Some(Known::Own { why: Why::Kept | Why::Restarted, .. }) => {
+            // Where the job began, it began long ago: the state knows the counts.
+            let on =
+                Options { initial_step: None, initial_epoch: None, ..Options::clone(options) };
+            Start::choose(&on, origin, &here)
+        }
+        _ => Start::choose(options, origin, &here),
+    };
     match resume.map(|resume| &resume.known) {
         Some(Known::Own { path, .. } | Known::Foreign { path, .. }) => {
             chosen.map_err(|error| error.context(format!("resume {}", path.display())))

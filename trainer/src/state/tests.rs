@@ -51,7 +51,7 @@ fn files() -> Files {
 fn a_state_comes_back_whole_and_damage_is_named() {
     let parent = tempfile::tempdir().unwrap();
     let path = parent.path().join("x-state");
-    write(&path, &facts(), &files()).unwrap();
+    write(&path, &facts(), &files(), || Ok(())).unwrap();
     let state = StateFolder::open(&path).unwrap();
     assert_eq!(state.facts, facts());
     assert_eq!(state.read().unwrap(), files());
@@ -72,7 +72,7 @@ fn a_state_comes_back_whole_and_damage_is_named() {
 fn a_manifest_that_is_torn_or_changed_is_refused() {
     let parent = tempfile::tempdir().unwrap();
     let path = parent.path().join("x-state");
-    write(&path, &facts(), &files()).unwrap();
+    write(&path, &facts(), &files(), || Ok(())).unwrap();
     let manifest = std::fs::read_to_string(path.join(MANIFEST)).unwrap();
     let cases = [
         (manifest[..manifest.len() / 2].to_owned(), "is cut short"),
@@ -105,7 +105,7 @@ fn the_newest_whole_state_of_the_name_is_found() {
         ("dog-state", 99),
         ("cat-state", 6),
     ] {
-        write(&parent.path().join(name), &Facts { step, ..facts() }, &files()).unwrap();
+        write(&parent.path().join(name), &Facts { step, ..facts() }, &files(), || Ok(())).unwrap();
     }
     let name = |found: Option<Found>| match found {
         Some(Found::Own(state)) => state.path.file_name().unwrap().to_str().unwrap().to_owned(),
