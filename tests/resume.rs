@@ -67,10 +67,10 @@ fn hidden(folder: &Path) -> Vec<PathBuf> {
 }
 
 /// Splitmix64: the moments of the kills, from a seed that a failure prints.
-struct Moments(u64);
+pub struct Moments(pub u64);
 
 impl Moments {
-    fn below(&mut self, bound: u64) -> u64 {
+    pub fn below(&mut self, bound: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut word = self.0;
         word = (word ^ (word >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -80,7 +80,7 @@ impl Moments {
 }
 
 /// The newest step whose file is there.
-fn newest_step(folder: &Path) -> u64 {
+pub fn newest_step(folder: &Path) -> u64 {
     let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
     let step = |name: &str| -> Option<u64> {
         name.strip_prefix("small-step")?.strip_suffix(".safetensors")?.parse().ok()

@@ -14,6 +14,7 @@
 //! - `optimizers`: whole runs with those that keep more than moments
 //! - `plan`: what a run will take, told before it starts
 //! - `quickstart`: the README's example
+//! - `restarts`: killed ranks that are started again leave no trace; who may write, and who no longer
 //! - `resume`: stopped or killed anywhere and resumed, a run ends with the bytes of one that was not
 //! - `selftest`: agreement with the PyTorch reference, and that a changed reference is noticed
 //! - `tools`: the offline tools as commands, beside sd-scripts' results
@@ -35,6 +36,7 @@ mod networks;
 mod optimizers;
 mod plan;
 mod quickstart;
+mod restarts;
 mod resume;
 mod selftest;
 mod tools;

@@ -28,6 +28,9 @@ use crate::plan::Stamp;
 /// Between two looks at the lease while the run trains.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
+/// How long a start waits for a killed run to be gone.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// A process that cannot be confused with a later one of its number.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Process {
@@ -186,12 +189,17 @@ pub fn lease_name(saving: &Saving) -> String {
     format!(".{stem}.lease")
 }
 
-/// Refuses to start beside a run that is writing files of these names. For rank 0.
+/// Refuses to start beside a run that is writing files of these names, once it had a moment to end.
+/// For rank 0.
 pub fn refuse_rival(saving: &Saving, env: &Env) -> Result<()> {
-    // A damaged one is replaced when the run takes it.
-    match Holder::read(&path_of(saving)) {
-        Ok(Some(holder)) => Ok(holder.yields_to(&Holder::here(env)?)?),
-        Ok(None) | Err(_) => Ok(()),
+    let (own, start) = (Holder::here(env)?, Instant::now());
+    loop {
+        // A damaged one is replaced when the run takes it.
+        let Ok(Some(holder)) = Holder::read(&path_of(saving)) else { return Ok(()) };
+        match holder.yields_to(&own) {
+            Err(_) if start.elapsed() < PATIENCE => std::thread::sleep(PATIENCE / 20),
+            result => return Ok(result?),
+        }
     }
 }
 
