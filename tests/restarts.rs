@@ -169,7 +169,10 @@ fn rank_with_memory(scene: &Scene, rank: usize, port: u16, memory: &Snapshots) -
         ("LORARUN_SNAPSHOT_FD", "9".to_owned()),
         ("LORARUN_SNAPSHOT_EVERY", "2".to_owned()),
     ];
-    command.envs(variables).current_dir(root());
+    // Hosts do not see each other's temporary folders.
+    let own = scene.folder.path().join(format!("tmp-{rank}"));
+    std::fs::create_dir_all(&own).expect("a folder");
+    command.envs(variables).env("TMPDIR", own).current_dir(root());
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("bash runs")
 }
 

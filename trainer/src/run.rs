@@ -276,7 +276,7 @@ impl Run {
         };
         let groups: Vec<DatasetGroup> = [group].into_iter().chain(held_out).collect();
         comm.enter_phase(Phase::Caching);
-        let mut cached = cache(&options, &comm, &base, groups)?.into_iter();
+        let mut cached = cache(&options, (&comm, env), &base, groups)?.into_iter();
         comm.enter_phase(Phase::Loading);
         release_idle(&base);
         let (group, latents) = cached.next().context("the training images are gone")?;
@@ -450,7 +450,7 @@ type Cached = (DatasetGroup, Option<Arc<LatentStore>>);
 /// images that turned out damaged.
 fn cache(
     options: &Options,
-    comm: &Comm,
+    (comm, env): (&Comm, &Env),
     base: &Base,
     groups: Vec<DatasetGroup>,
 ) -> Result<Vec<Cached>> {
@@ -462,13 +462,15 @@ fn cache(
     let mut cached = Vec::with_capacity(groups.len());
     for group in groups {
         let known_warnings = group.warnings.len();
-        let place = if options.cache_latents_to_disk {
-            CachePlace::BesideImages
+        let (place, share) = if options.cache_latents_to_disk {
+            (CachePlace::BesideImages, (comm.rank(), comm.world_size()))
         } else {
-            // Rank 0 names the folder for all ranks.
+            // The first rank of each host names the folder for those of its host.
             let own = std::env::temp_dir().join(format!("lorarun-latents-{}", std::process::id()));
-            let agreed = comm.broadcast(0, own.display().to_string().into_bytes())?;
-            CachePlace::Temporary(PathBuf::from(String::from_utf8(agreed)?))
+            let mut all = comm.all_gather(own.display().to_string().as_bytes())?;
+            let agreed = all.swap_remove(env.rank - env.local_rank);
+            let place = CachePlace::Temporary(PathBuf::from(String::from_utf8(agreed)?));
+            (place, (env.local_rank, env.local_world_size))
         };
         let mut shown = (Instant::now(), 0);
         let mut progress = |done: usize, all: usize| {
@@ -479,10 +481,11 @@ fn cache(
         };
         let options = CacheOptions {
             place,
+            share,
             vae: vae.clone(),
             // Which images share a batch depends on the number of ranks.
             batch_size: if options.reproducible { 1 } else { options.vae_batch_size.max(1) },
-            workers: worker_count(options.max_data_loader_n_workers, comm.world_size()),
+            workers: worker_count(options.max_data_loader_n_workers, env.local_world_size),
             strict_data: options.strict_data,
             skip_check: options.skip_cache_check,
             progress: &mut progress,

@@ -79,3 +79,67 @@ impl Memory {
         Ok(Some((facts, files)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::optimizer::OptimizerState;
+    use crate::state::{f64_tensor, test_facts as facts};
+
+    fn carried(values: usize) -> Carried {
+        let mut state = OptimizerState::default();
+        for part in 0..100 {
+            let tensor = f64_tensor(&vec![0.1; values / 100]);
+            state.tensors.insert(format!("exp_avg/{part}"), tensor);
+        }
+        state.numbers.insert("step".to_owned(), 12.);
+        Carried::from([("weights", state.clone()), ("optimizer", state)])
+    }
+
+    fn memory(snapshots: &Snapshots, generation: u64) -> Memory {
+        let env = Env {
+            snapshot_fd: Some(snapshots.fd()),
+            snapshot_every: Some(5),
+            generation,
+            ..Env::single()
+        };
+        Memory::open(&env).unwrap().unwrap()
+    }
+
+    #[test]
+    fn what_is_kept_comes_back_in_the_next_start() {
+        assert!(Memory::open(&Env::single()).unwrap().is_none());
+        let snapshots = Snapshots::create().unwrap();
+        let first = memory(&snapshots, 1);
+        assert!(first.recall().unwrap().is_none());
+        first.keep(&facts(), &carried(1000)).unwrap();
+        let (read, files) = memory(&snapshots, 2).recall().unwrap().unwrap();
+        assert_eq!(read, facts());
+        let bytes = |part: &str| crate::state::to_bytes(&carried(1000)[part]).unwrap();
+        assert_eq!(files["weights.safetensors"], bytes("weights"));
+        assert_eq!(files.len(), 2);
+        let error = first.recall().unwrap_err().to_string();
+        assert!(error.ends_with("is of start 1, this is start: 1"), "{error}");
+    }
+
+    #[test]
+    fn a_snapshot_is_due_after_the_first_step_and_every_few() {
+        let memory = memory(&Snapshots::create().unwrap(), 1);
+        let due: Vec<usize> = (3..=16).filter(|step| memory.is_due(*step, 2)).collect();
+        assert_eq!(due, [3, 5, 10, 15]);
+    }
+
+    #[test]
+    fn zz_time() {
+        let snapshots = Snapshots::create().unwrap();
+        let memory = memory(&snapshots, 1);
+        for megabytes in [1, 5, 100] {
+            let carried = carried(megabytes * 1_000_000 / 8 / 2);
+            for _ in 0..4 {
+                let start = std::time::Instant::now();
+                memory.keep(&facts(), &carried).unwrap();
+                println!("{megabytes} MB: {:?}", start.elapsed());
+            }
+        }
+    }
+}

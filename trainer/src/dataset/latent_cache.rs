@@ -43,7 +43,7 @@ pub enum CachePlace {
     /// sample.
     BesideImages,
     /// `cache_latents`: in this folder while the ranks share the work; then all of it is in memory
-    /// and the folder is removed. All ranks name the same folder, which holds nothing else.
+    /// and the folder is removed. All ranks of a host name the same folder, which holds nothing else.
     Temporary(PathBuf),
 }
 
@@ -51,6 +51,9 @@ pub enum CachePlace {
 pub struct CacheOptions<'a> {
     /// Where.
     pub place: CachePlace,
+    /// Number of this rank among those that share the work and the place, and how many they are:
+    /// those of its host for a temporary folder, which other hosts do not see.
+    pub share: (usize, usize),
     /// Identity of the VAE: a hash of its weights and the precision it computes in.
     pub vae: String,
     /// Images of one size that are encoded together (`vae_batch_size`).
@@ -160,7 +163,7 @@ fn cache_together(
     // Nobody removes the folder before everybody has read it.
     let failure = loaded.as_ref().err().map(ToString::to_string);
     exchange(comm, &Report { error: failure, ..Report::default() })?;
-    if let (CachePlace::Temporary(folder), 0) = (&options.place, comm.rank()) {
+    if let (CachePlace::Temporary(folder), 0) = (&options.place, options.share.0) {
         std::fs::remove_dir_all(folder)
             .map_err(|error| DatasetError::file("remove the folder", folder, error))?;
     }
@@ -306,7 +309,8 @@ fn find_missing(
     let error = created.as_ref().err().map(ToString::to_string);
     let fingerprint = Some(group.fingerprint());
     let mut report = Report { error, fingerprint, ..Report::default() };
-    for (index, item) in items.iter().enumerate().skip(comm.rank()).step_by(comm.world_size()) {
+    let (share, shares) = options.share;
+    for (index, item) in items.iter().enumerate().skip(share).step_by(shares) {
         comm.live();
         let Some(entry) = group.image(item.dataset, item.image) else { continue };
         let state = if options.skip_check && item.file.exists() {
@@ -331,6 +335,7 @@ fn find_missing(
         reports.into_iter().flat_map(|report| report.items).map(|(index, _)| index).collect();
     // Images of one size are neighbours, so that they can be encoded together.
     missing.sort_by_key(|index| (items[*index].settings.bucket, *index));
+    missing.dedup();
     Ok(missing)
 }
 
@@ -350,7 +355,7 @@ fn encode_missing(
     (options.progress)(0, missing.len());
     let batches = cut_batches(items, missing, options.batch_size.max(1));
     let own: Vec<Vec<usize>> =
-        batches.into_iter().skip(comm.rank()).step_by(comm.world_size()).collect();
+        batches.into_iter().skip(options.share.0).step_by(options.share.1).collect();
     let flat: Vec<(u32, u32)> =
         own.iter().flatten().map(|index| (items[*index].dataset, items[*index].image)).collect();
     let mut pictures = decode_ahead(group.clone(), flat, options)?;
@@ -390,7 +395,8 @@ fn encode_missing(
         if let Some(error) = failure {
             return Err(error);
         }
-        (options.progress)(reports.iter().map(|report| report.done).sum(), missing.len());
+        let done: usize = reports.iter().map(|report| report.done).sum();
+        (options.progress)(done * options.share.1 / comm.world_size(), missing.len());
         let finished = reports.iter().all(|report| report.finished);
         let stop = reports.iter().any(|report| report.stop);
         unusable.extend(reports.into_iter().flat_map(|report| report.items));

@@ -31,6 +31,8 @@ pub use facts::{Facts, RunFacts};
 pub use folder::Files;
 pub use identity::run_facts;
 pub use keeper::{Carried, Keeper, OPTIMIZER, WEIGHTS, weights};
+#[cfg(test)]
+pub use parts::to_bytes;
 pub use parts::{f64_tensor, f64_values, pack_in_place, unpack};
 pub use resume::{Loaded, Resume, Sources, begin, begin_again};
 pub use start::Start;

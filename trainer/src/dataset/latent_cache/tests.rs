@@ -97,6 +97,7 @@ fn cache(group: &DatasetGroup, world_size: usize, setting: &Setting<'_>) -> (Vec
                     };
                     let options = CacheOptions {
                         place: setting.place.clone(),
+                        share: (comm.rank(), comm.world_size()),
                         vae: setting.vae.into(),
                         batch_size: 2,
                         workers: 2,
@@ -255,6 +256,7 @@ fn ranks_that_see_different_images_stop_together() {
                     Averages { images: encoded, poison: false, fails_after: usize::MAX };
                 let options = CacheOptions {
                     place: CachePlace::BesideImages,
+                    share: (comm.rank(), comm.world_size()),
                     vae: "v".into(),
                     batch_size: 1,
                     workers: 1,
