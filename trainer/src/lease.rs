@@ -248,6 +248,15 @@ impl Lease {
         }
     }
 
+    /// The error to report when writing has failed: another start clears away what it finds half
+    /// written, and then that is the cause.
+    pub fn cause(&self, error: anyhow::Error) -> anyhow::Error {
+        match self.check() {
+            Err(lost) if lost.is::<LeaseLost>() => lost,
+            _ => error,
+        }
+    }
+
     /// Whether another start has taken the lease; asked after each step, the file is read every few
     /// seconds. A file system that fails for a moment is no reason to end a run that writes nothing.
     ///

@@ -101,6 +101,7 @@ impl Saver {
         let metadata = self.metadata.at(step, epoch, self.stamp.now());
         let permit = || self.lease.check();
         lora_file::write_if(path, (&tensors, &metadata), self.save_as, permit)
+            .map_err(|error| self.lease.cause(error))
             .with_context(|| format!("step {step} could not be saved"))?;
         console::note(&format!("saved {}", path.display()));
         if let Some(old) = old

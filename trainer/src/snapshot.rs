@@ -128,18 +128,4 @@ mod tests {
         let due: Vec<usize> = (3..=16).filter(|step| memory.is_due(*step, 2)).collect();
         assert_eq!(due, [3, 5, 10, 15]);
     }
-
-    #[test]
-    fn zz_time() {
-        let snapshots = Snapshots::create().unwrap();
-        let memory = memory(&snapshots, 1);
-        for megabytes in [1, 5, 100] {
-            let carried = carried(megabytes * 1_000_000 / 8 / 2);
-            for _ in 0..4 {
-                let start = std::time::Instant::now();
-                memory.keep(&facts(), &carried).unwrap();
-                println!("{megabytes} MB: {:?}", start.elapsed());
-            }
-        }
-    }
 }

@@ -77,6 +77,7 @@ impl Keeper {
         }
         lease.check()?;
         folder::write(&path, &self.facts((step, epoch)), &files, || lease.check())
+            .map_err(|error| lease.cause(error))
             .with_context(|| format!("the state after step {step} could not be saved"))?;
         console::note(&format!("saved {}", path.display()));
         if let Some(old) = self.saving.outdated_state(point)

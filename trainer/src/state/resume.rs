@@ -290,8 +290,7 @@ fn choose(
     let chosen = match resume.map(|resume| &resume.known) {
         Some(Known::Own { why: Why::Kept | Why::Restarted, .. }) => {
             // Where the job began, it began long ago: the state knows the counts.
-            let on =
-                Options { initial_step: None, initial_epoch: None, ..Options::clone(options) };
+            let on = Options { initial_step: None, initial_epoch: None, ..Options::clone(options) };
             Start::choose(&on, origin, &here)
         }
         _ => Start::choose(options, origin, &here),
