@@ -14,7 +14,7 @@ use crate::cards::{PerNode, Ranks};
 use crate::intent::Intent;
 pub use crate::launch::{Launch, parse_seconds};
 use crate::site::Site;
-use crate::{cards, check_ranks, doctor, top};
+use crate::{cards, check_ranks, doctor, spec, top};
 
 /// `--version` says what was built, from what, by what.
 const LONG_VERSION: &str = concat!(
@@ -105,6 +105,8 @@ pub enum Command {
     Doctor(doctor::Options),
     /// Show the runs of this machine: ranks, steps, loss, waiting, why ranks were started again
     Top(top::Options),
+    /// Fill in a batch script or manifest for a cluster from a config, or check one
+    Spec(spec::Options),
     /// Offline work on files.
     #[command(flatten)]
     Tool(tools::Command),
@@ -169,6 +171,7 @@ impl Cli {
             Command::Selftest(_) => Some("`selftest`"),
             Command::Doctor(_) => Some("`doctor`"),
             Command::Top(_) => Some("`top`"),
+            Command::Spec(_) => Some("`spec`"),
             Command::Tool(_) => Some("a tool"),
             Command::Train(_) | Command::Plan(_) | Command::CheckRanks(_) => None,
         };

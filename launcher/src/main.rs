@@ -16,12 +16,14 @@ mod hostlist;
 mod intent;
 mod job;
 mod launch;
+mod later_tasks;
 mod machine;
 mod numa;
 mod output;
 mod prepare;
 mod site;
 mod spawn;
+mod spec;
 mod streams;
 mod summary;
 mod supervise;
@@ -68,8 +70,10 @@ fn launch(mut cli: Cli, env: Env) -> i32 {
     };
     if site.task > 0 {
         // The first task of this node starts the processes of all of them.
+        later_tasks::stay(&site);
         return exit_code::DONE;
     }
+    let _presence = later_tasks::Presence::show(&site);
     let (launch, command) = (&cli.launch, &cli.command);
     let policy = launch.job.policy(&site);
     // A rank that another launcher has started is that one's to watch.
@@ -132,6 +136,7 @@ fn run_as_rank(command: Command, env: &Env) -> i32 {
         Command::CheckRanks(options) => check_ranks::run(&options, env),
         Command::Doctor(options) => doctor::run(&options),
         Command::Top(options) => top::run(&options),
+        Command::Spec(options) => spec::run(&options),
         Command::Tool(tool) => tool.run(),
     }
 }
@@ -141,7 +146,11 @@ fn prepare_process(command: &Command, env: &Env) -> Result<()> {
     // Nothing of these needs saving; there a signal ends the process, and no partial file stays.
     let has_nothing_to_save = matches!(
         command,
-        Command::Selftest(_) | Command::Doctor(_) | Command::Top(_) | Command::Tool(_)
+        Command::Selftest(_)
+            | Command::Doctor(_)
+            | Command::Spec(_)
+            | Command::Top(_)
+            | Command::Tool(_)
     );
     if !has_nothing_to_save {
         signals::install().context("cannot install signal handlers")?;
