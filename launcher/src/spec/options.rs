@@ -42,7 +42,7 @@ pub struct Asked {
     pub config: PathBuf,
 
     /// Name of the job [default: the config's output_name]
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = label)]
     pub name: Option<String>,
 
     /// Number of nodes

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use trainer::options::{OPTIONS, Options, Parsed};
 
-use super::options::{Asked, label};
+use super::options::Asked;
 
 /// Memory of a process beside the model, in GiB: pictures, latents, the libraries of a card.
 const BESIDE_MODEL_GIB: u64 = 6;
@@ -33,19 +33,14 @@ impl RunFacts {
     /// Reads the config.
     ///
     /// # Errors
-    /// A config that `train` would refuse, a name that cannot be one.
+    /// A config that `train` would refuse.
     pub fn gather(asked: &Asked) -> Result<RunFacts> {
         let config = asked.config.to_str().context("the name of the config should be UTF-8")?;
         if config.chars().any(char::is_control) {
             bail!("the name of the config should have no control characters, got: {config:?}");
         }
         let parsed = trainer::options::parse(&[asked.config.clone().into_os_string()])?;
-        let name = match &asked.name {
-            Some(name) => label(name).map_err(|why| {
-                anyhow::anyhow!("`--name` cannot be the name of a job: {why}, got: {name}")
-            })?,
-            None => name_of(&parsed.options),
-        };
+        let name = asked.name.clone().unwrap_or_else(|| name_of(&parsed.options));
         let processes = asked.gpus_per_node.max(1);
         let memory = asked.memory_gib.unwrap_or_else(|| memory_gib(&parsed.options, processes));
         Ok(RunFacts {

@@ -1,11 +1,14 @@
 //! What is rendered is right for every size of a job, and batch scripts that are wrong are caught.
 
+use std::collections::HashMap;
+use std::ffi::OsString;
 use std::path::Path;
 
 use clap::Parser;
 
 use super::options::Options;
 use super::{faults_of, render, sbatch_rules};
+use crate::site::{Asked, Site, Source};
 use crate::spec::options::What;
 
 #[derive(Parser)]
@@ -66,7 +69,10 @@ fn every_size_of_a_job_is_right() {
                 let text = rendered(&words).unwrap_or_else(|error| panic!("{words:?}: {error:#}"));
                 assert_eq!(faults_of(&text).unwrap(), Vec::<String>::new(), "{words:?}\n{text}");
                 assert!(text.contains("my-lora-v2") && text.contains("my config.toml"), "{text}");
-                assert!(!text.contains("default") && !text.contains("example"), "{text}");
+                assert!(
+                    !text.contains("namespace: default") && !text.contains("example"),
+                    "{text}"
+                );
                 assert_eq!(
                     text.contains("gpu:") || text.contains("gpus-per-node"),
                     gpus != "0",
@@ -116,7 +122,8 @@ fn words_that_could_mean_more_are_refused() {
         let words = ["kubernetes", "none.toml", "--image", "a:1", option, value];
         let image = ["kubernetes", "none.toml", option, value];
         let words: &[&str] = if option == "--image" { &image } else { &words };
-        assert!(rendered(words).is_err(), "{option} {value}");
+        let refused = rendered(words).is_err_and(|error| error.is::<clap::Error>());
+        assert!(refused, "{option} {value}");
     }
     for (option, value) in
         [("--time", "0"), ("--time", "soon"), ("--partition", "a b"), ("--qos", "-x")]
@@ -163,4 +170,42 @@ fn a_script_that_is_wrong_is_caught() {
         let faults = sbatch_rules::faults_of(&script.replacen(from, to, 1));
         assert!(faults.iter().any(|fault| fault.contains(said)), "{from} -> {to}: {faults:?}");
     }
+}
+
+/// Where the launcher stands in a pod of a manifest, with what Kubernetes adds by itself.
+fn site_of(manifest: &str, place: &str, added: &[(&str, &str)]) -> Site {
+    let documents: Vec<serde_json::Value> = serde_saphyr::from_multiple(manifest).unwrap();
+    let pod = documents.iter().find_map(|document| document.pointer(place)).unwrap();
+    let written = pod["containers"][0]["env"].as_array().unwrap().iter();
+    let written = written.filter_map(|v| Some((v["name"].as_str()?, v["value"].as_str()?)));
+    let variables: HashMap<&str, &str> = written.chain(added.iter().copied()).collect();
+    Site::find(&Asked::default(), |name| variables.get(name).map(OsString::from)).unwrap()
+}
+
+#[test]
+fn the_launcher_understands_what_the_manifests_say() {
+    let job = include_str!("../../../deploy/kubernetes/indexed_job.yaml");
+    let index = ("JOB_COMPLETION_INDEX", "1");
+    let site = site_of(job, "/spec/template/spec", &[index]);
+    assert_eq!((site.source, site.node, site.nodes), (Source::Kubernetes, 1, (2, 2)));
+    assert_eq!((site.address.as_str(), site.port), ("lorarun-0.lorarun-nodes", 29500));
+    let jobset = include_str!("../../../deploy/kubernetes/jobset.yaml");
+    let place = "/spec/replicatedJobs/0/template/spec/template/spec";
+    let site = site_of(jobset, place, &[index]);
+    assert_eq!((site.source, site.node, site.nodes), (Source::Kubernetes, 1, (2, 2)));
+    assert_eq!((site.address.as_str(), site.port), ("lorarun-nodes-0-0.lorarun-nodes", 29500));
+    // What Kubeflow's torch policy sets.
+    let runtime = include_str!("../../../deploy/kubernetes/kubeflow_trainjob.yaml");
+    let place = "/spec/template/spec/replicatedJobs/0/template/spec/template/spec";
+    let torch = [
+        index,
+        ("PET_NNODES", "2"),
+        ("PET_NPROC_PER_NODE", "4"),
+        ("PET_NODE_RANK", "1"),
+        ("PET_MASTER_ADDR", "lorarun-node-0-0.lorarun"),
+        ("PET_MASTER_PORT", "29500"),
+    ];
+    let site = site_of(runtime, place, &torch);
+    assert_eq!((site.source, site.node, site.nodes), (Source::Torchrun, 1, (2, 2)));
+    assert_eq!((site.address.as_str(), site.processes), ("lorarun-node-0-0.lorarun", Some(4)));
 }
