@@ -27,9 +27,9 @@ impl Slurm {
     /// Starts it; `None`, said loudly, where the machine forbids it. With `hosts` every node is a host
     /// of a lab, otherwise all share this machine's network.
     pub fn up(test: &str, hosts: bool) -> Option<Slurm> {
-        let missing = ["slurmctld", "slurmd", "sbatch", "munged"].into_iter().find(|program| {
-            !Command::new(program).arg("-V").output().is_ok_and(|o| o.status.success())
-        });
+        let missing = ["slurmctld", "slurmd", "sbatch", "munged"]
+            .into_iter()
+            .find(|program| !is_installed(program));
         // SAFETY: a plain system call.
         let root_is_missing = unsafe { libc::geteuid() } != 0;
         if missing.is_some() || root_is_missing {
@@ -134,6 +134,12 @@ impl Drop for Slurm {
         // What is half gone is made anew by the next one.
         drop(self.script("slurm-down.sh").stdout(Stdio::null()).stderr(Stdio::null()).status());
     }
+}
+
+/// Whether a program is found as the system's own users find it.
+fn is_installed(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
 }
 
 /// What a job reads and writes.
