@@ -262,12 +262,14 @@ mod tests {
 
     #[test]
     fn the_config_wins_over_the_launchers_precision() {
-        let (_folder, file) = config("mixed_precision = \"fp16\"");
-        let intent = intent_of(&format!("--mixed_precision bf16 train {file}"), None).unwrap();
+        let (_folder, file) = config("mixed_precision = \"bf16\"");
+        let intent = intent_of(&format!("--mixed_precision fp16 train {file}"), None).unwrap();
         assert_eq!(intent.added, Vec::<OsString>::new());
         let line = &intent.remarks[0];
         assert!(
-            line.ends_with("`mixed_precision` is fp16, which wins over `--mixed_precision bf16` of the launcher"),
+            line.ends_with(
+                "`mixed_precision` is bf16, which wins over `--mixed_precision fp16` of the launcher"
+            ),
             "{line}"
         );
         let from_file = AccelerateConfig {
