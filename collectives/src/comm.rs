@@ -321,10 +321,7 @@ impl Comm {
     /// The abort that some rank or the launcher has called, as the error that the next collective
     /// would return. For work that takes long without a collective.
     pub fn check_aborted(&self) -> Result<()> {
-        match &self.link {
-            Link::Alone => Ok(()),
-            Link::Shared(shared) => shared.segment.check_aborted(),
-        }
+        self.watched.as_ref().map_or(Ok(()), |(segment, _)| segment.check_aborted())
     }
 
     /// Tells who watches this rank that it begins something else.

@@ -380,6 +380,8 @@ impl Trainer<'_> {
     /// Ends early because a signal asked for it: LoRA and state of the agreed step are saved under
     /// its number.
     fn stop(&self, step: usize, epoch: usize) -> Result<Ending> {
+        // A job that starts again ends its ranks by the same signal, and wants no files of them.
+        self.comm.check_aborted()?;
         self.comm.enter_phase(Phase::Saving);
         self.save_file(SavePoint::Step(step), step, epoch)?;
         self.save_state(SavePoint::Step(step), step, epoch)?;

@@ -3,8 +3,9 @@
 //! The global batch belongs to the run, not to this start: it is `train_batch_size` for each of the
 //! *full* number of ranks. That number is the one of the state which the run goes on from, else what
 //! the launcher says (ranks when no node is missing), else the ranks that are there. However many are
-//! there, they share each global batch evenly, and a rank computes its share in micro-steps of at
-//! most `train_batch_size` samples: fewer ranks take more micro-steps, not more memory.
+//! there, they share each global batch evenly (within a sample where a job has lost nodes), and a rank
+//! computes its share in micro-steps of at most `train_batch_size` samples: fewer ranks take more
+//! micro-steps, not more memory.
 
 use anyhow::{Result, bail};
 use collectives::Env;
@@ -54,8 +55,13 @@ impl World {
         let recorded = state.map_or(launched, |state| state.ranks);
         let full = [recorded, launched, ranks].into_iter().find(is_of_state).unwrap_or(launched);
         let world = Self { ranks, full };
-        for size in batch_sizes {
-            world.check(*size, options.reproducible)?;
+        // A job that has lost a node goes on with what is left, even if shares differ by a sample: it
+        // is the same batch. `reproducible` cannot, its sum needs shares that are subtrees.
+        let lacks_nodes = ranks < launched && full == launched;
+        if !lacks_nodes || options.reproducible {
+            for size in batch_sizes {
+                world.check(*size, options.reproducible)?;
+            }
         }
         Ok(world)
     }
@@ -204,7 +210,10 @@ mod tests {
             assert!(error.contains("a batch has 12 images"), "{error}");
         }
         assert!(choose(4, None, &env(3, Some(2))).is_err(), "nor on other ranks than launched");
+        let left = choose(1, None, &env(2, Some(3))).unwrap();
+        assert_eq!((left.share(1), left.micro_steps()), (2, 2), "a lost node is borne");
         let options = Options { reproducible: true, ..Options::default() };
+        assert!(World::choose(&options, &[1], None, &env(2, Some(3))).is_err());
         let error = World::choose(&options, &[3], None, &env(5, Some(4))).unwrap_err().to_string();
         assert!(error.contains("give it 1, 2 or 4 ranks"), "{error}");
     }
