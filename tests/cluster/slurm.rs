@@ -42,7 +42,7 @@ fn steps_after(log: &str, words: &str) -> Vec<usize> {
 /// Milliseconds from 200 to 2000, other ones at each run.
 fn random_pause() -> Duration {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("a clock");
-    Duration::from_millis(200 + u64::from(now.subsec_nanos() / 1000) % 1800)
+    Duration::from_millis(200 + u64::from(now.subsec_micros()) % 1800)
 }
 
 fn stop(slurm: &Slurm, job: &Job<'_>, round: usize) {
