@@ -15,6 +15,7 @@ use crate::env::{DEFAULT_TIMEOUT, Env};
 use crate::error::{CollectiveError, Result};
 use crate::group::Group;
 use crate::mesh::{self, Meeting, Mesh, Seat};
+use crate::mpi::World;
 use crate::recorder::Recorder;
 use crate::segment::{Author, Segment};
 use crate::standing::Phase;
@@ -39,6 +40,8 @@ enum Link {
     Alone,
     /// Through shared memory to those of this host, and from there to the other hosts.
     Shared(Shared),
+    /// Over MPI, which has started this process.
+    Mpi(Mutex<World>),
 }
 
 /// A link through shared memory, with the thread that runs started collectives.
@@ -104,6 +107,11 @@ impl Comm {
                 alone.watched = Some((Arc::new(Segment::attach(fd, 1, env.generation)?), 0));
             }
             return Ok(alone);
+        }
+        if env.by_mpi {
+            let world = World::join(env.rank, env.world_size)?;
+            let link = Link::Mpi(Mutex::new(world));
+            return Ok(Comm::new(env.rank, env.world_size, env.collective_timeout, link));
         }
         let segment = match env.segment_fd {
             Some(fd) => Segment::attach(fd, env.local_world_size, env.generation)?,
@@ -250,7 +258,14 @@ impl Comm {
     /// Starts the sum of `values` over all ranks and returns at once. Started sums run in the order
     /// of their starts. Every rank gets identical bits: rank 0 + rank 1 + ..., in `f32`.
     pub fn all_reduce_start(&self, values: Vec<f32>) -> Pending {
-        let Link::Shared(shared) = &self.link else { return Pending(State::Done(Ok(values))) };
+        let shared = match &self.link {
+            Link::Alone => return Pending(State::Done(Ok(values))),
+            Link::Shared(shared) => shared,
+            Link::Mpi(_) => {
+                let mut values = values;
+                return Pending(State::Done(self.all_reduce(&mut values).map(|()| values)));
+            }
+        };
         let (answer, receiver) = channel();
         let queue = locked(&shared.queue);
         *locked(&shared.lane.outstanding) += 1;
@@ -270,6 +285,7 @@ impl Comm {
             Link::Shared(shared) => {
                 shared.run(|group| group.all_reduce(values, Order::Ranks, self.deadline()))
             }
+            Link::Mpi(world) => locked(world).all_reduce(values, Order::Ranks, self.deadline()),
         }
     }
 
@@ -281,6 +297,7 @@ impl Comm {
             Link::Shared(shared) => {
                 shared.run(|group| group.all_reduce(values, Order::Pairs, self.deadline()))
             }
+            Link::Mpi(world) => locked(world).all_reduce(values, Order::Pairs, self.deadline()),
         }
     }
 
@@ -289,6 +306,7 @@ impl Comm {
         match &self.link {
             Link::Alone => Ok(()),
             Link::Shared(shared) => shared.run(|group| group.barrier(self.deadline())),
+            Link::Mpi(world) => locked(world).barrier(self.deadline()),
         }
     }
 
@@ -300,6 +318,7 @@ impl Comm {
             Link::Shared(shared) => {
                 shared.run(|group| group.broadcast(root, bytes, self.deadline()))
             }
+            Link::Mpi(world) => locked(world).broadcast(root, bytes, self.deadline()),
         }
     }
 
@@ -308,10 +327,12 @@ impl Comm {
         match &self.link {
             Link::Alone => Ok(vec![bytes.to_vec()]),
             Link::Shared(shared) => shared.run(|group| group.all_gather(bytes, self.deadline())),
+            Link::Mpi(world) => locked(world).all_gather(bytes, self.deadline()),
         }
     }
 
-    /// Makes every rank's present or next collective fail, within milliseconds, with this reason.
+    /// Makes every rank's present or next collective fail, within milliseconds, with this reason. Over
+    /// MPI it is the end of this process that ends the others.
     pub fn abort(&self, reason: &str) {
         if let Link::Shared(shared) = &self.link {
             shared.segment.abort(Author::Rank(self.rank), Some(self.rank), reason);
@@ -350,7 +371,7 @@ impl Comm {
     /// A look at the other ranks for a thread that must not call collectives.
     pub(crate) fn witness(&self) -> Witness {
         let segment = match &self.link {
-            Link::Alone => None,
+            Link::Alone | Link::Mpi(_) => None,
             Link::Shared(shared) => Some(shared.segment.clone()),
         };
         let first = segment.as_ref().map_or(0, |segment| segment.first_rank());

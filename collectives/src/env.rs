@@ -55,6 +55,17 @@ pub const CARD: &str = "LORARUN_CARD";
 pub const REDUCE: &str = "LORARUN_REDUCE";
 /// `1` lets NCCL sum between ranks that share a card, which it takes for two hosts then. For tests.
 pub const NCCL_ON_SHARED_CARD: &str = "LORARUN_NCCL_ON_SHARED_CARD";
+/// How many processes `mpirun` of Open MPI has started, which of them this is, and the same on its
+/// host; then MPICH's names.
+const OPEN_MPI: [&str; 4] = [
+    "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+];
+const MPICH: [&str; 4] = ["PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"];
+/// Set in job steps of Slurm, which may set `PMI_...` for programs that want no MPI.
+const SLURM_STEP: &str = "SLURM_STEP_ID";
 /// The cards that CUDA shows to this process: numbers or UUIDs, separated by commas.
 const VISIBLE_CARDS: &str = "CUDA_VISIBLE_DEVICES";
 
@@ -136,6 +147,8 @@ pub struct Env {
     pub full_world_size: Option<usize>,
     /// Whether a cluster has started this job again.
     pub restarted: bool,
+    /// Whether MPI has started this rank, and carries what ranks say to each other.
+    pub by_mpi: bool,
     /// CPU threads this rank may use; `None` leaves the choice to the thread pool.
     pub threads: Option<usize>,
     /// Deadline of one collective.
@@ -167,6 +180,7 @@ impl Env {
             snapshot_every: None,
             full_world_size: None,
             restarted: false,
+            by_mpi: false,
             threads: None,
             collective_timeout: DEFAULT_TIMEOUT,
             card: None,
@@ -189,7 +203,10 @@ impl Env {
         let rank = read.number::<usize>(RANK, "a whole number from 0")?;
         let world = read.number::<usize>(WORLD_SIZE, "a whole number from 1")?;
         let (rank, world_size) = match (rank, world) {
-            (None, None) => (0, 1),
+            (None, None) => match read.mpi()? {
+                Some(env) => return Ok(env),
+                None => (0, 1),
+            },
             (Some(rank), Some(world)) => (rank, world),
             (Some(rank), None) => return Err(incomplete(WORLD_SIZE, RANK, rank)),
             (None, Some(world)) => return Err(incomplete(RANK, WORLD_SIZE, world)),
@@ -227,6 +244,7 @@ impl Env {
             snapshot_every: read.count(SNAPSHOT_EVERY)?.map(|steps| steps as u64),
             full_world_size: read.count(FULL_WORLD_SIZE)?,
             restarted: read.flag(RESTARTED)?,
+            by_mpi: false,
             threads,
             collective_timeout: read.timeout()?.unwrap_or(DEFAULT_TIMEOUT),
             card: read.number(CARD, "the number of a card from 0")?,
@@ -368,6 +386,32 @@ impl<F: Fn(&str) -> Option<OsString>> Reader<F> {
         }
     }
 
+    /// The place of a process that MPI has started with others.
+    fn mpi(&self) -> Result<Option<Env>, EnvError> {
+        let mpich = (self.lookup)(SLURM_STEP).is_none().then_some(MPICH);
+        for [size, rank, local_size, local_rank] in std::iter::once(OPEN_MPI).chain(mpich) {
+            let Some(world_size) = self.count(size)?.filter(|size| *size > 1) else { continue };
+            let whole = "a whole number from 0";
+            let Some(own) = self.number(rank, whole)? else {
+                return Err(incomplete(rank, size, world_size));
+            };
+            below(rank, own, size, world_size)?;
+            return Ok(Some(Env {
+                rank: own,
+                world_size,
+                local_world_size: self.count(local_size)?.unwrap_or(1),
+                local_rank: self.number(local_rank, whole)?.unwrap_or(0),
+                threads: self.count(THREADS)?,
+                collective_timeout: self.timeout()?.unwrap_or(DEFAULT_TIMEOUT),
+                card: self.number(CARD, "the number of a card from 0")?,
+                reduce: self.reduce()?,
+                by_mpi: true,
+                ..Env::single()
+            }));
+        }
+        Ok(None)
+    }
+
     fn count(&self, name: &'static str) -> Result<Option<usize>, EnvError> {
         let count = self.number(name, "a whole number from 1")?;
         count.map_or(Ok(()), |count| at_least_one(name, count))?;
@@ -478,6 +522,27 @@ mod tests {
         .unwrap();
         assert_eq!((env.rank, env.local_rank, env.world_size, env.local_world_size), (5, 1, 8, 4));
         assert_eq!((env.master_addr.as_str(), env.master_port), ("node0", 1234));
+    }
+
+    #[test]
+    fn processes_of_mpi_are_ranks() {
+        let open = [
+            ("OMPI_COMM_WORLD_SIZE", "4"),
+            ("OMPI_COMM_WORLD_RANK", "3"),
+            ("OMPI_COMM_WORLD_LOCAL_SIZE", "2"),
+            ("OMPI_COMM_WORLD_LOCAL_RANK", "1"),
+        ];
+        let env = read(&open).unwrap();
+        assert_eq!((env.rank, env.local_rank, env.world_size, env.local_world_size), (3, 1, 4, 2));
+        assert!(env.by_mpi);
+        assert!(read(&open[..1]).unwrap_err().to_string().contains("`OMPI_COMM_WORLD_RANK`"));
+        assert_eq!(read(&[("OMPI_COMM_WORLD_SIZE", "1")]).unwrap(), Env::single());
+        // Our own launcher's words count more, and Slurm sets MPICH's for everybody.
+        let own = [("RANK", "0"), ("WORLD_SIZE", "2"), open[0], open[1]];
+        assert!(!read(&own).unwrap().by_mpi);
+        let pmi = [("PMI_SIZE", "2"), ("PMI_RANK", "1")];
+        assert!(read(&pmi).unwrap().by_mpi);
+        assert_eq!(read(&[pmi[0], pmi[1], ("SLURM_STEP_ID", "0")]).unwrap(), Env::single());
     }
 
     #[test]

@@ -46,7 +46,7 @@ pub(crate) enum Op {
 
 impl Op {
     /// What is announced: the kind in the low byte, the root above.
-    fn code(self) -> u64 {
+    pub(crate) fn code(self) -> u64 {
         match self {
             Op::Connect => 1,
             Op::Counterparts => 7,

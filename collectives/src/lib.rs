@@ -23,6 +23,8 @@ mod group;
 mod hosts;
 mod liveness;
 mod mesh;
+#[cfg_attr(not(feature = "mpi"), path = "mpi_absent.rs")]
+mod mpi;
 pub mod nccl;
 pub mod recorder;
 mod segment;
