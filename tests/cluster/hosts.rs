@@ -138,6 +138,36 @@ fn the_loss_of_host_0_ends_the_others() {
     }
 }
 
+/// A job that lost the host that coordinates goes on exactly where its last state was when it is
+/// started again.
+#[test]
+fn a_job_that_lost_host_0_is_resubmitted_and_ends_as_if_nothing_had_been() {
+    let test = "a_job_that_lost_host_0_is_resubmitted_and_ends_as_if_nothing_had_been";
+    let Some(lab) = Lab::up(test, 2) else { return };
+    let mut scene = Scene::new();
+    scene.set("reproducible", "true").set("max_train_steps", "40");
+    scene.trained(&[]);
+    let expected = trained(&scene);
+    std::fs::remove_dir_all(scene.output_dir()).expect("a folder");
+    scene.set("train_batch_size", "2").set("resume", "'auto'");
+    scene.set("save_every_n_steps", "5").set("save_state", "true");
+    let config = scene.write_config();
+    let mut launchers = start(&lab, "2", &["--nproc_per_node", "1"], &config);
+    launchers[0].wait_for("small-step00000010-state", Instant::now(), LONG);
+    lab.cut_power(1);
+    let end = launchers.remove(1).end(LONG);
+    assert_eq!(end.code, 75, "{}", end.text);
+    assert!(!scene.output_dir().join("small.safetensors").exists(), "it had ended already");
+    lab.plug(1);
+    let again = start(&lab, "2", &["--nproc_per_node", "1"], &config);
+    for launcher in again {
+        let end = launcher.end(LONG);
+        assert_eq!(end.code, 0, "{}", end.text);
+        assert!(end.text.contains("[rank 0] goes on from step") || !end.text.contains("[rank 0]"));
+    }
+    assert!(trained(&scene) == expected, "the weights differ");
+}
+
 /// A rank that is frozen is named, killed and replaced; thawed, it does not exist.
 #[test]
 fn a_frozen_rank_is_replaced() {
