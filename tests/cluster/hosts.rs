@@ -212,6 +212,7 @@ fn a_host_that_returns_takes_part_again() {
     let words: Vec<&str> = command.iter().map(String::as_str).collect();
     let back = start_one(&lab, 2, "1:2", &options, &words);
     let (again, _) = launchers[0].wait_for("node 1 is back", cut, LONG);
+    let (again, _) = launchers[0].wait_for("goes on from step", again, LONG);
     launchers[0].wait_for(STEP, again, LONG);
     assert_eq!(ranks_of(&lab, 2).len(), 1, "host 2 has a rank again");
     back.signal(libc::SIGTERM);

@@ -7,6 +7,7 @@ mkdir -p "$D"/{state,log,spool,dev}; chown slurm:slurm "$D/state" "$D/log"; chmo
 for i in 0 1 2 3; do [ -e "$D/dev/gpu$i" ] || mknod "$D/dev/gpu$i" c 1 3; done
 mkdir -p /run/munge; chown munge:munge /run/munge; chmod 755 /run/munge
 pgrep -x munged >/dev/null || { : > "$D/munged-is-ours"; su -s /bin/sh munge -c /usr/sbin/munged; }
+for _ in $(seq 50); do [ -S /run/munge/munge.socket.2 ] && break; sleep 0.1; done
 host=$(hostname -s)
 if [ "${NETNS:-0}" = 1 ]; then
   "$here/netns.sh" up 3; ctl="$host(10.77.0.254)"; nodes='NodeName=h[1-3] NodeAddr=10.77.0.[1-3] Port=17001'; names='h1 h2 h3'; list='h[1-3]'
