@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All-reduce of 1, 10 and 100 MB beside torch gloo, in turns on the same machine, as ratios: 2 and 4
 # ranks of one host, then 1 and 2 ranks on each of two hosts, which are network namespaces (root needed,
-# skipped with a word otherwise), at full speed and at 1 Gbit/s. Takes about two minutes.
+# skipped with a word otherwise), at full speed and at 1 Gbit/s. Takes four to five minutes.
 #
 # Usage: benches/allreduce/run.sh [--rounds N] [--repeats N] [--only local|hosts]
 #   PYTHON    a Python with torch (default: python3)
