@@ -59,7 +59,7 @@ fn stop(slurm: &Slurm, job: &Job<'_>, round: usize) {
 fn requeues_train_the_undisturbed_bytes() {
     let Some(slurm) = Slurm::up("requeues_train_the_undisturbed_bytes", false) else { return };
     let rounds =
-        std::env::var("LORARUN_REQUEUES").map_or(3, |text| text.parse().expect("a number"));
+        std::env::var("LORARUN_REQUEUES").map_or(4, |text| text.parse().expect("a number"));
     let scene = scene(40 * (rounds + 1));
     let expected = undisturbed(&scene);
     let files = JobFiles::new(scene.folder.path(), scene.write_config(), TWO);
