@@ -1,4 +1,4 @@
-//! What is computed: text encoder, U-Net, VAE, noise schedule and LoRA, on one device.
+//! What is computed: text encoder, U-Net, VAE, noise schedule, samplers and LoRA, on one device.
 //!
 //! Models are forward code over the engine's tape; the tape gives the backward. Feature maps are
 //! NHWC `[B,H,W,C]`, tokens `[B,T,C]`. Widths, depths and heads come from a model's config or, where
@@ -15,6 +15,7 @@ pub mod pixel_order;
 mod preset;
 mod reader;
 mod resnet;
+pub mod sampler;
 mod schedule;
 mod unet;
 mod vae;
