@@ -11,8 +11,10 @@ mod error;
 #[cfg(test)]
 mod full_size;
 pub mod lora;
+pub mod pipeline;
 pub mod pixel_order;
 mod preset;
+pub mod prompt;
 mod reader;
 mod resnet;
 pub mod sampler;

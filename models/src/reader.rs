@@ -92,6 +92,11 @@ impl<'w> Reader<'w> {
         Self { source, device, dtype, stored: Cell::new(dtype), scratch: RefCell::default() }
     }
 
+    /// Where the weights go.
+    pub(crate) fn device(&self) -> Device {
+        self.device
+    }
+
     /// Keeps the weights of linear layers and convolutions as `stored`.
     pub(crate) fn storing(self, stored: DType) -> Self {
         self.stored.set(stored);

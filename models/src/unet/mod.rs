@@ -24,6 +24,7 @@ use crate::reader::{ConvShape, Reader, SlotVisitor, TensorShape};
 /// A U-Net on one device, its weights frozen.
 pub struct Unet {
     config: UnetConfig,
+    device: Device,
     dtype: DType,
     time_1: Linear,
     time_2: Linear,
@@ -82,6 +83,7 @@ impl Unet {
         let (in_channels, out_channels) = (config.in_channels, config.out_channels);
         Ok(Self {
             config: config.clone(),
+            device: reader.device(),
             dtype,
             conv_in: reader.in_compute_type(|reader| {
                 reader.conv("conv_in", ConvShape::same3(first, in_channels))
@@ -109,6 +111,11 @@ impl Unet {
         let width = self.config.channels[0];
         let waves = timestep_embedding(timesteps, width);
         Tensor::from_f32(device, &[timesteps.len(), width], &waves, DType::F32)
+    }
+
+    /// Where its weights are.
+    pub fn device(&self) -> Device {
+        self.device
     }
 
     /// Its sizes.

@@ -22,6 +22,7 @@ const LOGVAR_RANGE: (f32, f32) = (-30., 20.);
 /// An autoencoder on one device.
 pub struct Vae {
     config: VaeConfig,
+    device: Device,
     dtype: DType,
     encoder: Encoder,
     quant_conv: Option<Linear>,
@@ -77,8 +78,14 @@ impl Vae {
             post_quant_conv: square("post_quant_conv", latent, config.post_quant_conv)?,
             decoder: Decoder::load(reader, config)?,
             config: config.clone(),
+            device: reader.device(),
             dtype,
         })
+    }
+
+    /// Where its weights are.
+    pub fn device(&self) -> Device {
+        self.device
     }
 
     /// Its sizes and its scaling factor.

@@ -108,13 +108,8 @@ pub enum DatasetError {
         advice: String,
     },
     /// The tokenizer could not be built or failed.
-    #[error("the tokenizer of `{place}` cannot be used: {problem}")]
-    Tokenizer {
-        /// A folder, a file, or `embedded CLIP vocabulary`.
-        place: String,
-        /// What is wrong.
-        problem: String,
-    },
+    #[error(transparent)]
+    Tokenizer(#[from] models::prompt::PromptError),
     /// Latents could not be made or cached.
     #[error("could not cache the latents of `{}`: {problem}", path.display())]
     Latents {

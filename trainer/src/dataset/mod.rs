@@ -19,10 +19,8 @@ pub mod mask;
 pub mod order;
 mod ordered;
 pub mod picture;
-mod prompt_weights;
 mod scan;
 mod summary;
-pub mod tokenizer;
 
 pub use config::{
     DatasetConfig, DatasetDefaults, DatasetInput, DatasetOptions, SubsetOptions, plan_datasets,
@@ -32,5 +30,5 @@ pub use fixed::FixedBatches;
 pub use group::DatasetGroup;
 pub use latent_cache::{CacheOptions, CachePlace, LatentEncoder, LatentStore, cache_latents};
 pub use loader::{Batch, Loader, LoaderOptions, LoaderParts, SampleMeta, worker_count};
+pub use models::prompt::{ClipTokenizer, TokenLength};
 pub use order::{GlobalBatch, SampleKey, Sampler};
-pub use tokenizer::{ClipTokenizer, TokenLength};

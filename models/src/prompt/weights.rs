@@ -19,7 +19,7 @@ enum Piece<'a> {
 /// Splits a caption into parts of one weight. `(a)` weighs 1.1, `[a]` 1/1.1, `(a:w)` w; brackets
 /// multiply; a backslash before a bracket or backslash makes it plain text; brackets that are never
 /// closed hold to the end.
-pub(crate) fn parse_weights(caption: &str) -> Vec<(String, f64)> {
+pub fn parse_weights(caption: &str) -> Vec<(String, f64)> {
     let mut parts: Vec<(String, f64)> = Vec::new();
     let (mut round, mut square) = (Vec::new(), Vec::new());
     let multiply = |parts: &mut Vec<(String, f64)>, from: usize, factor: f64| {

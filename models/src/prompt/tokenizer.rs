@@ -4,8 +4,8 @@
 //! vocabulary embedded in this program; both give the ids of transformers' `CLIPTokenizer`. SD1 pads
 //! with the end token, SD2 with `!`, which is then a token of its own (id 0) in captions too.
 
-use super::error::DatasetError;
-use super::prompt_weights::parse_weights;
+use super::PromptError;
+use super::weights::parse_weights;
 use formats::clip_vocabulary::{self, BEGIN, END};
 use std::path::Path;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
@@ -81,7 +81,7 @@ impl ClipTokenizer {
     ///
     /// # Errors
     /// A folder whose files are missing or damaged, or which is not CLIP's.
-    pub fn open(folder: Option<&Path>, v2: bool) -> Result<Self, DatasetError> {
+    pub fn open(folder: Option<&Path>, v2: bool) -> Result<Self, PromptError> {
         match folder {
             Some(folder) => Self::from_folder(folder, v2),
             None => Self::embedded(v2),
@@ -92,18 +92,21 @@ impl ClipTokenizer {
     ///
     /// # Errors
     /// None in a sound build; the tokenizer library's constructors can fail.
-    pub fn embedded(v2: bool) -> Result<Self, DatasetError> {
+    pub fn embedded(v2: bool) -> Result<Self, PromptError> {
         let (vocabulary, merges) = embedded_vocabulary();
         let pad = if v2 { "!" } else { END };
         build(EMBEDDED, vocabulary, merges, pad)
     }
 
-    fn from_folder(folder: &Path, v2: bool) -> Result<Self, DatasetError> {
+    fn from_folder(folder: &Path, v2: bool) -> Result<Self, PromptError> {
         let read = |name: &str| {
             let path = folder.join(name);
-            std::fs::read_to_string(&path).map_err(|error| DatasetError::file("read", &path, error))
+            std::fs::read_to_string(&path).map_err(|error| PromptError {
+                place: path.display().to_string(),
+                problem: format!("cannot be read, {error}"),
+            })
         };
-        let problem = |name: &str, message: String| DatasetError::Tokenizer {
+        let problem = |name: &str, message: String| PromptError {
             place: folder.join(name).display().to_string(),
             problem: message,
         };
@@ -153,9 +156,10 @@ impl ClipTokenizer {
     ///
     /// # Errors
     /// None that a text could cause; the library's failures come through.
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>, DatasetError> {
-        let encoding = self.tokenizer.encode_fast(text, false).map_err(|error| {
-            DatasetError::Tokenizer { place: self.place.clone(), problem: error.to_string() }
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, PromptError> {
+        let encoding = self.tokenizer.encode_fast(text, false).map_err(|error| PromptError {
+            place: self.place.clone(),
+            problem: error.to_string(),
         })?;
         Ok(encoding.get_ids().to_vec())
     }
@@ -168,7 +172,7 @@ impl ClipTokenizer {
         &self,
         text: &str,
         length: TokenLength,
-    ) -> Result<Vec<[u32; CHUNK]>, DatasetError> {
+    ) -> Result<Vec<[u32; CHUNK]>, PromptError> {
         Ok(self.chunks(&self.encode(text)?, length))
     }
 
@@ -180,7 +184,7 @@ impl ClipTokenizer {
         &self,
         text: &str,
         length: TokenLength,
-    ) -> Result<WeightedIds, DatasetError> {
+    ) -> Result<WeightedIds, PromptError> {
         let (mut tokens, mut token_weights) = (Vec::new(), Vec::new());
         for (part, weight) in parse_weights(text) {
             let ids = self.encode(&part)?;
@@ -259,8 +263,8 @@ fn build(
     vocabulary: Vocab,
     merges: Merges,
     pad: &str,
-) -> Result<ClipTokenizer, DatasetError> {
-    let problem = |error: tokenizers::Error| DatasetError::Tokenizer {
+) -> Result<ClipTokenizer, PromptError> {
+    let problem = |error: tokenizers::Error| PromptError {
         place: place.to_owned(),
         problem: error.to_string(),
     };
@@ -291,8 +295,8 @@ fn build(
 }
 
 /// Looks the special tokens up and makes the pad token one.
-fn finish(place: &str, mut tokenizer: Tokenizer, pad: &str) -> Result<ClipTokenizer, DatasetError> {
-    let failure = |problem: String| DatasetError::Tokenizer { place: place.to_owned(), problem };
+fn finish(place: &str, mut tokenizer: Tokenizer, pad: &str) -> Result<ClipTokenizer, PromptError> {
+    let failure = |problem: String| PromptError { place: place.to_owned(), problem };
     tokenizer
         .add_special_tokens([AddedToken::from(pad, true)])
         .map_err(|error| failure(error.to_string()))?;
