@@ -7,8 +7,10 @@
 pub mod image_file;
 mod interpolation;
 mod pixels;
+mod png_file;
 mod resize;
 
 pub use interpolation::Interpolation;
 pub use pixels::Pixels;
+pub use png_file::{PngError, encode_png};
 pub use resize::resize;
