@@ -25,6 +25,7 @@ pub mod model_hash;
 pub mod model_spec;
 pub mod pickle;
 pub mod picture_text;
+pub mod prompt_lines;
 pub mod safetensors_file;
 mod single_file;
 pub mod stream;
