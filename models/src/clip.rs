@@ -11,7 +11,7 @@ use serde_json::{Value as Json, json};
 
 use crate::config_value::ConfigValue;
 use crate::preset::Preset;
-use crate::reader::{Reader, SlotVisitor, TensorShape};
+use crate::reader::{LayerVisitor, Reader, SlotVisitor, TensorShape};
 use crate::{ModelError, Result};
 
 const COMPONENT: &str = "text encoder";
@@ -222,6 +222,10 @@ impl ClipTextModel {
 
     /// Visits every layer that can carry an adapter.
     pub fn visit_slots(&mut self, visit: SlotVisitor) {
+        self.visit_layers(&mut |path, layer| visit(path, layer.slot()));
+    }
+
+    pub(crate) fn visit_layers(&mut self, visit: LayerVisitor) {
         for (i, layer) in self.layers.iter_mut().enumerate() {
             layer.visit(&format!("{LAYERS}.{i}"), visit);
         }
@@ -261,13 +265,13 @@ impl Layer {
     }
 
     /// In the order in which transformers registers them, which sd-scripts follows.
-    fn visit(&mut self, path: &str, visit: SlotVisitor) {
-        visit(&format!("{path}.self_attn.k_proj"), &mut self.k_proj.adapter);
-        visit(&format!("{path}.self_attn.v_proj"), &mut self.v_proj.adapter);
-        visit(&format!("{path}.self_attn.q_proj"), &mut self.q_proj.adapter);
-        visit(&format!("{path}.self_attn.out_proj"), &mut self.out_proj.adapter);
-        visit(&format!("{path}.mlp.fc1"), &mut self.fc1.adapter);
-        visit(&format!("{path}.mlp.fc2"), &mut self.fc2.adapter);
+    fn visit(&mut self, path: &str, visit: LayerVisitor) {
+        visit(&format!("{path}.self_attn.k_proj"), (&mut self.k_proj).into());
+        visit(&format!("{path}.self_attn.v_proj"), (&mut self.v_proj).into());
+        visit(&format!("{path}.self_attn.q_proj"), (&mut self.q_proj).into());
+        visit(&format!("{path}.self_attn.out_proj"), (&mut self.out_proj).into());
+        visit(&format!("{path}.mlp.fc1"), (&mut self.fc1).into());
+        visit(&format!("{path}.mlp.fc2"), (&mut self.fc2).into());
     }
 }
 

@@ -69,6 +69,20 @@ pub enum ModelError {
         /// A key of the file, or `the file is empty`.
         example: String,
     },
+    /// A LoRA of another family of models.
+    #[error(
+        "`{}` was trained on {lora}, the base model is: {model}\n\
+         hint: choose a LoRA of that family, or the base model that it was trained on",
+        path.display()
+    )]
+    LoraFamily {
+        /// The LoRA file.
+        path: std::path::PathBuf,
+        /// Its family.
+        lora: &'static str,
+        /// The base model's.
+        model: &'static str,
+    },
     /// A file of another kind of network.
     #[error(
         "the LoRA is of another kind than the network, which has no tensor: `{key}`\n\

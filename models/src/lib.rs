@@ -28,4 +28,4 @@ pub use preset::{Preset, preset};
 pub use reader::{SlotVisitor, TensorShape};
 pub use schedule::{NoiseSchedule, ScheduleSettings};
 pub use unet::{Unet, UnetConfig, UnetInput, timestep_embedding};
-pub use vae::{Moments, Vae, VaeConfig};
+pub use vae::{Moments, Tiling, Vae, VaeConfig};

@@ -20,6 +20,36 @@ use crate::{ModelError, Result};
 /// Called with the diffusers name of each layer that can carry an adapter, and its place.
 pub type SlotVisitor<'a> = &'a mut dyn FnMut(&str, &mut Option<Adapter>);
 
+/// A layer that can carry an adapter.
+pub(crate) enum Layer<'m> {
+    Linear(&'m mut Linear),
+    Conv(&'m mut Conv2d),
+}
+
+/// As [`SlotVisitor`], with the whole layer.
+pub(crate) type LayerVisitor<'a> = &'a mut dyn FnMut(&str, Layer<'_>);
+
+impl<'m> From<&'m mut Linear> for Layer<'m> {
+    fn from(layer: &'m mut Linear) -> Self {
+        Self::Linear(layer)
+    }
+}
+
+impl<'m> From<&'m mut Conv2d> for Layer<'m> {
+    fn from(layer: &'m mut Conv2d) -> Self {
+        Self::Conv(layer)
+    }
+}
+
+impl<'m> Layer<'m> {
+    pub(crate) fn slot(self) -> &'m mut Option<Adapter> {
+        match self {
+            Layer::Linear(layer) => &mut layer.adapter,
+            Layer::Conv(layer) => &mut layer.adapter,
+        }
+    }
+}
+
 /// Name and shape of a tensor of a model, as in a diffusers file.
 pub type TensorShape = (String, Vec<usize>);
 
@@ -241,6 +271,24 @@ impl<'w> Reader<'w> {
             geometry,
             adapter: None,
         })
+    }
+
+    /// Reads weight and bias of a layer again, from what may be another source.
+    pub(crate) fn renew(&self, name: &str, layer: Layer<'_>) -> Result<()> {
+        match layer {
+            Layer::Linear(layer) => {
+                let (out, input) = (layer.weight.dim(0), layer.weight.dim(1));
+                let shapes: [&[usize]; 2] = [&[out, input], &[out, input, 1, 1]];
+                let new = self.matrix(name, &shapes, layer.bias.is_some())?;
+                (layer.weight, layer.bias) = (new.weight, new.bias);
+            }
+            Layer::Conv(layer) => {
+                let (out, input) = (layer.weight.dim(0), layer.weight.last_dim());
+                let new = self.conv(name, ConvShape { out, input, geometry: layer.geometry })?;
+                (layer.weight, layer.bias) = (new.weight, new.bias);
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn group_norm(

@@ -3,7 +3,7 @@
 use engine::{Conv2d, ConvGeometry, GroupNorm, Linear, Result as EngineResult, Tape, Value};
 
 use crate::Result;
-use crate::reader::{ConvShape, Reader, SlotVisitor};
+use crate::reader::{ConvShape, LayerVisitor, Reader};
 
 /// Sizes of a [`ResnetBlock`].
 #[derive(Clone, Copy)]
@@ -65,14 +65,14 @@ impl ResnetBlock {
         }
     }
 
-    pub(crate) fn visit(&mut self, path: &str, visit: SlotVisitor) {
-        visit(&format!("{path}.conv1"), &mut self.conv1.adapter);
+    pub(crate) fn visit(&mut self, path: &str, visit: LayerVisitor) {
+        visit(&format!("{path}.conv1"), (&mut self.conv1).into());
         if let Some(projection) = &mut self.time_emb_proj {
-            visit(&format!("{path}.time_emb_proj"), &mut projection.adapter);
+            visit(&format!("{path}.time_emb_proj"), projection.into());
         }
-        visit(&format!("{path}.conv2"), &mut self.conv2.adapter);
+        visit(&format!("{path}.conv2"), (&mut self.conv2).into());
         if let Some(shortcut) = &mut self.conv_shortcut {
-            visit(&format!("{path}.conv_shortcut"), &mut shortcut.adapter);
+            visit(&format!("{path}.conv_shortcut"), shortcut.into());
         }
     }
 }

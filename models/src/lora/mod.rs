@@ -9,6 +9,7 @@
 //! [`Algorithm`].
 
 mod blocks;
+mod change;
 mod composed;
 mod dora;
 mod dylora;
@@ -24,6 +25,7 @@ mod norms;
 #[cfg(test)]
 mod parts_tests;
 mod rank;
+mod stack;
 mod target;
 #[cfg(test)]
 mod tests;
@@ -40,6 +42,7 @@ pub use merge::{BaseMerge, MergeReport, MergedWeights};
 pub use network::{LoraModule, LoraNetwork};
 pub use norms::NormReport;
 pub use rank::{FileRanks, Rank, RankRule, RootRanks, UniformRanks};
+pub use stack::{LoraStack, StackReport, StackedWeights};
 pub use target::{LayerKind, Part, Target, text_encoder_targets, unet_targets};
 
 use engine::{Adapter, Dropouts, ParamId};

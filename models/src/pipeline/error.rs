@@ -52,6 +52,38 @@ pub enum PipelineError {
         /// Rows.
         height: usize,
     },
+    /// A mask says what of a picture is made anew.
+    #[error("a mask without a picture\nhint: give the picture, too (`--image_path`)")]
+    MaskAlone,
+    /// A first stage that is none.
+    #[error(
+        "the first stage of {width}x{height} would be smaller than 64 or not smaller than the picture, \
+         the scale is: {scale}\nhint: 0.5 makes the first stage half as wide and half as high"
+    )]
+    HighresScale {
+        /// Sides of the first stage by those of the picture.
+        scale: f64,
+        /// Columns.
+        width: usize,
+        /// Rows.
+        height: usize,
+    },
+    /// Numbers that are not those of a picture of this size.
+    #[error("a picture of {width}x{height} has three numbers per pixel, there are: {numbers}")]
+    Pixels {
+        /// Columns.
+        width: usize,
+        /// Rows.
+        height: usize,
+        /// How many there are.
+        numbers: usize,
+    },
+    /// A LoRA that is in the weights for good, or of another pipeline.
+    #[error(
+        "the multiplier can no longer be changed, the LoRA has been merged or is of another pipeline\n\
+         hint: load the pipeline again"
+    )]
+    NoSuchLora,
     /// The decoder gave numbers that are none.
     #[error(
         "the VAE gave numbers that are not finite\n\

@@ -5,87 +5,70 @@
 
 mod denoise;
 mod error;
+mod loras;
+mod making;
 mod noise;
 mod picture;
+mod request;
+mod resize;
 #[cfg(test)]
 mod tests;
 mod text;
+mod texts;
 
 use engine::{DType, Device};
 use formats::{BaseModel, OpenOptions, open_base_model};
 
 pub use denoise::{Denoising, Predictor, Progress, Subject, Watch};
 pub use error::PipelineError;
+pub use loras::LoraHandle;
 pub use noise::TorchNoise;
 pub use picture::{Picture, decode};
+pub use request::{HighresFix, Mask, Request};
 pub use text::{Embedding, TextReader};
 
+use self::loras::Loras;
+use self::texts::Texts;
 use crate::prompt::ClipTokenizer;
-use crate::sampler::{SamplerKind, SamplerOptions};
-use crate::{ClipConfig, ClipTextModel, Unet, UnetConfig, Vae, VaeConfig, preset};
+use crate::sampler::Prediction;
+use crate::{ClipConfig, ClipTextModel, Tiling, Unet, UnetConfig, Vae, VaeConfig, preset};
 
 /// Which models, where, and in which types.
 #[derive(Clone, Debug)]
 pub struct PipelineOptions {
-    /// How the files are read.
-    pub open: OpenOptions,
+    /// Whether it is a model of Stable Diffusion 2.x; `None` lets the model tell.
+    pub v2: Option<bool>,
+    /// Which variant of a diffusers folder's weights to take (`fp16`).
+    pub variant: Option<String>,
+    /// Another VAE than the model's: file, folder or hub id.
+    pub vae: Option<String>,
+    /// Whether the U-Net predicts v; `None` asks the folder's scheduler, and without one it predicts
+    /// the noise. No single file tells: the 768 pixel models of Stable Diffusion 2.x need this.
+    pub v_parameterization: Option<bool>,
+    /// Whether the U-Net was trained with zero terminal SNR; `None` asks the folder's scheduler.
+    pub zero_terminal_snr: Option<bool>,
     /// Where the arithmetic is done.
     pub device: Device,
     /// Type of the arithmetic of text encoder and U-Net.
     pub dtype: DType,
     /// Type of the VAE's.
     pub vae_dtype: DType,
+    /// Whether the VAE works tile by tile.
+    pub tiling: Tiling,
 }
 
 impl Default for PipelineOptions {
     fn default() -> Self {
         Self {
-            open: OpenOptions::default(),
+            v2: None,
+            variant: None,
+            vae: None,
+            v_parameterization: None,
+            zero_terminal_snr: None,
             device: Device::Cpu,
             dtype: DType::F32,
             vae_dtype: DType::F32,
-        }
-    }
-}
-
-/// What a picture shows and how it is made.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Request {
-    /// What it shows; `(word:1.2)` weighs.
-    pub prompt: String,
-    /// What it does not show.
-    pub negative_prompt: String,
-    /// Columns, a multiple of 8.
-    pub width: usize,
-    /// Rows, a multiple of 8.
-    pub height: usize,
-    /// Of the noise: the same seed is the same picture, also in diffusers on the CPU.
-    pub seed: u64,
-    /// Which sampler.
-    pub sampler: SamplerKind,
-    /// Steps and other options of the sampler.
-    pub options: SamplerOptions,
-    /// Weight of the prompt over the negative prompt.
-    pub guidance_scale: f32,
-    /// Layers of the text encoder to leave out, as sd-scripts counts.
-    pub clip_skip: Option<usize>,
-    /// Chunks of 75 tokens that a prompt may have.
-    pub most_chunks: usize,
-}
-
-impl Default for Request {
-    fn default() -> Self {
-        Self {
-            prompt: String::new(),
-            negative_prompt: String::new(),
-            width: 512,
-            height: 512,
-            seed: 0,
-            sampler: SamplerKind::Ddim,
-            options: SamplerOptions::new(50),
-            guidance_scale: 7.5,
-            clip_skip: None,
-            most_chunks: 1,
+            tiling: Tiling::Auto,
         }
     }
 }
@@ -102,14 +85,31 @@ pub struct Pipeline {
     pub unet: Unet,
     /// Latents to pixels.
     pub vae: Vae,
+    /// What the U-Net predicts.
+    pub prediction: Prediction,
+    /// Whether it was trained with zero terminal SNR.
+    pub zero_terminal_snr: bool,
+    /// Whether the VAE works tile by tile.
+    pub tiling: Tiling,
+    dtype: DType,
+    loras: Loras,
+    texts: Texts,
 }
 
 impl Pipeline {
     /// Loads a model: a single file, a diffusers folder or a hub id.
     pub fn load(name: &str, options: &PipelineOptions) -> Result<Self, PipelineError> {
-        let files = open_base_model(name, &options.open)?;
+        let PipelineOptions { v2, variant, vae, .. } = options.clone();
+        let files = open_base_model(name, &OpenOptions { v2, variant, vae })?;
         let preset = preset(files.family);
-        let PipelineOptions { device, dtype, vae_dtype, .. } = *options;
+        let PipelineOptions { device, dtype, vae_dtype, tiling, .. } = *options;
+        let told_v = || files.prediction_type() == Some("v_prediction");
+        let is_v = options.v_parameterization.unwrap_or_else(told_v);
+        let told_zero = || {
+            let config = files.scheduler_config.as_ref();
+            let flag = config.and_then(|config| config.get("rescale_betas_zero_snr"));
+            flag.and_then(serde_json::Value::as_bool).unwrap_or(false)
+        };
         let unet = UnetConfig::resolve(files.unet_config.as_ref(), &*files.unet, preset)?;
         let text = files.text_encoder_config.as_ref();
         let text = ClipConfig::resolve(text, &*files.text_encoder, preset)?;
@@ -119,43 +119,13 @@ impl Pipeline {
             text_encoder: ClipTextModel::load(&*files.text_encoder, &text, device, dtype)?,
             unet: Unet::load(&*files.unet, &unet, device, dtype)?,
             vae: Vae::load(&*files.vae, &vae, device, vae_dtype)?,
+            prediction: if is_v { Prediction::Velocity } else { Prediction::Epsilon },
+            zero_terminal_snr: options.zero_terminal_snr.unwrap_or_else(told_zero),
+            tiling,
+            dtype,
+            loras: Loras::default(),
+            texts: Texts::default(),
             files,
         })
-    }
-
-    /// The picture of one request.
-    pub fn generate(
-        &self,
-        request: &Request,
-        watch: &mut Watch<'_>,
-    ) -> Result<Picture, PipelineError> {
-        let Request { width, height, .. } = *request;
-        let fits = |side: usize| side >= 64 && side.is_multiple_of(8);
-        if !fits(width) || !fits(height) {
-            return Err(PipelineError::Size { width, height });
-        }
-        let reader = TextReader {
-            tokenizer: &self.tokenizer,
-            encoder: &self.text_encoder,
-            params: None,
-            clip_skip: request.clip_skip,
-            most_chunks: request.most_chunks,
-        };
-        let [negative, prompt] = &reader.read(&[&request.negative_prompt, &request.prompt])?[..]
-        else {
-            return Err(PipelineError::UnequalPrompts);
-        };
-        let noise = TorchNoise::new(request.seed);
-        let mut subjects = [Subject { prompt, negative, noise, start: None, mask: None }];
-        let how = Denoising {
-            size: [width / 8, height / 8],
-            sampler: request.sampler,
-            options: request.options.clone(),
-            guidance_scale: request.guidance_scale,
-        };
-        let predictor = Predictor { unet: &self.unet, params: None };
-        let latents = predictor.denoise(&mut subjects, &how, watch)?;
-        let mut pictures = decode(&self.vae, &latents, how.size)?;
-        pictures.pop().ok_or(PipelineError::Size { width, height })
     }
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use formats::open_tensor_file;
 
 use super::*;
+use crate::sampler::SamplerOptions;
 
 /// Largest mean difference of a picture's numbers, 0..1: one step of eight bits.
 const MEAN: f64 = 1. / 255.;

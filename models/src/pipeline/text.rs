@@ -57,11 +57,28 @@ impl TextReader<'_> {
     /// # Errors
     /// A prompt of more tokens than `most_chunks` hold: nothing is cut off silently.
     pub fn read(&self, prompts: &[&str]) -> Result<Vec<Embedding>, PipelineError> {
-        let tokens: Vec<Tokens> =
-            prompts.iter().map(|prompt| self.tokens(prompt)).collect::<Result<_, _>>()?;
-        let longest = tokens.iter().map(|t| t.ids.len()).max().unwrap_or(0);
-        let chunks = longest.div_ceil(INNER).max(1);
-        tokens.iter().map(|tokens| self.encode(tokens, chunks)).collect()
+        let chunks = self.chunks(prompts)?;
+        prompts.iter().map(|prompt| self.read_as(prompt, chunks)).collect()
+    }
+
+    /// Chunks that the longest of `prompts` needs.
+    ///
+    /// # Errors
+    /// As [`TextReader::read`].
+    pub fn chunks(&self, prompts: &[&str]) -> Result<usize, PipelineError> {
+        prompts.iter().try_fold(1, |most, prompt| {
+            Ok(self.tokens(prompt)?.ids.len().div_ceil(INNER).max(most))
+        })
+    }
+
+    /// Hidden states of a prompt, filled up to so many chunks.
+    ///
+    /// # Errors
+    /// As [`TextReader::read`].
+    pub fn read_as(&self, prompt: &str, chunks: usize) -> Result<Embedding, PipelineError> {
+        let tokens = self.tokens(prompt)?;
+        let needed = tokens.ids.len().div_ceil(INNER);
+        self.encode(&tokens, chunks.max(needed))
     }
 
     fn tokens(&self, prompt: &str) -> Result<Tokens, PipelineError> {

@@ -5,7 +5,7 @@ use engine::{Conv2d, Result as EngineResult, Tape, Value};
 use super::config::UnetConfig;
 use super::transformer::Transformer;
 use crate::Result;
-use crate::reader::{ConvShape, Reader, SlotVisitor};
+use crate::reader::{ConvShape, LayerVisitor, Reader};
 use crate::resnet::{Padding, ResnetBlock, ResnetShape, downsampler, upsample};
 
 /// What every block of one forward pass gets besides its feature map.
@@ -80,13 +80,13 @@ impl Pair {
         })
     }
 
-    fn visit_attention(&mut self, path: &str, index: usize, visit: SlotVisitor) {
+    fn visit_attention(&mut self, path: &str, index: usize, visit: LayerVisitor) {
         if let Some(attention) = &mut self.attention {
             attention.visit(&format!("{path}.attentions.{index}"), visit);
         }
     }
 
-    fn visit_resnet(&mut self, path: &str, index: usize, visit: SlotVisitor) {
+    fn visit_resnet(&mut self, path: &str, index: usize, visit: LayerVisitor) {
         self.resnet.visit(&format!("{path}.resnets.{index}"), visit);
     }
 }
@@ -104,7 +104,7 @@ struct Place {
     level: Option<usize>,
 }
 
-fn visit_pairs(pairs: &mut [Pair], path: &str, visit: SlotVisitor) {
+fn visit_pairs(pairs: &mut [Pair], path: &str, visit: LayerVisitor) {
     for (i, pair) in pairs.iter_mut().enumerate() {
         pair.visit_attention(path, i, visit);
     }
@@ -154,10 +154,10 @@ impl DownBlock {
         Ok(h)
     }
 
-    pub(super) fn visit(&mut self, path: &str, visit: SlotVisitor) {
+    pub(super) fn visit(&mut self, path: &str, visit: LayerVisitor) {
         visit_pairs(&mut self.pairs, path, visit);
         if let Some(conv) = &mut self.downsampler {
-            visit(&format!("{path}.downsamplers.0.conv"), &mut conv.adapter);
+            visit(&format!("{path}.downsamplers.0.conv"), conv.into());
         }
     }
 }
@@ -189,7 +189,7 @@ impl MidBlock {
         self.last.forward(pass, &h)
     }
 
-    pub(super) fn visit(&mut self, path: &str, visit: SlotVisitor) {
+    pub(super) fn visit(&mut self, path: &str, visit: LayerVisitor) {
         self.pair.visit_attention(path, 0, visit);
         self.pair.visit_resnet(path, 0, visit);
         self.last.visit_resnet(path, 1, visit);
@@ -241,10 +241,10 @@ impl UpBlock {
         upsample(conv, pass.tape, &h, size)
     }
 
-    pub(super) fn visit(&mut self, path: &str, visit: SlotVisitor) {
+    pub(super) fn visit(&mut self, path: &str, visit: LayerVisitor) {
         visit_pairs(&mut self.pairs, path, visit);
         if let Some(conv) = &mut self.upsampler {
-            visit(&format!("{path}.upsamplers.0.conv"), &mut conv.adapter);
+            visit(&format!("{path}.upsamplers.0.conv"), conv.into());
         }
     }
 }

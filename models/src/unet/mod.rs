@@ -19,7 +19,7 @@ use self::blocks::{DownBlock, MidBlock, Pass, UpBlock};
 pub use self::config::UnetConfig;
 pub use self::time::timestep_embedding;
 use crate::Result;
-use crate::reader::{ConvShape, Reader, SlotVisitor, TensorShape};
+use crate::reader::{ConvShape, LayerVisitor, Reader, SlotVisitor, TensorShape};
 
 /// A U-Net on one device, its weights frozen.
 pub struct Unet {
@@ -179,9 +179,13 @@ impl Unet {
 
     /// Visits every layer that can carry an adapter.
     pub fn visit_slots(&mut self, visit: SlotVisitor) {
-        visit("conv_in", &mut self.conv_in.adapter);
-        visit("time_embedding.linear_1", &mut self.time_1.adapter);
-        visit("time_embedding.linear_2", &mut self.time_2.adapter);
+        self.visit_layers(&mut |path, layer| visit(path, layer.slot()));
+    }
+
+    pub(crate) fn visit_layers(&mut self, visit: LayerVisitor) {
+        visit("conv_in", (&mut self.conv_in).into());
+        visit("time_embedding.linear_1", (&mut self.time_1).into());
+        visit("time_embedding.linear_2", (&mut self.time_2).into());
         for (level, block) in self.down.iter_mut().enumerate() {
             block.visit(&format!("down_blocks.{level}"), visit);
         }
@@ -189,6 +193,6 @@ impl Unet {
         for (level, block) in self.up.iter_mut().enumerate() {
             block.visit(&format!("up_blocks.{level}"), visit);
         }
-        visit("conv_out", &mut self.conv_out.adapter);
+        visit("conv_out", (&mut self.conv_out).into());
     }
 }

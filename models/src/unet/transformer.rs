@@ -4,7 +4,7 @@
 use engine::{AttentionShape, GroupNorm, LayerNorm, Linear, Result as EngineResult, Tape, Value};
 
 use crate::Result;
-use crate::reader::{Reader, SlotVisitor};
+use crate::reader::{LayerVisitor, Reader};
 
 const GROUP_NORM_EPS: f32 = 1e-6;
 const LAYER_NORM_EPS: f32 = 1e-5;
@@ -79,12 +79,12 @@ impl Transformer {
         self.proj_out.forward_add(tape, &h, x)
     }
 
-    pub(super) fn visit(&mut self, path: &str, visit: SlotVisitor) {
-        visit(&format!("{path}.proj_in"), &mut self.proj_in.adapter);
+    pub(super) fn visit(&mut self, path: &str, visit: LayerVisitor) {
+        visit(&format!("{path}.proj_in"), (&mut self.proj_in).into());
         for (i, block) in self.blocks.iter_mut().enumerate() {
             block.visit(&format!("{path}.transformer_blocks.{i}"), visit);
         }
-        visit(&format!("{path}.proj_out"), &mut self.proj_out.adapter);
+        visit(&format!("{path}.proj_out"), (&mut self.proj_out).into());
     }
 }
 
@@ -119,10 +119,10 @@ impl Block {
         self.ff_out.forward_add(tape, &h, &x)
     }
 
-    fn visit(&mut self, path: &str, visit: SlotVisitor) {
+    fn visit(&mut self, path: &str, visit: LayerVisitor) {
         self.attn1.visit(&format!("{path}.attn1"), visit);
-        visit(&format!("{path}.ff.net.0.proj"), &mut self.ff_in.adapter);
-        visit(&format!("{path}.ff.net.2"), &mut self.ff_out.adapter);
+        visit(&format!("{path}.ff.net.0.proj"), (&mut self.ff_in).into());
+        visit(&format!("{path}.ff.net.2"), (&mut self.ff_out).into());
         self.attn2.visit(&format!("{path}.attn2"), visit);
     }
 }
@@ -163,10 +163,10 @@ impl Attention {
         self.to_out.forward_add(tape, &h, residual)
     }
 
-    fn visit(&mut self, path: &str, visit: SlotVisitor) {
-        visit(&format!("{path}.to_q"), &mut self.to_q.adapter);
-        visit(&format!("{path}.to_k"), &mut self.to_k.adapter);
-        visit(&format!("{path}.to_v"), &mut self.to_v.adapter);
-        visit(&format!("{path}.to_out.0"), &mut self.to_out.adapter);
+    fn visit(&mut self, path: &str, visit: LayerVisitor) {
+        visit(&format!("{path}.to_q"), (&mut self.to_q).into());
+        visit(&format!("{path}.to_k"), (&mut self.to_k).into());
+        visit(&format!("{path}.to_v"), (&mut self.to_v).into());
+        visit(&format!("{path}.to_out.0"), (&mut self.to_out).into());
     }
 }

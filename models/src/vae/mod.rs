@@ -7,12 +7,14 @@ mod config;
 mod halves;
 #[cfg(test)]
 mod tests;
+mod tiles;
 
 use engine::{DType, Device, EngineError, Linear, Result as EngineResult, Tape, Tensor, Value};
 use formats::Weights;
 
 pub use self::config::VaeConfig;
 use self::halves::{Decoder, Encoder};
+pub use self::tiles::Tiling;
 use crate::Result;
 use crate::reader::{Reader, TensorShape};
 

@@ -1,0 +1,160 @@
+//! What a picture shows and how it is made, with the defaults of sd-scripts' gen_img.
+
+use std::sync::Arc;
+
+use super::{Picture, PipelineError};
+use crate::sampler::{SamplerKind, SamplerOptions};
+
+/// What a picture shows and how it is made.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// What it shows; `(word:1.2)` weighs.
+    pub prompt: String,
+    /// What it does not show.
+    pub negative_prompt: String,
+    /// Columns, a multiple of 8.
+    pub width: usize,
+    /// Rows, a multiple of 8.
+    pub height: usize,
+    /// Of the noise: the same seed is the same picture, also in diffusers on the CPU.
+    pub seed: u64,
+    /// Which sampler.
+    pub sampler: SamplerKind,
+    /// Steps and other options of the sampler. What the model predicts and whether it was trained with
+    /// zero terminal SNR is the model's: a pipeline puts its own in.
+    pub options: SamplerOptions,
+    /// Weight of the prompt over the negative prompt.
+    pub guidance_scale: f32,
+    /// Layers of the text encoder to leave out, as sd-scripts counts.
+    pub clip_skip: Option<usize>,
+    /// Chunks of 75 tokens that a prompt may have.
+    pub most_chunks: usize,
+    /// A picture to start from instead of noise (img2img), of any size: it is resized.
+    pub image: Option<Arc<Picture>>,
+    /// The share of the steps by which `image` is changed: 1 keeps hardly anything of it.
+    pub strength: f64,
+    /// What of `image` is made anew; the rest stays.
+    pub mask: Option<Arc<Mask>>,
+    /// Make a smaller picture first, which is enlarged and gone over.
+    pub highres_fix: Option<HighresFix>,
+}
+
+impl Default for Request {
+    fn default() -> Self {
+        Self {
+            prompt: String::new(),
+            negative_prompt: String::new(),
+            width: 512,
+            height: 512,
+            seed: 0,
+            sampler: SamplerKind::Ddim,
+            options: SamplerOptions::new(50),
+            guidance_scale: 7.5,
+            clip_skip: None,
+            most_chunks: 1,
+            image: None,
+            strength: 0.8,
+            mask: None,
+            highres_fix: None,
+        }
+    }
+}
+
+/// A picture made in two stages (`--highres_fix_scale`): a model composes well at the size that it
+/// was trained at, and draws details well at a larger one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HighresFix {
+    /// Sides of the first stage by those of the picture, within 0..1; rounded down to multiples of 32.
+    pub scale: f64,
+    /// Steps of the first stage.
+    pub steps: usize,
+    /// The share of steps by which a given picture is changed in the first stage; `None` is
+    /// [`Request::strength`], which is that of the second stage.
+    pub strength: Option<f64>,
+    /// Enlarge the latents (bicubic), not the picture (Lanczos).
+    pub latents: bool,
+}
+
+impl Default for HighresFix {
+    fn default() -> Self {
+        Self { scale: 0.5, steps: 28, strength: None, latents: false }
+    }
+}
+
+impl HighresFix {
+    /// The request of the first stage.
+    pub(super) fn first(&self, request: &Request) -> Request {
+        let scaled = |side: usize| {
+            let side = (side as f64 * self.scale + 0.5) as usize;
+            side - side % 32
+        };
+        let mut first = Request {
+            width: scaled(request.width),
+            height: scaled(request.height),
+            strength: self.strength.unwrap_or(request.strength),
+            highres_fix: None,
+            ..request.clone()
+        };
+        first.options.steps = self.steps;
+        first
+    }
+}
+
+impl Request {
+    /// The size of the latents.
+    ///
+    /// # Errors
+    /// Sides that the VAE cannot give, a mask without a picture, a first stage that is none.
+    pub(super) fn check(&self) -> Result<[usize; 2], PipelineError> {
+        let Self { width, height, .. } = *self;
+        let fits = |side: usize| side >= 64 && side.is_multiple_of(8);
+        if !fits(width) || !fits(height) {
+            return Err(PipelineError::Size { width, height });
+        }
+        if self.mask.is_some() && self.image.is_none() {
+            return Err(PipelineError::MaskAlone);
+        }
+        if let Some(highres) = &self.highres_fix {
+            // Also where it is no number.
+            let within = highres.scale > 0. && highres.scale < 1.;
+            if !within || highres.first(self).check().is_err() {
+                return Err(PipelineError::HighresScale { scale: highres.scale, width, height });
+            }
+        }
+        Ok([width / 8, height / 8])
+    }
+
+    /// Whether the two can be made in one batch.
+    pub(super) fn goes_with(&self, other: &Self) -> bool {
+        let given = |request: &Self| (request.image.is_some(), request.strength);
+        (self.width, self.height) == (other.width, other.height)
+            && self.sampler == other.sampler
+            && self.options == other.options
+            && self.guidance_scale == other.guidance_scale
+            && given(self) == given(other)
+            && self.highres_fix == other.highres_fix
+    }
+}
+
+/// What of a picture is made anew.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mask {
+    /// Columns.
+    pub width: usize,
+    /// Rows.
+    pub height: usize,
+    /// One number per pixel, row by row: 1 (white) is made anew, 0 (black) stays.
+    pub white: Vec<f32>,
+}
+
+impl Mask {
+    /// A mask of a picture's brightness.
+    pub fn of(picture: &Picture) -> Self {
+        let bright = |rgb: &[f32; 3]| 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2];
+        Self {
+            width: picture.width,
+            height: picture.height,
+            white: picture.rgb.as_chunks::<3>().0.iter().map(bright).collect(),
+        }
+    }
+}
