@@ -198,6 +198,42 @@ fn accumulated_and_host_optimised_steps_are_those_of_the_cpu() {
 
 #[test]
 #[ignore = "minutes on an emulated card"]
+fn samples_on_a_card_are_those_of_the_cpu_and_change_nothing() {
+    let _cards = cards();
+    let mut scene = scene();
+    on_card(&scene);
+    let without = bytes(&scene);
+    let prompts = scene.folder.path().join("prompts.txt");
+    std::fs::write(&prompts, "sks circle --w 64 --h 64 --s 2 --d 3\n").expect("prompts");
+    scene.set("sample_prompts", quoted(&prompts.display().to_string()));
+    // Before the first step, and between a captured step and its replay.
+    scene.set("sample_at_first", "true").set("sample_every_n_steps", "2");
+    on_card(&scene);
+    assert!(bytes(&scene) == without, "samples changed the training");
+    let pictures = |scene: &Scene| -> Vec<image::RgbImage> {
+        let folder = scene.output_dir().join("sample");
+        let mut files: Vec<_> =
+            std::fs::read_dir(&folder).expect("samples").flatten().map(|e| e.path()).collect();
+        files.sort();
+        let read = |path: std::path::PathBuf| image::open(path).expect("a picture").to_rgb8();
+        let pictures = files.into_iter().map(read).collect();
+        std::fs::remove_dir_all(folder).expect("removed");
+        pictures
+    };
+    let card = pictures(&scene);
+    on_cpu(&scene);
+    let cpu = pictures(&scene);
+    assert_eq!((card.len(), cpu.len()), (2, 2));
+    for (card, cpu) in card.iter().zip(&cpu) {
+        let apart: u64 = card.iter().zip(cpu.iter()).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
+        let mean = apart as f64 / card.len() as f64;
+        println!("mean difference {mean:.3} of 255");
+        assert!(mean < 1., "{mean}");
+    }
+}
+
+#[test]
+#[ignore = "minutes on an emulated card"]
 fn a_run_resumed_on_a_card_never_stopped() {
     let _cards = cards();
     for optimizer in ["AdamW", "AdamW8bit"] {

@@ -7,6 +7,7 @@ use engine::{DType, Device};
 use formats::lora_file;
 use formats::{BaseModel, OpenOptions, open_base_model};
 use models::lora::{BaseMerge, Part, text_encoder_targets, unet_targets};
+use models::prompt::ClipTokenizer;
 use models::{ClipConfig, ClipTextModel, Preset, Unet, UnetConfig, Vae, VaeConfig, preset};
 
 use crate::options::Options;
@@ -120,6 +121,12 @@ impl Base {
         let weights = self.merge.over(Part::TextEncoder, &*self.files.text_encoder);
         let model = ClipTextModel::load(&weights, &self.text_encoder, self.device, self.dtype);
         model.with_context(|| format!("load the text encoder of {}", self.files.path.display()))
+    }
+
+    /// The model's tokenizer.
+    pub fn tokenizer(&self) -> Result<ClipTokenizer> {
+        let folder = self.files.tokenizer_dir.as_deref();
+        Ok(ClipTokenizer::open(folder, self.preset.pads_with_zero)?)
     }
 
     /// Loads the autoencoder in its own type: in half precision some autoencoders overflow.

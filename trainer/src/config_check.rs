@@ -9,8 +9,9 @@ use collectives::exit_code;
 
 use crate::console;
 use crate::data_plan::{dataset_defaults, dataset_input};
-use crate::dataset::{DatasetGroup, plan_datasets};
+use crate::dataset::{ClipTokenizer, DatasetGroup, plan_datasets};
 use crate::options::{Options, Parsed, find_option, lint};
+use crate::samples::SamplePlan;
 
 /// What a check found, from worst to mildest.
 #[derive(Debug, Default, PartialEq)]
@@ -64,6 +65,7 @@ pub fn check(parsed: &Parsed) -> Findings {
         }
     }
     check_files(options, &mut findings);
+    check_samples(options, &mut findings);
     check_data(parsed, &mut findings);
     // What the rules have said already needs no advice.
     let said = |advice: &String| {
@@ -118,6 +120,19 @@ fn check_files(options: &Options, findings: &mut Findings) {
             findings.warnings.push(format!("the run will replace a file: `{}`", path.display()));
         }
     }
+}
+
+/// Reads the prompts of sample pictures; lengths are those of the embedded vocabulary.
+fn check_samples(options: &Options, findings: &mut Findings) {
+    let plan = match SamplePlan::read(options) {
+        Ok(None) => return,
+        Ok(Some(plan)) => plan,
+        Err(fault) => return findings.problems.push(fault.to_string()),
+    };
+    findings.warnings.extend(plan.notes.iter().cloned());
+    let too_long = ClipTokenizer::open(None, options.v2)
+        .map(|tokenizer| plan.check_lengths(&tokenizer).err().map(|fault| fault.to_string()));
+    findings.problems.extend(too_long.unwrap_or_else(|fault| Some(fault.to_string())));
 }
 
 /// `org/name`, as models are called at the hub.

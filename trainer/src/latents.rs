@@ -22,6 +22,11 @@ impl VaeEncoder {
     pub fn load(base: &Base) -> Result<Self> {
         Ok(Self { vae: base.load_vae()?, device: base.device })
     }
+
+    /// The VAE itself.
+    pub fn vae(&self) -> &Vae {
+        &self.vae
+    }
 }
 
 impl LatentEncoder for VaeEncoder {

@@ -39,6 +39,7 @@ pub mod reduce;
 pub mod reproducible;
 pub mod rng;
 pub mod run;
+pub mod samples;
 pub mod saver;
 pub mod selftest;
 pub mod snapshot;

@@ -29,12 +29,14 @@ pub struct Estimate {
     pub trainable: usize,
     /// What one micro-step keeps for its backward pass.
     pub activations: usize,
+    /// What a sample picture takes between steps.
+    pub samples: usize,
 }
 
 impl Estimate {
-    /// All of it.
+    /// The most at any time: a step and a sample picture come one after the other.
     pub fn total(&self) -> usize {
-        self.weights + self.trainable + self.activations
+        self.weights + self.trainable + self.activations.max(self.samples)
     }
 }
 
@@ -74,6 +76,7 @@ pub fn estimate(
         weights: frozen_elements * dtype.size(),
         trainable,
         activations: values * dtype.size(),
+        samples: 0,
     }
 }
 

@@ -13,6 +13,7 @@ use crate::optimizer::OptimizerState;
 use crate::options::Options;
 use crate::plan::{Plan, Stamp};
 use crate::progress::{LossRecorder, Progress};
+use crate::samples::Sample;
 use crate::validation::{Occasion, ValidationLoss};
 
 /// Where in the run a step lies.
@@ -145,6 +146,14 @@ impl Monitor {
                 let place = (moment.step, moment.epoch);
                 log.validation(at, place, &loss.scalars(occasion, training))
             }
+            None => Ok(()),
+        }
+    }
+
+    /// A sample picture is made.
+    pub fn sampled(&mut self, moment: Moment, sample: &Sample) -> Result<()> {
+        match &mut self.log {
+            Some(log) => log.sample((moment.step, moment.epoch), sample),
             None => Ok(()),
         }
     }

@@ -40,6 +40,8 @@ pub struct Plan {
     pub checkpointing: Checkpointing,
     /// Seconds since 1970 that the files bear.
     pub stamp: Stamp,
+    /// Bytes that a sample picture takes on the CPU beside the models.
+    pub sample_bytes: usize,
 }
 
 /// The time in a file's metadata.
@@ -107,13 +109,14 @@ impl Plan {
             saving: Saving::from_options(options, epochs)?,
             checkpointing: options.gradient_checkpointing.into(),
             stamp: choose_stamp(options, group, base)?,
+            sample_bytes: 0,
         })
     }
 
     /// The same run on what turned out to be there of its images.
     pub fn again(self, options: &Options, group: &DatasetGroup, base: &Base) -> Result<Self> {
         let counted = Self::new(options, group, base, self.seed, self.world)?;
-        Ok(Self { checkpointing: self.checkpointing, ..counted })
+        Ok(Self { checkpointing: self.checkpointing, sample_bytes: self.sample_bytes, ..counted })
     }
 }
 
@@ -194,7 +197,7 @@ pub fn describe(
             add("arithmetic", format!("{precision} on {}", base.device));
             add(
                 "memory",
-                describe_memory(&estimate_memory(options, (group, plan.world), base, prepared)),
+                describe_memory(&estimate_memory(options, (group, plan), base, prepared)),
             );
         }
     }
@@ -205,11 +208,15 @@ pub fn describe(
 
 fn describe_memory(memory: &Estimate) -> String {
     format!(
-        "about {} a rank: weights {}, training state {}, activations {}",
+        "about {} a rank: weights {}, training state {}, activations {}{}",
         show_bytes(memory.total()),
         show_bytes(memory.weights),
         show_bytes(memory.trainable),
-        show_bytes(memory.activations)
+        show_bytes(memory.activations),
+        match memory.samples {
+            0 => String::new(),
+            bytes => format!(", between steps samples {}", show_bytes(bytes)),
+        }
     )
 }
 
@@ -234,7 +241,7 @@ fn describe_main_memory(base: &Base, prepared: &PreparedNetwork) -> String {
 /// What a rank of this run will take.
 pub fn estimate_memory(
     options: &Options,
-    (group, world): (&DatasetGroup, World),
+    (group, plan): (&DatasetGroup, &Plan),
     base: &Base,
     prepared: &PreparedNetwork,
 ) -> Estimate {
@@ -247,7 +254,7 @@ pub fn estimate_memory(
         .datasets
         .iter()
         .flat_map(|dataset| {
-            let samples = world.at_once(dataset.plan.options.batch_size);
+            let samples = plan.world.at_once(dataset.plan.options.batch_size);
             dataset.buckets.iter().map(move |bucket| {
                 (samples, bucket.size.0 as usize / 8 * (bucket.size.1 as usize / 8))
             })
@@ -256,11 +263,12 @@ pub fn estimate_memory(
         .unwrap_or((1, 1));
     let tokens = options.max_token_length.unwrap_or(75) + 2;
     let batch = LargestBatch { samples: largest.0, latent_pixels: largest.1, tokens };
-    estimate(
+    let step = estimate(
         (&base.unet, &base.text_encoder),
         (frozen, prepared.training_bytes),
         batch,
         base.dtype,
         (options.gradient_checkpointing, trains(options, Part::TextEncoder)),
-    )
+    );
+    Estimate { samples: plan.sample_bytes, ..step }
 }

@@ -17,8 +17,8 @@ use crate::checkpoint::{Saving, check_writable};
 use crate::console;
 use crate::data_plan::{dataset_defaults, dataset_input, missing_masks};
 use crate::dataset::{
-    CacheOptions, CachePlace, ClipTokenizer, DatasetGroup, FixedBatches, LatentStore, Loader,
-    LoaderOptions, LoaderParts, Sampler, TokenLength, cache_latents, plan_datasets, worker_count,
+    CacheOptions, CachePlace, DatasetGroup, FixedBatches, LatentStore, Loader, LoaderOptions,
+    LoaderParts, Sampler, TokenLength, cache_latents, plan_datasets, worker_count,
 };
 use crate::debug_dataset::print_batches;
 use crate::device;
@@ -39,6 +39,7 @@ use crate::plan::{Plan, choose_seed, describe, estimate_memory};
 use crate::precision::{round_weights, weights_type};
 use crate::progress::format_summary;
 use crate::reproducible;
+use crate::samples::{SamplePlan, Samples, bytes_on_cpu, sample_folder};
 use crate::saver::{DatasetNumbers, Saver};
 use crate::snapshot::Memory;
 use crate::state::{self, Keeper, Resume, RunFacts, Sources, Start, run_facts};
@@ -65,6 +66,8 @@ pub struct Run {
     plan: Plan,
     /// What was planned for the card.
     card: Option<CardPlan>,
+    /// Sample pictures, where they are asked for.
+    samples: Option<SamplePlan>,
     /// The plan for people.
     summary: String,
     /// Where snapshots are kept.
@@ -92,6 +95,10 @@ impl Run {
         console::configure(options.console_log_level, options.console_log_file.as_deref())?;
         for note in &parsed.notes {
             console::note(note);
+        }
+        let samples = SamplePlan::read(&options)?;
+        for note in samples.iter().flat_map(|samples| &samples.notes) {
+            console::warn(note);
         }
         let datasets = plan_datasets(&dataset_input(parsed)?, &dataset_defaults(&options)?)?;
         let (group, held_out) = DatasetGroup::open_split(datasets, options.strict_data)?;
@@ -131,7 +138,13 @@ impl Run {
         let card = match Target::find(&options, device) {
             Some(target) => {
                 let groups = (&group, held_out.as_ref(), world);
-                Some(plan_run(&options, &base, groups, &prepared, &target.agree(&comm)?)?)
+                Some(plan_run(
+                    &options,
+                    &base,
+                    groups,
+                    (&prepared, samples.as_ref()),
+                    &target.agree(&comm)?,
+                )?)
             }
             None => None,
         };
@@ -140,10 +153,16 @@ impl Run {
             base.store(&options);
         }
         let mut plan = Plan::new(&options, &group, &base, seed, world)?;
-        if let Some(card) = &card {
-            plan.checkpointing = card.chosen.checkpointing.clone();
+        match (&card, &samples) {
+            (Some(card), _) => plan.checkpointing = card.chosen.checkpointing.clone(),
+            (None, Some(samples)) => plan.sample_bytes = bytes_on_cpu(samples, &base)?,
+            (None, None) => {}
         }
-        let rows = describe(&options, &plan, &group, (&base, card.as_ref()), &prepared);
+        let mut rows = describe(&options, &plan, &group, (&base, card.as_ref()), &prepared);
+        if let Some(samples) = &samples {
+            let text = samples.describe(&sample_folder(&plan.saving.output_dir));
+            rows.push(("samples".to_owned(), text));
+        }
         let rows: Vec<(&str, String)> = rows.iter().map(|(k, v)| (k.as_str(), v.clone())).collect();
         let summary = format_summary("plan", &rows);
         let facts = run_facts(&options, &plan, &base, &prepared.network, &group)?;
@@ -158,6 +177,7 @@ impl Run {
             prepared,
             plan,
             card,
+            samples,
             summary,
             memory,
             resume,
@@ -177,15 +197,20 @@ impl Run {
                 options.clip_skip.unwrap_or_default()
             );
         }
+        if let Some(samples) = &self.samples {
+            samples.check_lengths(&base.tokenizer()?)?;
+        }
         if self.card.is_none() {
-            let need =
-                estimate_memory(options, (&self.group, plan.world), base, &self.prepared).total();
+            let need = estimate_memory(options, (&self.group, plan), base, &self.prepared).total();
             let hint = "lower the batch size or the resolution, or set \
                         `gradient_checkpointing`, `mixed_precision = \"bf16\"`";
             refuse_beyond_memory("the ranks of this machine", need * self.local_ranks, hint)?;
         }
         if comm.rank() == 0 && !options.dry_run {
             check_writable(&plan.saving.output_dir)?;
+            if self.samples.is_some() {
+                check_writable(&sample_folder(&plan.saving.output_dir))?;
+            }
             logs::check(options)?;
         }
         Ok(())
@@ -299,17 +324,10 @@ impl Run {
         let monitor = Monitor::new(&options, &plan, &group, &comm)?;
         let mut models = load_models(&base, &comm)?;
         engine::release_pool();
-        let mut params = prepared.parameters(&base)?;
         let weights_type = weights_type(&options);
-        if let Some(dtype) = weights_type {
-            round_weights(&mut params, dtype)?;
-        }
-        let loss_scale = LossScale::new(base.dtype == DType::F16);
+        let params = prepare_params(&prepared, &base, weights_type)?;
         let network = prepared.network;
         models.install(&network)?;
-        if base.device.card().is_some() {
-            params.keep_working(base.dtype, &network.factors(1.))?;
-        }
         let has_latents = latents.is_some();
         let (parts, loading) = loader_parts(&options, env, &base, (group, latents), &plan)?;
         let loading = LoaderOptions {
@@ -317,13 +335,17 @@ impl Run {
             first_step: start.data_of(start.step) as u64,
             ..loading
         };
-        let encoded = match network.module_count(Part::TextEncoder) {
-            0 => {
-                let held_out = held_out.as_ref().map(|(group, _)| group);
-                let read = (&parts, &loading);
-                encode_captions((&options, &comm, &base), &mut models, read, held_out)?
-            }
-            _ => None,
+        let reads_alike = network.module_count(Part::TextEncoder) == 0;
+        let samples = self
+            .samples
+            .map(|plan| Samples::new(plan, (&options, &base), &parts.tokenizer))
+            .map(|samples| samples?.encoded(&comm, models.text_encoder.as_ref(), reads_alike))
+            .transpose()?;
+        let held_group = held_out.as_ref().map(|(group, _)| group);
+        let read = (&parts, &loading);
+        let encoded = match reads_alike {
+            true => encode_captions((&options, &comm, &base), &mut models, read, held_group)?,
+            false => None,
         };
         let mut loader = Loader::start(parts, loading)?;
         let validation = held_out
@@ -351,9 +373,10 @@ impl Run {
             noising,
             ema,
             watch: Watch::new(options.max_skipped_steps),
-            loss_scale,
+            loss_scale: LossScale::new(base.dtype == DType::F16),
             weights_type,
             validation,
+            samples,
             saver,
             monitor,
             start,
@@ -364,13 +387,34 @@ impl Run {
             trainer.restore(loaded)?;
         }
         // The mapped files are read; their pages go back to the system.
-        drop(base);
-        let ending = trainer.run(&mut loader)?;
-        if let Some(peak) = peak_resident() {
-            console::note(&format!("peak memory of rank 0: {}", show_bytes(peak)));
+        match &mut trainer.samples {
+            Some(samples) => samples.keep_vae(base),
+            None => drop(base),
         }
-        Ok(ending)
+        trainer.run(&mut loader).inspect(|_| say_peak())
     }
+}
+
+fn say_peak() {
+    if let Some(peak) = peak_resident() {
+        console::note(&format!("peak memory of rank 0: {}", show_bytes(peak)));
+    }
+}
+
+/// The values of the network where they are trained, rounded to `dtype` if they are to be of it.
+fn prepare_params(
+    prepared: &PreparedNetwork,
+    base: &Base,
+    dtype: Option<DType>,
+) -> Result<ParamStore> {
+    let mut params = prepared.parameters(base)?;
+    if let Some(dtype) = dtype {
+        round_weights(&mut params, dtype)?;
+    }
+    if base.device.card().is_some() {
+        params.keep_working(base.dtype, &prepared.network.factors(1.))?;
+    }
+    Ok(params)
 }
 
 /// What writes the LoRA.
@@ -512,8 +556,7 @@ fn loader_parts(
     let token_length = options.max_token_length.map(|length| length as u32);
     let token_length =
         TokenLength::from_option(token_length).context("`max_token_length` must be 150 or 225")?;
-    let tokenizer =
-        ClipTokenizer::open(base.files.tokenizer_dir.as_deref(), base.preset.pads_with_zero)?;
+    let tokenizer = base.tokenizer()?;
     let parts =
         LoaderParts { group, sampler: Arc::new(sampler), tokenizer: Arc::new(tokenizer), latents };
     let options = LoaderOptions {

@@ -30,6 +30,7 @@ use crate::plan::Plan;
 use crate::precision::round_weights;
 use crate::reduce::Ways;
 use crate::reproducible::{self, Ready};
+use crate::samples::Samples;
 use crate::saver::Saver;
 use crate::snapshot::Memory;
 use crate::state::{Keeper, Start};
@@ -68,6 +69,8 @@ pub struct Trainer<'a> {
     pub weights_type: Option<DType>,
     /// Where images are held out.
     pub validation: Option<Validation>,
+    /// Where sample pictures are asked for.
+    pub samples: Option<Samples>,
     /// Rank 0 only.
     pub saver: Option<Saver>,
     pub monitor: Monitor,
@@ -79,9 +82,18 @@ pub struct Trainer<'a> {
 }
 
 /// Where a step is computed, and what is kept there from step to step.
-enum Work {
+pub(crate) enum Work {
     Host(Gradients),
     Card(Box<CardWork>),
+}
+
+impl Work {
+    /// Memory that is only needed within steps goes; the next step takes it again.
+    pub(crate) fn make_room(&mut self) {
+        if let Self::Card(work) = self {
+            work.make_room();
+        }
+    }
 }
 
 /// What comes with the gradient of a step.
@@ -102,6 +114,7 @@ impl Trainer<'_> {
         self.monitor.start(self.comm, self.start.step)?;
         self.comm.enter_phase(Phase::Training);
         self.comm.finish_step((self.start.step, self.plan.steps), f32::NAN, 0.);
+        self.sample_at_first(&mut work)?;
         for step in self.start.step..self.plan.steps {
             let moment = Moment {
                 step: step + 1,
@@ -115,8 +128,8 @@ impl Trainer<'_> {
             self.monitor.step(self.comm, moment, &report)?;
             self.tell_launcher(moment.step, &report);
             let epoch_ends = moment.step_in_epoch + 1 == self.plan.steps_per_epoch;
-            self.validate_if_due(moment, epoch_ends || step + 1 == self.plan.steps)?;
             let ends = step + 1 == self.plan.steps;
+            self.validate_if_due(moment, epoch_ends || ends)?;
             if epoch_ends || ends {
                 self.monitor.end_epoch(moment)?;
             }
@@ -125,12 +138,23 @@ impl Trainer<'_> {
                 self.monitor.stop()?;
                 return self.stop(moment.step, moment.epoch);
             }
+            if ends {
+                self.save_last()?;
+            }
+            // Behind the files: samples that fail take none of them along.
+            self.sample_if_due(moment, epoch_ends || ends, &mut work)?;
+        }
+        if self.start.step >= self.plan.steps {
+            self.save_last()?;
         }
         self.monitor.stop()?;
+        Ok(Ending::Complete)
+    }
+
+    fn save_last(&self) -> Result<()> {
         self.comm.enter_phase(Phase::Saving);
         self.save(SavePoint::Last, self.plan.steps, self.plan.epochs)?;
-        self.comm.barrier().context("wait for the last file")?;
-        Ok(Ending::Complete)
+        self.comm.barrier().context("wait for the last file")
     }
 
     fn tell_launcher(&self, step: usize, report: &StepReport) {

@@ -202,7 +202,9 @@ impl Watch {
             Phase::Loading | Phase::Caching => (900, 300),
             // The first step may compile, and on a processor it may be a long one.
             Phase::Training => (1800, 60),
-            Phase::Validating | Phase::Sampling | Phase::Saving => (600, 120),
+            Phase::Validating | Phase::Saving => (600, 120),
+            // The VAE makes a large picture in one piece.
+            Phase::Sampling => (900, 300),
         };
         let learnt = self.learnt.get(&phase).copied().unwrap_or_default();
         let least = if learnt.count < KNOWN { first } else { floor };

@@ -65,7 +65,7 @@ for number, data in enumerate(read(sys.argv[-1]), 1):
     elif kind == "history":
         items = {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
         print("history", record.history.step.num, items)
-    elif kind not in ("summary", "metric", "header", "exit"):
+    elif kind not in ("summary", "metric", "header", "exit", "files"):
         sys.exit(f"unexpected record: {kind}")
     else:
         print(kind)

@@ -113,6 +113,15 @@ impl CardWork {
         self.runner.counts()
     }
 
+    /// Gives the memory of captured steps back: work of another kind is to be done. They are captured
+    /// again when their turn comes.
+    pub fn make_room(&mut self) {
+        self.runner.forget();
+        if let Some(card) = self.device.card() {
+            card.release_idle();
+        }
+    }
+
     /// Sends `micro` to the card, behind what it computes now.
     fn send(&mut self, models: &Models, batch: Batch, micro: Option<MicroBatch>) -> Result<()> {
         let input = match micro {

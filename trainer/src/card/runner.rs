@@ -140,7 +140,7 @@ impl Runner {
     }
 
     /// Drops all captured sequences and their memory; the shapes are still known.
-    fn forget(&mut self) {
+    pub fn forget(&mut self) {
         for stage in self.stages.values_mut() {
             if let Stage::Captured(layout, graph, _) = stage {
                 self.card.driver().drop_graph(*graph);

@@ -8,7 +8,7 @@ use engine::cuda::driver::{CardFacts, WORKSPACE};
 use engine::{Checkpointing, DType};
 
 use super::measure::{Recording, StepShape, Subject};
-use super::{CONTEXT_BYTES, CardPlan, Chosen, OVERHEAD, Row};
+use super::{ARENA, CONTEXT_BYTES, CardPlan, Chosen, OVERHEAD, Row};
 use crate::memory::show_bytes;
 use crate::optimizer::Choice;
 
@@ -181,6 +181,7 @@ pub fn choose(
         let mut plan = CardPlan {
             rows: rows(&recording, (bytes, shapes), vae, level.fp8, subject.dtype),
             caching: caching.then_some(encoding),
+            sampling: None,
             limit,
             notes: Vec::new(),
             chosen,
@@ -288,7 +289,7 @@ fn rows(
         ("their working copy", resident.working, name.to_owned()),
         ("gradient", resident.gradient, "float32".to_owned()),
         ("optimizer state", resident.optimizer, String::new()),
-        ("arena of a step", bytes.arena, shapes),
+        (ARENA, bytes.arena, shapes),
         ("inputs", bytes.inputs, "this batch and the next".to_owned()),
         ("libraries' scratch", WORKSPACE, String::new()),
         ("CUDA context", CONTEXT_BYTES, "an allowance".to_owned()),

@@ -11,6 +11,7 @@ mod run;
 #[cfg(test)]
 mod tests;
 
+use anyhow::{Result, bail};
 use engine::Checkpointing;
 use engine::cuda::driver::{CardFacts, WORKSPACE};
 
@@ -19,6 +20,7 @@ pub use self::measure::{Parts, Recording, Resident, StepShape, Subject};
 pub use self::run::{Target, plan_run};
 use crate::memory::show_bytes;
 use crate::options::Options;
+use crate::samples::PictureBytes;
 
 /// Bytes that a process takes of a card before its first tensor: the context, the kernels, and what
 /// cuDNN and cuBLASLt load. An allowance: it waits for a measurement on a card.
@@ -31,6 +33,9 @@ pub const OVERHEAD: usize = CONTEXT_BYTES + WORKSPACE;
 pub fn limit_beside_context(options: &Options) -> Option<usize> {
     options.vram_limit.map(|limit| limit.bytes.saturating_sub(CONTEXT_BYTES))
 }
+
+/// Name of the component that makes room for other work between steps.
+const ARENA: &str = "arena of a step";
 
 /// A component of a run on the card.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,6 +68,9 @@ pub struct CardPlan {
     pub rows: Vec<Row>,
     /// Most bytes while latents are cached, before the training; all else is not there yet.
     pub caching: Option<usize>,
+    /// Most bytes while a sample picture is made, all that stays on the card included; the arena of
+    /// the steps makes room.
+    pub sampling: Option<usize>,
     /// Bytes that the process may use.
     pub limit: usize,
     /// What was chosen and why, and what card it is planned for.
@@ -77,7 +85,26 @@ impl CardPlan {
 
     /// Most bytes at any time.
     pub fn peak(&self) -> usize {
-        self.training().max(self.caching.map_or(0, |bytes| bytes + OVERHEAD))
+        let caching = self.caching.map_or(0, |bytes| bytes + OVERHEAD);
+        self.training().max(caching).max(self.sampling.unwrap_or(0))
+    }
+
+    /// Takes sample pictures into account; refuses those that do not fit.
+    pub fn add_samples(&mut self, picture: PictureBytes) -> Result<()> {
+        let arena = self.rows.iter().filter(|row| row.name == ARENA).map(|row| row.bytes);
+        let needs = self.training() - arena.sum::<usize>() + picture.most();
+        let [width, height] = picture.size;
+        if needs > self.limit {
+            bail!(
+                "to make a sample picture of {width}x{height} takes {} of the card with what the \
+                 training keeps there, it may use: {}\nhint: make it smaller (`--w`, `--h` in \
+                 `sample_prompts`), or make no samples",
+                show_bytes(needs),
+                show_bytes(self.limit)
+            );
+        }
+        self.sampling = Some(needs);
+        Ok(())
     }
 
     /// Lines of a table.
@@ -93,6 +120,9 @@ impl CardPlan {
         }
         if let Some(caching) = self.caching {
             text += &format!("\nbefore that, to cache latents: {}", show_bytes(caching + OVERHEAD));
+        }
+        if let Some(sampling) = self.sampling {
+            text += &format!("\nbetween steps, to make samples: {}", show_bytes(sampling));
         }
         for note in &self.notes {
             text += &format!("\n{note}");

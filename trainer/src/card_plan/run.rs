@@ -13,6 +13,7 @@ use crate::encoded::constant_captions;
 use crate::network::PreparedNetwork;
 use crate::options::Options;
 use crate::precision::{compute_type, vae_type};
+use crate::samples::{SamplePlan, picture_bytes};
 use crate::world::World;
 
 /// Names of AdamW whose state can be kept in 8 bits instead.
@@ -58,7 +59,7 @@ pub fn plan_run(
     options: &Options,
     base: &Base,
     (group, held_out, world): (&DatasetGroup, Option<&DatasetGroup>, World),
-    prepared: &PreparedNetwork,
+    (prepared, samples): (&PreparedNetwork, Option<&SamplePlan>),
     target: &Target,
 ) -> Result<CardPlan> {
     // Only whether it is a card decides.
@@ -114,6 +115,11 @@ pub fn plan_run(
         images: (images.context("there is no image to plan for")?, caching),
     };
     let mut plan = choose(subject, &wishes, &target.facts, target.limit)?;
+    if let Some(samples) = samples {
+        let types = (subject.dtype, subject.vae_dtype);
+        let picture = picture_bytes(samples, subject.parts, types, &target.facts)?;
+        plan.add_samples(picture)?;
+    }
     if !target.exists {
         let (major, minor) = target.facts.capability;
         plan.notes.push(format!(

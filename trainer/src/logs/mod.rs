@@ -22,6 +22,7 @@ use crate::console;
 use crate::loss_history::ImageLoss;
 use crate::memory::peak_resident;
 use crate::options::{LogWith, Options};
+use crate::samples::Sample;
 use table::LineFile;
 pub use tensorboard::EventWriter;
 use wandb::{RunNames, WandbRun};
@@ -320,6 +321,19 @@ impl RunLog {
         let values: Map<String, Value> =
             values.iter().map(|(tag, value)| (tag.clone(), json!(value))).collect();
         open.steps.add(&json!({"step": step, "validation": values}).to_string())
+    }
+
+    /// Logs a sample picture under sd-scripts' name.
+    pub fn sample(&mut self, (step, epoch): (usize, usize), sample: &Sample) -> Result<()> {
+        let Some(open) = &mut self.open else { return Ok(()) };
+        let tag = format!("sample_{}", sample.number);
+        if let Some(events) = &mut open.events {
+            events.image(&tag, step, sample.size, &sample.png)?;
+        }
+        match &mut open.wandb {
+            Some(wandb) => wandb.picture((&tag, sample), step, epoch),
+            None => Ok(()),
+        }
     }
 
     /// The run is over.

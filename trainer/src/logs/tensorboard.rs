@@ -81,6 +81,24 @@ impl EventWriter {
         self.write_event(step, Message::new().bytes(5, &Message::new().bytes(1, &value.0).0))
     }
 
+    /// Logs a picture: the bytes of a PNG file of `[width, height]` RGB pixels.
+    pub fn image(
+        &mut self,
+        tag: &str,
+        step: usize,
+        [width, height]: [usize; 2],
+        png: &[u8],
+    ) -> Result<()> {
+        const RGB: u64 = 3;
+        let image = Message::new()
+            .varint(1, height as u64)
+            .varint(2, width as u64)
+            .varint(3, RGB)
+            .bytes(4, png);
+        let value = Message::new().text(1, tag).message(4, &image);
+        self.write_event(step, Message::new().bytes(5, &Message::new().message(1, &value).0))
+    }
+
     /// Writes an event with the time of now and flushes it.
     fn write_event(&mut self, step: usize, what: Message) -> Result<()> {
         let mut event = Message::new().double(1, now());
@@ -201,6 +219,17 @@ mod tests {
         assert!(holds(&records[2], b"lr/unet"));
         // Field 7 is the session log, whose field 1 is the status.
         assert_eq!(records[3][9..], [0x10, 0xad, 0x02, 0x3a, 0x02, 0x08, 0x01]);
+    }
+
+    #[test]
+    fn pictures_are_image_summaries() {
+        let folder = Folder::new("image");
+        let mut events = EventWriter::create(&folder.0).unwrap();
+        events.image("sample_0", 4, [64, 8], b"PNG").unwrap();
+        let records = records(events.path());
+        // Value: tag, then the image: height, width, three colours, the file.
+        let expected = b"\x0a\x08sample_0\x22\x0b\x08\x08\x10\x40\x18\x03\x22\x03PNG";
+        assert!(holds(&records[1], expected), "{:?}", records[1]);
     }
 
     #[test]

@@ -14,12 +14,14 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use formats::atomic::write_atomic;
 use formats::model_spec::civil_time;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::protobuf::{Message, now};
 use crate::options::{OPTIONS, Options, PRIVATE};
+use crate::samples::Sample;
 
 /// Bytes of a block.
 const BLOCK: usize = 32_768;
@@ -93,7 +95,8 @@ pub struct WandbRun {
     written: usize,
     id: String,
     records: u64,
-    history: u64,
+    /// Items of the history.
+    items: u64,
     started: Instant,
 }
 
@@ -116,7 +119,7 @@ impl WandbRun {
             written: 0,
             id,
             records: 0,
-            history: 0,
+            items: 0,
             started: Instant::now(),
         };
         // ":W&B", the magic number, version 0.
@@ -175,14 +178,56 @@ impl WandbRun {
 
     /// Logs values together with the step and the epoch (both from 1) that they belong to.
     pub fn log(&mut self, values: &[(&str, f64)], step: usize, epoch: usize) -> Result<()> {
-        let mut items: Vec<(String, Value)> = values
+        let items = values
             .iter()
             .filter(|(_, value)| value.is_finite())
             .map(|(tag, value)| ((*tag).to_owned(), json!(value)))
             .collect();
+        self.history(items, step, epoch)
+    }
+
+    /// Logs a picture under `tag`: its file goes beside the run, the history names it.
+    pub fn picture(
+        &mut self,
+        (tag, sample): (&str, &Sample),
+        step: usize,
+        epoch: usize,
+    ) -> Result<()> {
+        let sha256: String =
+            Sha256::digest(&sample.png).iter().map(|byte| format!("{byte:02x}")).collect();
+        let name = format!("media/images/{tag}_{step}_{}.png", &sha256[..20]);
+        let file = self.path.with_file_name("files").join(&name);
+        if let Some(folder) = file.parent() {
+            std::fs::create_dir_all(folder)
+                .with_context(|| format!("cannot make the log folder: {}", folder.display()))?;
+        }
+        write_atomic(&file, |out| out.write_all(&sample.png))?;
+        const MEDIA: u64 = 2;
+        let named = Message::new().text(1, &name).varint(3, MEDIA);
+        self.record(6, &Message::new().message(1, &named))?;
+        let value = json!({
+            "_type": "image-file",
+            "sha256": sha256,
+            "size": sample.png.len(),
+            "path": name,
+            "format": "png",
+            "width": sample.size[0],
+            "height": sample.size[1],
+            "caption": sample.prompt,
+        });
+        self.history(vec![(tag.to_owned(), value)], step, epoch)
+    }
+
+    /// One item of the history, and the summary so far.
+    fn history(
+        &mut self,
+        mut items: Vec<(String, Value)>,
+        step: usize,
+        epoch: usize,
+    ) -> Result<()> {
         items.push(("global_step".into(), json!(step)));
         items.push(("epoch".into(), json!(epoch)));
-        items.push(("_step".into(), json!(self.history)));
+        items.push(("_step".into(), json!(self.items)));
         items.push(("_runtime".into(), json!(self.started.elapsed().as_secs_f64())));
         items.push(("_timestamp".into(), json!(now())));
         let mut summary = Message::new();
@@ -194,9 +239,9 @@ impl WandbRun {
         }
         // Zero is not written, as every protobuf library has it.
         let number = Message::new();
-        let number = if self.history > 0 { number.varint(1, self.history) } else { number };
+        let number = if self.items > 0 { number.varint(1, self.items) } else { number };
         history = history.message(2, &number);
-        self.history += 1;
+        self.items += 1;
         self.record(3, &summary)?;
         self.record(2, &history)
     }

@@ -18,7 +18,6 @@ option. Each may stand in the config file as `name = value`, or on the command l
 - **used**: it does what the text says.
 - **no effect**: accepted, so that configs of sd-scripts run unchanged; the reason says why there is
   nothing to do. A run prints it once.
-- **later**: accepted with a warning; the training is the same, what it asks for is not made yet.
 - **refused**: any value but the default ends the run with this reason before it begins.
 
 Options of the dataset description (`[general]`, `[[datasets]]`, `[[datasets.subsets]]`) are at the end.
@@ -94,7 +93,6 @@ fn row(spec: &OptionSpec) -> String {
     let status = match spec.support {
         Support::Supported => "used".to_owned(),
         Support::NoEffect(reason) => format!("no effect: {reason}"),
-        Support::Later(reason) => format!("later: {reason}"),
         Support::NotYet(advice) => format!("refused: not built yet; {advice}"),
         Support::Refused(reason) => format!("refused: {reason}"),
     };
@@ -151,7 +149,7 @@ mod tests {
             }
             let row = text.lines().find(|row| row.starts_with(&format!("| `{name}` |")));
             let row = row.unwrap_or_else(|| panic!("{name} is missing"));
-            let status = [" used ", " no effect: ", " later: ", " refused: "];
+            let status = [" used ", " no effect: ", " refused: "];
             assert!(status.iter().any(|word| row.contains(word)), "{row}");
             assert_eq!(row.replace("\\|", "").matches('|').count(), 6, "{row}");
         }

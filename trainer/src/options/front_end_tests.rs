@@ -47,7 +47,6 @@ fn kohya_ss() {
         "`noise_offset_type`",
         "`stop_text_encoder_training` is ignored: the text encoder is trained to the end",
         "is computed in float32 on the CPU",
-        "warning: sample pictures are not made yet, the training is the same: `sample_every_n_epochs`",
         "`dynamo_backend` has no effect",
     ] {
         assert!(notes.contains(part), "{part}\n{notes}");

@@ -63,7 +63,6 @@ fn describe_option(spec: &OptionSpec) -> String {
     match spec.support {
         Support::Supported => text,
         Support::NoEffect(reason) => format!("{text} [accepted without effect: {reason}]"),
-        Support::Later(reason) => format!("{text} [accepted with a warning: {reason}]"),
         Support::Refused(reason) => format!("{text} [refused: {reason}]"),
         Support::NotYet(advice) => format!("{text} [not supported yet: {advice}]"),
     }

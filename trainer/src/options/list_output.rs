@@ -126,16 +126,21 @@ macro_rules! logging_options {
 
 macro_rules! sampling_options {
     ([$($rest:ident)*] $($lists:tt)*) => { chain_lists! { [$($rest)*] $($lists)* group Sampling {
-        /// Make sample images every N steps.
-        sample_every_n_steps: Option<usize> = None, Later(NO_SAMPLES);
-        /// Make sample images before the first step.
-        sample_at_first: bool = false, Later(NO_SAMPLES);
-        /// Make sample images every N epochs.
-        sample_every_n_epochs: Option<usize> = None, Later(NO_SAMPLES);
-        /// File with the prompts of sample images.
-        sample_prompts: Option<PathBuf> = None, Later(NO_SAMPLES);
+        /// Make sample images after every Nth step.
+        sample_every_n_steps: Option<usize> = None, Supported;
+        /// Make sample images before the first step; not again in a run that is resumed.
+        sample_at_first: bool = false, Supported;
+        /// Make sample images at the end of every Nth epoch; comes before
+        /// `--sample_every_n_steps`.
+        sample_every_n_epochs: Option<usize> = None, Supported;
+        /// File with the prompts of sample images: `.txt` with one on each line (`a cat --w 512
+        /// --h 768 --d 1 --l 7.5 --s 28 --n blurred --ss euler_a`), `.toml` or `.json`. Without
+        /// more a picture has 512x512 pixels, 30 steps, a scale of 7.5 and another seed each time.
+        /// Pictures show the weights that would be saved, in `sample` in `--output_dir`, in
+        /// TensorBoard and at Weights & Biases. They change nothing in the training.
+        sample_prompts: Option<PathBuf> = None, Supported;
         /// Sampler of sample images. Default `ddim`.
-        sample_sampler: SampleSampler = SampleSampler::Ddim, Later(NO_SAMPLES);
+        sample_sampler: SampleSampler = SampleSampler::Ddim, Supported;
     } } };
 }
 

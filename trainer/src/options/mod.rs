@@ -65,9 +65,6 @@ pub use value::{CropRange, IntOrFloat, Kind, Mismatch, OptionValue, Resolution};
 
 use std::path::PathBuf;
 
-/// Why options of sample pictures are accepted with a warning.
-const NO_SAMPLES: &str = "sample pictures are not made yet, the training is the same";
-
 chain_lists! { [
     config_options model_options network_options dataset_options caption_options
     training_options optimizer_options noise_options saving_options metadata_options

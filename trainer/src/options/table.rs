@@ -74,8 +74,6 @@ pub enum Support {
     Supported,
     /// Accepted for the sake of existing configs; the text says why nothing needs to be done.
     NoEffect(&'static str),
-    /// Accepted with a warning: what it asks for is not made yet, and the training is the same.
-    Later(&'static str),
     /// Any value but the default is refused; the text, where there is one, says what to do instead.
     NotYet(&'static str),
     /// Refused like `NotYet`, and not going to be built; the text says why and what to do instead.

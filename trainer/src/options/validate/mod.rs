@@ -138,7 +138,6 @@ impl Check<'_> {
     fn support(&mut self, notes: &mut Vec<String>) {
         // Options with the same reason share a line.
         let mut idle: Vec<(&str, Vec<String>)> = Vec::new();
-        let mut later: Vec<(&str, &str)> = Vec::new();
         for spec in OPTIONS.iter().filter(|spec| !spec.is_default(self.options)) {
             match spec.support {
                 // Configs written by programs carry every key: empty and zero ask for nothing.
@@ -150,7 +149,6 @@ impl Check<'_> {
                 Support::Refused(reason) => {
                     self.problems.push(format!("{} is refused: {reason}", self.name(spec.name)));
                 }
-                Support::Later(reason) => later.push((spec.name, reason)),
                 Support::NoEffect(reason) => {
                     let name = match self.options.written.get(spec.name) {
                         Some(Origin::CommandLine) => format!("`--{}`", spec.name),
@@ -162,10 +160,6 @@ impl Check<'_> {
                     }
                 }
             }
-        }
-        if let Some((_, reason)) = later.first() {
-            let names: Vec<String> = later.iter().map(|(name, _)| format!("`{name}`")).collect();
-            notes.push(format!("warning: {reason}: {}", names.join(", ")));
         }
         for (reason, names) in idle {
             let have = if names.len() == 1 { "has" } else { "have" };

@@ -43,6 +43,7 @@ impl Check<'_> {
             }
         }
         self.validation(notes);
+        self.samples(notes);
         let pairs = [
             (
                 "save_last_n_epochs",
@@ -89,6 +90,34 @@ impl Check<'_> {
                 let needed = "`initial_step` or `initial_epoch`";
                 notes.push(format!("`skip_until_initial_step` has no effect without {needed}"));
             }
+        }
+    }
+
+    /// Sample pictures.
+    fn samples(&self, notes: &mut Vec<String>) {
+        let o = self.options;
+        let (steps, epochs) = (o.sample_every_n_steps.is_some(), o.sample_every_n_epochs.is_some());
+        let wanted = steps || epochs || o.sample_at_first;
+        if o.sample_prompts.is_some() && !wanted {
+            notes.push(
+                "`sample_prompts` has no effect without `sample_every_n_steps`, \
+                 `sample_every_n_epochs` or `sample_at_first`"
+                    .to_owned(),
+            );
+        }
+        for (name, set) in [
+            ("sample_every_n_steps", steps),
+            ("sample_every_n_epochs", epochs),
+            ("sample_at_first", o.sample_at_first),
+        ] {
+            if set && o.sample_prompts.is_none() {
+                notes.push(format!("`{name}` has no effect without `sample_prompts`"));
+            }
+        }
+        if steps && epochs && o.sample_prompts.is_some() {
+            notes.push(
+                "`sample_every_n_steps` has no effect beside `sample_every_n_epochs`".to_owned(),
+            );
         }
     }
 
