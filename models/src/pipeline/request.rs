@@ -6,6 +6,34 @@ use super::{Picture, PipelineError};
 use crate::sampler::{SamplerKind, SamplerOptions};
 
 /// What a picture shows and how it is made.
+///
+/// A picture made from another, only where the mask is white:
+///
+/// ```
+/// use std::ops::ControlFlow;
+/// use std::sync::Arc;
+///
+/// use models::pipeline::{Mask, Picture, Pipeline, PipelineOptions, Request};
+/// use models::sampler::SamplerOptions;
+///
+/// # let model = "../tests/data/parity/model";
+/// let pipeline = Pipeline::load(model, &PipelineOptions::default())?;
+/// let gray = Picture::from_rgb8(64, 64, &[128; 64 * 64 * 3])?;
+/// let left = (0..64 * 64).map(|i| if i % 64 < 32 { 1. } else { 0. }).collect();
+/// let request = Request {
+///     prompt: "a green tree".into(),
+///     width: 64,
+///     height: 64,
+///     options: SamplerOptions::new(4),
+///     image: Some(Arc::new(gray)),
+///     strength: 0.75, // three of the four steps
+///     mask: Some(Arc::new(Mask { width: 64, height: 64, white: left })),
+///     ..Request::default()
+/// };
+/// let picture = pipeline.generate(&request, &mut |_| ControlFlow::Continue(()))?;
+/// assert_eq!((picture.width, picture.height), (64, 64));
+/// # Ok::<(), models::pipeline::PipelineError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
     /// What it shows; `(word:1.2)` weighs.

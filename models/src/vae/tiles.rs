@@ -191,3 +191,35 @@ impl Vae {
         Ok(Moments { shape, mean: mean.finish(), logvar: logvar.finish() })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_cover_every_side_and_overlap() {
+        for side in 1..400 {
+            let (starts, length) = tiles(side);
+            assert_eq!((starts[0], starts[starts.len() - 1] + length), (0, side));
+            let overlaps = starts.windows(2).all(|pair| pair[0] + length >= pair[1] + OVERLAP);
+            assert!(overlaps && length == side.min(TILE), "{side}: {starts:?}");
+        }
+    }
+
+    /// A map cut into tiles and put together is the map, so that only what is done to a tile shows.
+    #[test]
+    fn untouched_tiles_give_the_map() -> Result<()> {
+        let size = [150, 70];
+        let map: Vec<f32> = (0..150 * 70 * 2).map(|i| (i % 977) as f32).collect();
+        let tensor = Tensor::from_f32(engine::Device::Cpu, &[1, 70, 150, 2], &map, DType::F32)?;
+        let mut blend = Blend::new(size, 2);
+        each_tile(size, 1, |corner, size, weights| {
+            blend.add(&cut(&tensor, &map, corner, size)?.to_vec_f32()?, corner, weights);
+            Ok(())
+        })?;
+        for (new, old) in blend.finish().iter().zip(&map) {
+            assert!((new - old).abs() <= 1e-4 * old.max(1.), "{new} of {old}");
+        }
+        Ok(())
+    }
+}
