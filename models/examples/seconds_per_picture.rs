@@ -7,6 +7,7 @@
 //! The first picture is not counted. Prints one JSON object; progress goes to stderr.
 
 use std::error::Error;
+use std::io::Write;
 use std::ops::ControlFlow;
 use std::time::Instant;
 
@@ -48,16 +49,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut sorted = seconds.to_vec();
     sorted.sort_by(f64::total_cmp);
     let median = sorted.get(sorted.len() / 2).ok_or("no picture was counted")?;
-    println!(
-        "{}",
-        serde_json::json!({
-            "engine": "lorarun",
-            "load_s": load,
-            "median_picture_s": median,
-            "picture_s": seconds,
-            "peak_rss_gib": peak_resident().unwrap_or(f64::NAN),
-        })
-    );
+    let report = serde_json::json!({
+        "engine": "lorarun",
+        "load_s": load,
+        "median_picture_s": median,
+        "picture_s": seconds,
+        "peak_rss_gib": peak_resident().unwrap_or(f64::NAN),
+    });
+    writeln!(std::io::stdout(), "{report}")?;
     Ok(())
 }
 
