@@ -8,8 +8,8 @@ use formats::{Dtype, OwnedTensor};
 use super::*;
 use crate::ModelError;
 use crate::lora::{
-    Algorithm, Composition, Form, LoraNetwork, Rank, Split, UniformRanks, text_encoder_targets,
-    unet_targets,
+    Algorithm, Composition, Form, LoraNetwork, Part, Rank, Split, UniformRanks,
+    text_encoder_targets, unet_targets,
 };
 use crate::sampler::SamplerKind;
 
@@ -199,6 +199,39 @@ fn plain_loras_add_up() {
     assert!(off < 2e-4, "{off:e}");
 }
 
+/// diffusers' names of today, without alphas: their scale is in the numbers.
+#[test]
+fn a_file_in_pefts_names_is_the_same_lora() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut kohya = load();
+    let (network, _, path) = network(&kohya, Algorithm::LowRank, "lora_3", folder.path());
+    kohya.add_lora(&path, 1.).expect("a LoRA");
+    let file = lora_file::read(&path).expect("the file");
+    let mut tensors = lora_file::Tensors::new();
+    for module in network.modules() {
+        let (target, scale) = (&module.target, module.rank.scale());
+        let part = match target.part {
+            Part::TextEncoder => "text_encoder",
+            Part::Unet => "unet",
+        };
+        for (ours, theirs, factor) in [("lora_down", "lora_A", 1.), ("lora_up", "lora_B", scale)] {
+            let tensor = &file.tensors[&format!("{}.{ours}.weight", target.name)];
+            let values: Vec<f32> = tensor.to_f32().iter().map(|x| x * factor).collect();
+            let tensor = OwnedTensor::from_f32(&tensor.shape, &values, Dtype::F32);
+            let key = format!("{part}.{}.{theirs}.weight", target.path);
+            tensors.insert(key, tensor.expect("a tensor"));
+        }
+    }
+    let path = folder.path().join("peft.safetensors");
+    lora_file::write(&path, &tensors, &Default::default(), SaveAs::Safetensors).expect("a file");
+    let mut peft = load();
+    let handle = peft.add_lora(&path, 1.).expect("a LoRA");
+    let report = peft.lora_report(handle).expect("a report");
+    assert_eq!(report.text_encoder + report.unet, network.modules().len());
+    let off = apart(&picture(&peft), &picture(&kohya));
+    assert!(off < 1e-4, "{off:e}");
+}
+
 #[test]
 fn what_does_not_fit_is_refused_and_changes_nothing() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -237,6 +270,9 @@ fn what_does_not_fit_is_refused_and_changes_nothing() {
         file.tensors.insert("lora_unet_conv_norm_out.w_norm".into(), norm);
     });
     assert!(norm.contains("changes a normalisation"), "{norm}");
+    let sdxl = data("adapters/diffusers_sdxl.safetensors");
+    let sdxl = pipeline.add_lora(&sdxl, 1.).expect_err("another family").to_string();
+    assert!(sdxl.contains("Stable Diffusion XL") && sdxl.contains("hint: "), "{sdxl}");
     let error = pipeline.add_lora(&path, f32::NAN).expect_err("no number");
     assert!(matches!(error, PipelineError::Model(ModelError::Network(_))), "{error}");
 }
