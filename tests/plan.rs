@@ -23,7 +23,7 @@ fn a_plan_lists_what_is_on_the_card_and_writes_nothing() {
     assert!(output.status.success(), "{}", text(&output));
     let said = text(&output);
     for word in
-        ["54 steps", "card memory", "arena of a step", "imagined card", "shapes.safetensors"]
+        ["384 steps", "card memory", "arena of a step", "imagined card", "rings.safetensors"]
     {
         assert!(said.contains(word), "no `{word}` in:\n{said}");
     }

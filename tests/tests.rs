@@ -17,6 +17,8 @@
 //! - `restarts`: killed ranks that are started again leave no trace; who may write, and who no longer
 //! - `resume`: stopped or killed anywhere and resumed, a run ends with the bytes of one that was not
 //! - `selftest`: agreement with the PyTorch reference, and that a changed reference is noticed
+//! - `shapes`: what a generated picture shows, by plain arithmetic
+//! - `tiny_sd`: the small model's pictures, and what the quickstart's LoRA does to them
 //! - `tools`: the offline tools as commands, beside sd-scripts' results
 //! - `validation`: it changes nothing and is the same on any number of ranks; logs
 //! - `watch`: steps that are not finite are left out; the average of the weights
@@ -39,6 +41,8 @@ mod quickstart;
 mod restarts;
 mod resume;
 mod selftest;
+mod shapes;
+mod tiny_sd;
 mod tools;
 mod validation;
 mod watch;

@@ -1,8 +1,8 @@
 """Pretrains the small model of this folder on pictures that shapes.py draws.
 
-    python pretrain.py --output examples/tiny-sd [--steps 8000]
+    python pretrain.py --output examples/tiny-sd --tokenizer FOLDER
 
-Needs torch, diffusers, transformers (see README.md for versions and how long it takes). The model has
+Needs torch, diffusers, transformers (README.md has the versions and the times). The model has
 the layout of Stable Diffusion 1.x as diffusers keeps it: CLIP text encoder, U-Net, VAE, epsilon
 prediction, latents an eighth of the picture.
 """
@@ -124,7 +124,7 @@ class Average:
             kept.copy_(held)
 
 
-def train_unet(unet, text, vae, tokenizer, scenes, latents, steps, batch, seed, each):
+def train_unet(unet, text, vae, tokenizer, scenes, latents, steps, batch, seed, each, peak):
     draw = torch.Generator().manual_seed(seed)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     signal = (1 - betas).cumprod(0).float()
@@ -135,7 +135,7 @@ def train_unet(unet, text, vae, tokenizer, scenes, latents, steps, batch, seed, 
     average = Average([unet, text])
     started, losses = time.time(), []
     for step in range(steps):
-        rate = 1.5e-3 * min(1, (step + 1) / 200) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+        rate = peak * min(1, (step + 1) / 200) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         rows = torch.randint(len(scenes), (batch,), generator=draw)
@@ -201,10 +201,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", required=True)
     parser.add_argument("--tokenizer", required=True, help="folder of CLIP's tokenizer")
-    parser.add_argument("--vae_steps", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--vae_steps", type=int, nargs="+", default=[2000, 5000], help="one warm restart for each number")
+    parser.add_argument("--steps", type=int, nargs="+", default=[5000, 4000], help="one warm restart for each number")
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--pictures", type=int, default=12000)
+    parser.add_argument("--first_cycle", type=int, default=0, help="go on with what --output holds from this one on")
     parser.add_argument("--every", type=int, default=500)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -217,12 +218,20 @@ def main():
     if ready.exists():
         vae.load_state_dict(torch.load(ready))
     else:
-        train_vae(vae, args.vae_steps, 1)
+        for seed, steps in enumerate(args.vae_steps):
+            train_vae(vae, steps, 1 + 10 * seed)
         torch.save(vae.state_dict(), ready)
+    if args.first_cycle > 0:
+        unet = UNet2DConditionModel.from_pretrained(args.output, subfolder="unet").float()
+        text = CLIPTextModel.from_pretrained(args.output, subfolder="text_encoder").float()
     scenes, latents = encode(vae, args.pictures, 2)
     latents = whiten(vae, latents) * 0.18215
     print(f"latents: mean {float(latents.mean()):.3f}, deviation {float(latents.std()):.3f}", flush=True)
-    train_unet(unet, text, vae, tokenizer, scenes, latents, args.steps, args.batch, 3, args.every)
+    for cycle, steps in enumerate(args.steps):
+        if cycle < args.first_cycle:
+            continue
+        peak = 1.5e-3 if cycle == 0 else 8e-4
+        train_unet(unet, text, vae, tokenizer, scenes, latents, steps, args.batch, 3 + 10 * cycle, args.every, peak)
     save(unet, text, vae, args.output)
 
 

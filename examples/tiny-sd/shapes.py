@@ -1,7 +1,14 @@
 """Pictures of coloured shapes with captions, drawn by formulas, and the judge that reads them back.
 
 Everything is a function of a seed. Pictures are float tensors [N,3,H,W] in -1..1.
+
+    python shapes.py FOLDER --shape ring --name "sks shape" --count 12 --seed 7 --plain
+
+draws the training pictures of `examples/quickstart` (PNG) and their captions.
 """
+
+import argparse
+from pathlib import Path
 
 import torch
 
@@ -176,3 +183,36 @@ def outline(shape):
     ys = rows[0] + ((torch.arange(CELLS) + 0.5) * (rows[-1] + 1 - rows[0]) / CELLS).long()
     xs = columns[0] + ((torch.arange(CELLS) + 0.5) * (columns[-1] + 1 - columns[0]) / CELLS).long()
     return mask[ys][:, xs]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", nargs="+", default=list(SHAPES), choices=(*SHAPES, CONCEPT))
+    parser.add_argument("--name", help="what the captions call it (default: by its name)")
+    parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--plain", action="store_true", help="no textures")
+    parser.add_argument("--no_captions", action="store_true", help="pictures alone")
+    args = parser.parse_args()
+    from PIL import Image
+    args.folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(args.seed)
+    for number in range(1, args.count + 1):
+        one = scene(generator, args.shape)
+        # A few pictures show every colour, and each on several backgrounds.
+        turn, place = divmod(number - 1, len(COLOURS))
+        one["colour"] = list(COLOURS)[place]
+        one["background"] = list(BACKGROUNDS)[(place + 2 * turn) % len(BACKGROUNDS)]
+        if args.plain:
+            one["texture"] = "plain"
+        pixels = ((draw([one], args.size, generator)[0] + 1) * 127.5).round().clamp(0, 255).byte()
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(args.folder / f"{number:02}.png")
+        if not args.no_captions:
+            words = caption({**one, "name": args.name or one["shape"]})
+            (args.folder / f"{number:02}.txt").write_text(words + "\n")
+
+
+if __name__ == "__main__":
+    main()

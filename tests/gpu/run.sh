@@ -33,13 +33,13 @@ check() {
 compare() { "$lorarun" selftest --compare "$1" "$2" --tolerance "$3"; }
 
 mkdir -p "$work/drawings/4_drawing"
-cp "$root"/examples/quickstart/pictures/* "$work/drawings/4_drawing/"
+cp "$root"/tests/gpu/pictures/* "$work/drawings/4_drawing/"
 
-# train NAME DEVICE ARGS...: ten steps on the quickstart's model and its twelve drawings.
+# train NAME DEVICE ARGS...: ten steps on the small model and twelve drawings.
 train() {
     local name=$1 device=$2
     shift 2
-    "$lorarun" train --pretrained_model_name_or_path "$root/examples/quickstart/model.safetensors" \
+    "$lorarun" train --pretrained_model_name_or_path "$root/examples/tiny-sd" \
         --train_data_dir "$work/drawings" --resolution 192 --network_module networks.lora \
         --network_dim 8 --network_alpha 4 --learning_rate 1e-3 --cache_latents --seed 7 \
         --train_batch_size 2 --max_train_steps 10 --device "$device" \
@@ -51,7 +51,7 @@ ten_steps() {
         compare "$work/out/cpu-$1.safetensors" "$work/out/card-$1.safetensors" "$2"
 }
 
-# The dataset of the full-size runs: the quickstart's drawings in buckets around 512.
+# The dataset of the full-size runs: the drawings in buckets around 512.
 full_size() {
     local name=$1
     shift
@@ -82,7 +82,7 @@ if [ -x "$root/tests/gpu/two_ranks.sh" ]; then
 fi
 check "write a full-size model" "$lorarun" selftest --write_model "$work/sd15"
 mkdir -p "$work/pictures/2_drawing"
-cp "$root"/examples/quickstart/pictures/* "$work/pictures/2_drawing/"
+cp "$root"/tests/gpu/pictures/* "$work/pictures/2_drawing/"
 check "full size" full_size free --train_batch_size 1
 check "full size, batch 4 under 8 GB" full_size limit8 --train_batch_size 4 --vram_limit 8GB
 check "full size with text encoder under 6 GB" full_size limit6 --train_batch_size 1 --vram_limit 6GB

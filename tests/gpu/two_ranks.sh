@@ -13,7 +13,7 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 work=${2:-${work:-$(mktemp -d)}}/two-ranks
 rm -rf "$work"
 mkdir -p "$work/pictures/4_drawing" "$work/out"
-cp "$root"/examples/quickstart/pictures/* "$work/pictures/4_drawing/"
+cp "$root"/tests/gpu/pictures/* "$work/pictures/4_drawing/"
 
 # NCCL takes two ranks of one card for two hosts (the launcher names them, as the variable below asks)
 # and reaches them over the loopback interface.
@@ -36,7 +36,7 @@ run() {
     done
     shift
     exec "$lorarun" "${launch[@]}" train \
-        --pretrained_model_name_or_path "$root/examples/quickstart/model.safetensors" \
+        --pretrained_model_name_or_path "$root/examples/tiny-sd" \
         --train_data_dir "$work/pictures" --resolution 192 --network_module networks.lora \
         --network_dim 8 --network_alpha 4 --learning_rate 1e-3 --seed 7 --cache_latents \
         --max_data_loader_n_workers 1 --mixed_precision no --device "$device" \

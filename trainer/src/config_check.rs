@@ -222,7 +222,7 @@ mod tests {
         let found = findings(&[
             &at("examples/quickstart/config.toml"),
             "--pretrained_model_name_or_path",
-            &at("examples/quickstart/model.safetensors"),
+            &at("examples/tiny-sd"),
             "--dataset_config",
             &at("tests/data/options/front_ends/colab_dataset.toml"),
         ]);

@@ -28,7 +28,8 @@ impl Preset {
         text_layers: 12,
     };
 
-    /// The quickstart's model: the same layout in a few megabytes, most of them the vocabulary.
+    /// The same layout in a few megabytes, most of them the vocabulary.
+    #[cfg(test)]
     pub const TINY: Preset = Preset {
         unet_widths: [32, 32, 64, 64],
         vae_widths: [32, 32, 32, 32],

@@ -1,5 +1,5 @@
 //! Inputs made by a program instead of shipped: models of the Stable Diffusion 1.x single-file layout with random
-//! weights, and the quickstart's pictures. The same version gives the same bytes on every machine.
+//! weights, and drawn pictures. The same version gives the same bytes on every machine.
 
 pub mod layout;
 pub mod pictures;

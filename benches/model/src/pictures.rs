@@ -75,7 +75,7 @@ const fn scene(size: (u32, u32), shape: Shape, color: Color, background: Color) 
     Scene { width: size.0, height: size.1, shape, color, background }
 }
 
-/// The quickstart's pictures: four shapes, three sizes each or more, sides of 256 to 384 pixels.
+/// The pictures of `tests/gpu`: four shapes, three sizes each or more, sides of 256 to 384 pixels.
 pub const SCENES: [Scene; 12] = [
     scene((256, 256), Shape::Circle, RED, SKY),
     scene((320, 256), Shape::Square, BLUE, SAND),

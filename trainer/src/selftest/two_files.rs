@@ -81,7 +81,7 @@ mod tests {
     fn files_are_compared_tensor_by_tensor() {
         let lora = Path::new(concat!(
             env!("CARGO_MANIFEST_DIR"),
-            "/../examples/quickstart/model.safetensors"
+            "/../examples/tiny-sd/unet/diffusion_pytorch_model.safetensors"
         ));
         let report = compare_files(lora, lora, 0.).unwrap();
         assert!(report.compared > 100 && report.failed.is_empty(), "{report:?}");

@@ -1,4 +1,4 @@
-//! Draws the quickstart's training pictures and their captions.
+//! Draws the training pictures of `tests/gpu` and their captions.
 
 use std::path::PathBuf;
 
@@ -6,7 +6,7 @@ use anyhow::Result;
 use bench_model::pictures::{SCENES, draw_pictures};
 use clap::Parser;
 
-/// Draws the quickstart's twelve pictures (png) and captions (txt)
+/// Draws twelve pictures (png) and captions (txt)
 #[derive(Parser)]
 struct Args {
     /// Folder to write into; made if it does not exist
