@@ -14,7 +14,7 @@ fn allowed() -> BTreeMap<&'static str, BTreeSet<&'static str>> {
     [
         ("launcher", vec!["trainer", "tools", "collectives", "engine"]),
         ("trainer", vec!["collectives", "models", "engine", "formats", "pictures"]),
-        ("tools", vec!["formats", "pictures"]),
+        ("tools", vec!["formats", "pictures", "models", "engine"]),
         ("models", vec!["engine", "formats"]),
         ("bench-model", vec![]),
         ("bench-step", vec!["trainer", "models", "engine", "formats"]),

@@ -82,6 +82,40 @@ pub fn file_sha256(path: &Path) -> Result<String, FormatError> {
     }
 }
 
+/// Sha256 in hex of what follows the header of a safetensors file, so that other metadata leave it as
+/// it is; of the whole file for other formats. What WebUI and `sshs_model_hash` know LoRAs by.
+///
+/// # Errors
+/// [`FormatError::Io`].
+pub fn content_sha256(path: &Path) -> Result<String, FormatError> {
+    let fail = |error| FormatError::io("read", path, error);
+    if path.extension().is_none_or(|ending| ending != "safetensors") {
+        return file_sha256(path);
+    }
+    let mut file = File::open(path).map_err(|e| FormatError::io("open", path, e))?;
+    let mut length = [0_u8; 8];
+    file.read_exact(&mut length).map_err(fail)?;
+    let start = u64::from_le_bytes(length).saturating_add(8);
+    file.seek(SeekFrom::Start(start)).map_err(fail)?;
+    let mut hasher = Sha256::new();
+    std::io::copy(&mut file, &mut Hashing(&mut hasher)).map_err(fail)?;
+    Ok(hex(&hasher.finalize()))
+}
+
+/// Hashes what is written.
+struct Hashing<'a>(&'a mut Sha256);
+
+impl std::io::Write for Hashing<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Lower-case hex digits.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
@@ -114,6 +148,14 @@ mod tests {
         std::fs::write(&long, bytes).unwrap();
         // sha256 of 65536 zero bytes.
         assert_eq!(legacy_hash(&long).unwrap(), "de2f2560");
+    }
+
+    #[test]
+    fn the_content_of_a_lora_has_the_hash_in_its_metadata() {
+        let lora = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/lora");
+        let path = lora.join("lierla_r4.safetensors");
+        let file = crate::open_tensor_file(&path).unwrap();
+        assert_eq!(content_sha256(&path).unwrap(), file.metadata()["sshs_model_hash"]);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Offline work on files: merge, extract, resize, convert, inspect. One process, all cores.
+//! Offline work on files: merge, extract, resize, convert, inspect; and pictures from models
+//! (`generate`, the only one that computes networks). One process, all cores.
 //!
 //! Promises: option names and arithmetic are those of sd-scripts' tools; files are mapped and
 //! streamed, so memory follows the largest tensor in work, not the model; what is written appears
@@ -13,6 +14,7 @@ mod extract;
 mod extract_dylora;
 mod factors;
 mod finite;
+mod generate;
 mod inspect;
 mod lbw;
 mod linalg;
@@ -61,6 +63,9 @@ pub enum Command {
     /// Merge adapters of any kinds and ranks into one LoRA of a given rank
     #[command(name = "svd-merge", alias = "svd_merge_lora")]
     SvdMerge(svd_merge::Options),
+    /// Make pictures with a model and LoRAs
+    #[command(aliases = ["gen_img", "gen-img"])]
+    Generate(Box<generate::Options>),
     /// Tell what a LoRA or a checkpoint is, and which programs would load it
     Inspect(inspect::Options),
     /// Check that files are whole and their numbers finite and consistent
@@ -79,6 +84,7 @@ impl Command {
             Self::Extract(options) => extract::run(options),
             Self::ResizeLora(options) => resize_lora::run(options),
             Self::SvdMerge(options) => svd_merge::run(options),
+            Self::Generate(options) => generate::run(options),
             Self::Inspect(options) => inspect::run(options),
             Self::Verify(options) => verify::run(options),
         };
