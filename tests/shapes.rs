@@ -87,12 +87,10 @@ pub fn judge(rgb: &[u8], width: usize) -> Seen {
 /// The shape whose outline fits best, if it fits.
 fn shape(far: &[bool], width: usize, height: usize) -> Option<&'static str> {
     // Rows and columns that hold more than a stray pixel.
-    let rows: Vec<usize> = (0..height)
-        .filter(|y| (0..width).filter(|x| far[y * width + x]).count() >= 3)
-        .collect();
-    let columns: Vec<usize> = (0..width)
-        .filter(|x| (0..height).filter(|y| far[y * width + x]).count() >= 3)
-        .collect();
+    let rows: Vec<usize> =
+        (0..height).filter(|y| (0..width).filter(|x| far[y * width + x]).count() >= 3).collect();
+    let columns: Vec<usize> =
+        (0..width).filter(|x| (0..height).filter(|y| far[y * width + x]).count() >= 3).collect();
     if rows.len() < 8 || columns.len() < 8 {
         return None;
     }
@@ -150,7 +148,10 @@ fn the_judge_sees_what_was_drawn_and_nothing_where_nothing_is() {
             let on = distance(shape_name, x, y) <= 0.;
             rgb.extend(if on { front.map(|c| (c * striped) as u8) } else { back.map(|c| c as u8) });
         }
-        seen.push((judge(&rgb, SIDE), Seen { shape: Some(shape_name), colour: Some(colour), background }));
+        seen.push((
+            judge(&rgb, SIDE),
+            Seen { shape: Some(shape_name), colour: Some(colour), background },
+        ));
     }
     for (judged, drawn) in seen {
         assert_eq!(judged, drawn);
