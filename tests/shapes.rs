@@ -41,7 +41,7 @@ fn distance(shape: &str, x: f32, y: f32) -> f32 {
     match shape {
         "circle" => radius - 0.95,
         "square" => ax.max(ay) - 0.85,
-        "diamond" => (ax + ay - 1.1) * 0.7071,
+        "diamond" => (ax + ay - 1.1) * std::f32::consts::FRAC_1_SQRT_2,
         "triangle" => (ax * 0.894 - (y + 1.) * 0.447).max(y - 0.85),
         "cross" => (ax - 0.95).max(ay - 0.32).min((ax - 0.32).max(ay - 0.95)),
         "ring" => (radius - 0.72).abs() - 0.23,
