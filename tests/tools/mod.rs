@@ -1,11 +1,13 @@
 //! The tools as commands: the reference's cases with its arguments, bad input, memory.
 //!
 //! - `cases`: sd-scripts' results on the small model, argument for argument
+//! - `generate`: pictures as a command
 //! - `hostile`: every kind of bad input gives one clear error and no file
 //! - `merge`: what merged models predict, folders, metadata, what fits no model
 //! - `resize_images`: the reference's pictures, exit codes, what is left behind
 
 mod cases;
+mod generate;
 mod hostile;
 mod merge;
 mod resize_images;
