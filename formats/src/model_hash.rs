@@ -152,8 +152,8 @@ mod tests {
 
     #[test]
     fn the_content_of_a_lora_has_the_hash_in_its_metadata() {
-        let lora = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/lora");
-        let path = lora.join("lierla_r4.safetensors");
+        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/formats");
+        let path = data.join("sd_scripts_resized.safetensors");
         let file = crate::open_tensor_file(&path).unwrap();
         assert_eq!(content_sha256(&path).unwrap(), file.metadata()["sshs_model_hash"]);
     }
