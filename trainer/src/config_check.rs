@@ -223,6 +223,8 @@ mod tests {
             &at("examples/quickstart/config.toml"),
             "--pretrained_model_name_or_path",
             &at("examples/tiny-sd"),
+            "--sample_prompts",
+            &at("examples/quickstart/prompts.txt"),
             "--dataset_config",
             &at("tests/data/options/front_ends/colab_dataset.toml"),
         ]);
