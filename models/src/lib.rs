@@ -70,6 +70,7 @@ mod error;
 #[cfg(test)]
 mod full_size;
 pub mod lora;
+mod mersenne;
 pub mod pipeline;
 pub mod pixel_order;
 mod preset;
@@ -83,6 +84,7 @@ mod vae;
 
 pub use clip::{ClipConfig, ClipTextModel, join_chunks, token_factors};
 pub use error::{ModelError, Result};
+pub use mersenne::Mt19937;
 pub use preset::{Preset, preset};
 pub use reader::{SlotVisitor, TensorShape};
 pub use schedule::{NoiseSchedule, ScheduleSettings};

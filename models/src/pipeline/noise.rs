@@ -1,58 +1,29 @@
 //! Noise that PyTorch's CPU generator gives for a seed.
 //!
 //! `torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))` is what diffusers and
-//! ComfyUI start a picture from, so that the same seed is the same picture here. The generator is the
-//! Mersenne Twister MT19937 (Matsumoto & Nishimura, 1998); sixteen or more numbers come from pairs of
-//! uniform ones eight apart, by Box and Muller.
+//! ComfyUI start a picture from, so that the same seed is the same picture here. The generator is
+//! [`Mt19937`]; sixteen or more numbers come from pairs of uniform ones eight apart, by Box and Muller.
 
-const WORDS: usize = 624;
-const SHIFT: usize = 397;
+use crate::Mt19937;
+
 /// Numbers that are made together.
 const BLOCK: usize = 16;
 
 /// One picture's source of normal numbers.
 #[derive(Clone)]
 pub struct TorchNoise {
-    state: [u32; WORDS],
-    next: usize,
+    words: Mt19937,
 }
 
 impl TorchNoise {
     /// The generator of a seed; like PyTorch's it takes its lower 32 bits.
     pub fn new(seed: u64) -> Self {
-        let mut state = [0; WORDS];
-        state[0] = seed as u32;
-        for i in 1..WORDS {
-            let last: u32 = state[i - 1];
-            state[i] = 1_812_433_253u32.wrapping_mul(last ^ (last >> 30)).wrapping_add(i as u32);
-        }
-        Self { state, next: WORDS }
-    }
-
-    fn word(&mut self) -> u32 {
-        if self.next == WORDS {
-            self.renew();
-        }
-        let mut word = self.state[self.next];
-        self.next += 1;
-        word ^= word >> 11;
-        word ^= (word << 7) & 0x9d2c_5680;
-        word ^= (word << 15) & 0xefc6_0000;
-        word ^ (word >> 18)
-    }
-
-    fn renew(&mut self) {
-        for i in 0..WORDS {
-            let both = (self.state[i] & 0x8000_0000) | (self.state[(i + 1) % WORDS] & 0x7fff_ffff);
-            let odd = if both & 1 == 1 { 0x9908_b0df } else { 0 };
-            self.state[i] = self.state[(i + SHIFT) % WORDS] ^ (both >> 1) ^ odd;
-        }
-        self.next = 0;
+        Self { words: Mt19937::new(seed as u32) }
     }
 
     /// Uniform in 0..1, 24 bits.
     fn uniform(&mut self) -> f32 {
-        (self.word() & 0x00ff_ffff) as f32 / 16_777_216.
+        (self.words.word() & 0x00ff_ffff) as f32 / 16_777_216.
     }
 
     /// As many normal numbers as `torch.randn` gives in one call, in its order. Fewer than

@@ -5,16 +5,12 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Words of the generator's state.
-const WORDS: usize = 624;
-/// How far apart the words are that are mixed.
-const SHIFT: usize = 397;
+use models::Mt19937;
 
-/// MT19937 as Python seeds it.
+/// Python's generator.
 #[derive(Clone, Debug)]
 pub(super) struct Seeds {
-    state: [u32; WORDS],
-    next: usize,
+    words: Mt19937,
 }
 
 impl Seeds {
@@ -24,65 +20,18 @@ impl Seeds {
             let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             since.as_nanos() as u64 ^ u64::from(std::process::id())
         });
-        let key = match seed >> 32 {
-            0 => vec![seed as u32],
-            high => vec![seed as u32, high as u32],
+        let words = match seed >> 32 {
+            0 => Mt19937::by_key(&[seed as u32]),
+            high => Mt19937::by_key(&[seed as u32, high as u32]),
         };
-        let mut state = [0_u32; WORDS];
-        state[0] = 19_650_218;
-        for i in 1..WORDS {
-            let last = state[i - 1];
-            state[i] = 1_812_433_253_u32.wrapping_mul(last ^ (last >> 30)).wrapping_add(i as u32);
-        }
-        let (mut i, mut j) = (1, 0);
-        for _ in 0..WORDS.max(key.len()) {
-            let last = state[i - 1];
-            state[i] = (state[i] ^ (last ^ (last >> 30)).wrapping_mul(1_664_525))
-                .wrapping_add(key[j])
-                .wrapping_add(j as u32);
-            (i, j) = (i + 1, (j + 1) % key.len());
-            if i == WORDS {
-                state[0] = state[WORDS - 1];
-                i = 1;
-            }
-        }
-        for _ in 1..WORDS {
-            let last = state[i - 1];
-            state[i] = (state[i] ^ (last ^ (last >> 30)).wrapping_mul(1_566_083_941))
-                .wrapping_sub(i as u32);
-            i += 1;
-            if i == WORDS {
-                state[0] = state[WORDS - 1];
-                i = 1;
-            }
-        }
-        state[0] = 0x8000_0000;
-        Self { state, next: WORDS }
-    }
-
-    fn word(&mut self) -> u32 {
-        if self.next == WORDS {
-            for i in 0..WORDS {
-                let next = self.state[(i + 1) % WORDS];
-                let both = (self.state[i] & 0x8000_0000) | (next & 0x7fff_ffff);
-                let odd = if both & 1 == 1 { 0x9908_b0df } else { 0 };
-                self.state[i] = self.state[(i + SHIFT) % WORDS] ^ (both >> 1) ^ odd;
-            }
-            self.next = 0;
-        }
-        let mut word = self.state[self.next];
-        self.next += 1;
-        word ^= word >> 11;
-        word ^= (word << 7) & 0x9d2c_5680;
-        word ^= (word << 15) & 0xefc6_0000;
-        word ^ (word >> 18)
+        Self { words }
     }
 
     /// `randint(0, 2**32 - 1)`: Python takes 33 bits and draws again while they are too large.
     pub fn draw(&mut self) -> u64 {
         loop {
-            let low = self.word();
-            if self.word() >> 31 == 0 {
+            let low = self.words.word();
+            if self.words.word() >> 31 == 0 {
                 return u64::from(low);
             }
         }
