@@ -1,7 +1,7 @@
 //! The models against what PyTorch computed from the same small models and inputs.
 //!
-//! `data/parity` is a model in SD1's layout, `data/parity-sd2` one in SD2's; their READMEs say how the
-//! numbers were made. Tolerances: forwards 1e-4 of the largest value, gradients 1e-3 of the norm and
+//! `data/parity` is a model in SD1's layout, `data/parity-sd2` one in SD2's, `data/parity-sdxl` one in
+//! SDXL's (in `parity_sdxl.rs`); their READMEs say how the numbers were made. Tolerances: forwards 1e-4 of the largest value, gradients 1e-3 of the norm and
 //! a cosine of 0.99999, which leaves room for another order of sums and for nothing else.
 
 #![expect(clippy::unwrap_used, reason = "a failed step of a test is a failed test")]
@@ -23,6 +23,8 @@ use models::{
     VaeConfig, join_chunks, pixel_order, preset, token_factors,
 };
 
+mod parity_sdxl;
+
 const FORWARD: f32 = 1e-4;
 const SCALING: f32 = 0.18215;
 
@@ -40,6 +42,12 @@ impl Numbers {
 
     fn get(&self, name: &str) -> Vec<f32> {
         self.0.view(name).unwrap().to_f32()
+    }
+
+    fn integers(&self, name: &str) -> Vec<i64> {
+        let view = self.0.view(name).unwrap();
+        assert_eq!(view.dtype, Dtype::I64);
+        view.data.as_chunks::<8>().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).collect()
     }
 
     fn shape(&self, name: &str) -> Vec<usize> {
@@ -118,7 +126,8 @@ impl Fixture {
 
     fn predict<'m>(&'m self, tape: &Tape<'m>, context: &Value) -> Value {
         let waves = self.unet.waves(Device::Cpu, &self.timesteps()).unwrap();
-        let input = UnetInput { latents: &self.latents(), waves: &waves, context };
+        let latents = &self.latents();
+        let input = UnetInput { latents, waves: &waves, context, added: None };
         self.unet.forward(tape, input).unwrap()
     }
 
@@ -290,7 +299,11 @@ fn compare_gradients(got: &BTreeMap<String, Vec<f32>>, want: &Numbers) {
 
 /// Loss and norm of all gradients of a case.
 fn case_totals(fixture: &Fixture, case: &str, name: &str) -> (f32, f32) {
-    let text = std::fs::read(fixture.root.join(case).join("cases.json")).unwrap();
+    case_totals_in(&fixture.root.join(case), name)
+}
+
+fn case_totals_in(folder: &Path, name: &str) -> (f32, f32) {
+    let text = std::fs::read(folder.join("cases.json")).unwrap();
     let json: serde_json::Value = serde_json::from_slice(&text).unwrap();
     let cases = json["cases"].as_array().unwrap();
     let found = cases.iter().find(|entry| entry["name"] == name).unwrap();

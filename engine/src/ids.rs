@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::{Device, Result, Tensor};
+use crate::{Device, EngineError, Result, Tensor};
 
 /// Numbers of rows of a table, on the device of the table.
 #[derive(Clone, Debug)]
@@ -49,5 +49,44 @@ impl Ids {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+}
+
+/// Rows that are taken out of a table, and the way back for their gradients.
+#[derive(Clone, Debug)]
+pub struct RowChoice {
+    pub(crate) rows: Ids,
+    /// For each row of the table its place among the chosen, or their number where it was not.
+    pub(crate) back: Ids,
+}
+
+impl RowChoice {
+    /// `rows` of a table of `count` rows, both ways; no row twice.
+    ///
+    /// # Errors
+    /// A row that is chosen twice or does not exist.
+    pub fn numbers(rows: &[u32], count: usize) -> Result<Vec<u32>> {
+        let mut back = vec![rows.len() as u32; count];
+        for (to, from) in rows.iter().enumerate() {
+            match back.get_mut(*from as usize) {
+                Some(place) if *place == rows.len() as u32 => *place = to as u32,
+                Some(_) => return Err(EngineError::Tape(format!("row {from} is gathered twice"))),
+                None => {
+                    return Err(EngineError::Tape(format!("row {from} of {count} is gathered")));
+                }
+            }
+        }
+        Ok(back)
+    }
+
+    /// The same rows each time the operation runs: a capture keeps them.
+    pub fn constant(device: Device, rows: &[u32], count: usize) -> Result<Self> {
+        let back = Self::numbers(rows, count)?;
+        Ok(Self { rows: Ids::constant(device, rows)?, back: Ids::constant(device, &back)? })
+    }
+
+    /// Rows and way back ([`Self::numbers`]) that are on the table's device.
+    pub fn new(rows: Ids, back: Ids) -> Self {
+        Self { rows, back }
     }
 }

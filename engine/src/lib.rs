@@ -24,7 +24,7 @@ mod tensor;
 pub use backend::{Activation, ConvGeometry, ElementLoss, LossSpec};
 pub use device::Device;
 pub use error::{EngineError, Result};
-pub use ids::Ids;
+pub use ids::{Ids, RowChoice};
 pub use ops::{
     Adapter, AttentionShape, ComposedAdapter, Conv2d, Drawn, Draws, Dropouts, Embedding, Factor,
     GroupNorm, LayerNorm, Linear, LowRankAdapter, Magnitude, NestedAdapter, Update,

@@ -25,25 +25,31 @@ pub struct OpenOptions {
 
 /// An opened base model: memory-mapped weights under the names of diffusers and transformers.
 pub struct BaseModel {
-    /// Stable Diffusion 1 or 2.
+    /// Stable Diffusion 1, 2 or XL.
     pub family: Family,
     /// `UNet2DConditionModel`'s weights. `proj_in` and `proj_out` are as stored: 1x1 convolutions
     /// in SD1, matrices in SD2.
     pub unet: Box<dyn Weights>,
     /// `CLIPTextModel`'s weights; for SD2 without the last layer of OpenCLIP.
     pub text_encoder: Box<dyn Weights>,
+    /// SDXL's second text encoder: `CLIPTextModelWithProjection`'s weights, `text_projection` among them.
+    pub text_encoder_2: Option<Box<dyn Weights>>,
     /// `AutoencoderKL`'s weights, the attention as `to_q`, `to_k`, `to_v`, `to_out.0` matrices.
     pub vae: Box<dyn Weights>,
     /// `unet/config.json`; single files have none.
     pub unet_config: Option<Value>,
     /// `text_encoder/config.json`.
     pub text_encoder_config: Option<Value>,
+    /// `text_encoder_2/config.json`.
+    pub text_encoder_2_config: Option<Value>,
     /// `vae/config.json`.
     pub vae_config: Option<Value>,
     /// `scheduler/scheduler_config.json`.
     pub scheduler_config: Option<Value>,
     /// The `tokenizer` folder, where there is one.
     pub tokenizer_dir: Option<PathBuf>,
+    /// The `tokenizer_2` folder, where there is one.
+    pub tokenizer_2_dir: Option<PathBuf>,
     /// `ss_sd_model_name`: file name, folder name or hub id.
     pub name: String,
     /// Gives `ss_sd_model_hash` and `ss_new_sd_model_hash` when asked (takes seconds).
@@ -102,7 +108,8 @@ pub fn open_base_model_with(
     };
     notes.extend(parts.notes);
     parts.finding.check(options.v2, &found.path)?;
-    family::check_parts(&parts.unet, &parts.text_encoder)?;
+    let second = parts.text_encoder_2.as_ref();
+    family::check_parts(&parts.unet, &parts.text_encoder, second)?;
 
     let (vae, vae_config, vae_identity) = match (&options.vae, parts.vae) {
         (Some(given), _) => {
@@ -122,12 +129,15 @@ pub fn open_base_model_with(
         family: parts.finding.family,
         unet: Box::new(parts.unet),
         text_encoder: Box::new(parts.text_encoder),
+        text_encoder_2: parts.text_encoder_2.map(|part| Box::new(part) as Box<dyn Weights>),
         vae: Box::new(vae),
         unet_config: parts.unet_config,
         text_encoder_config: parts.text_encoder_config,
+        text_encoder_2_config: parts.text_encoder_2_config,
         vae_config,
         scheduler_config: parts.scheduler_config,
         tokenizer_dir: parts.tokenizer_dir,
+        tokenizer_2_dir: parts.tokenizer_2_dir,
         name: found.identity.name.clone(),
         path: found.path,
         identity: found.identity,
@@ -142,12 +152,15 @@ fn from_single_file(path: &Path) -> Result<diffusers_dir::Folder, FormatError> {
         finding: file.finding,
         unet: file.unet,
         text_encoder: file.text_encoder,
+        text_encoder_2: file.text_encoder_2,
         vae: file.vae,
         unet_config: None,
         text_encoder_config: None,
+        text_encoder_2_config: None,
         vae_config: None,
         scheduler_config: None,
         tokenizer_dir: None,
+        tokenizer_2_dir: None,
         notes: file.notes,
     })
 }

@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use crate::family::{self, Finding};
-use crate::keys::{Component, KeyMap, map_transformers_clip};
+use crate::family::{self, Family, Finding};
+use crate::keys::{Component, map_transformers_clip, map_transformers_clip_with_projection};
 use crate::single_file::{note_ignored, open_vae, vae_component};
 use crate::tensor_file::{TensorFile, open_tensor_file};
 use crate::{Dtype, FormatError, TensorView};
@@ -88,13 +88,17 @@ pub(crate) struct Folder {
     pub finding: Finding,
     pub unet: Component,
     pub text_encoder: Component,
+    /// SDXL's second.
+    pub text_encoder_2: Option<Component>,
     /// `None` when the caller replaces it anyway.
     pub vae: Option<Component>,
     pub unet_config: Option<Value>,
     pub text_encoder_config: Option<Value>,
+    pub text_encoder_2_config: Option<Value>,
     pub vae_config: Option<Value>,
     pub scheduler_config: Option<Value>,
     pub tokenizer_dir: Option<PathBuf>,
+    pub tokenizer_2_dir: Option<PathBuf>,
     pub notes: Vec<String>,
 }
 
@@ -105,30 +109,44 @@ pub(crate) fn open(
     with_vae: bool,
 ) -> Result<Folder, FormatError> {
     let files = list_files(dir)?;
-    refuse_sdxl(dir)?;
     let mut notes = Vec::new();
     let mut weights = |place: Place| open_weights(dir, place, &files, variant, &mut notes);
     let unet = weights(UNET)?;
+    let unet_config = read_config(dir, "unet/config.json")?;
+    let unet = Component::whole_file(unet);
+    let finding = family::of_diffusers_unet(&unet, unet_config.as_ref())?;
+    let is_sdxl = finding.family == Family::Sdxl;
+    if is_sdxl && TEXT_ENCODER.choose(&files, variant).is_none() {
+        return Err(family::refiner(dir, "it has no `text_encoder`"));
+    }
     let text = weights(TEXT_ENCODER)?;
+    let second = is_sdxl.then(|| weights(TEXT_ENCODER_2)).transpose()?;
     let vae = with_vae.then(|| weights(VAE)).transpose()?;
     check_variant_used(dir, &files, variant)?;
 
-    let unet_config = read_config(dir, "unet/config.json")?;
-    let unet = Component::new(Arc::clone(&unet), KeyMap::identity(unet.as_ref()))?;
-    let finding = family::of_diffusers_unet(&unet, unet_config.as_ref())?;
     let text_map = map_transformers_clip(text.as_ref(), "");
     note_ignored(&mut notes, "text encoder", &text_map);
-    let tokenizer_dir = Some(dir.join("tokenizer")).filter(|path| path.is_dir());
+    let second = second
+        .map(|file| {
+            let map = map_transformers_clip_with_projection(file.as_ref());
+            note_ignored(&mut notes, "second text encoder", &map);
+            Component::new(file, map)
+        })
+        .transpose()?;
+    let folder = |name: &str| Some(dir.join(name)).filter(|path| path.is_dir());
     Ok(Folder {
         finding,
         unet,
         text_encoder: Component::new(text, text_map)?,
+        text_encoder_2: second,
         vae: vae.map(vae_component).transpose()?,
         unet_config,
         text_encoder_config: read_config(dir, "text_encoder/config.json")?,
+        text_encoder_2_config: read_config(dir, "text_encoder_2/config.json")?,
         vae_config: read_config(dir, "vae/config.json")?,
         scheduler_config: read_config(dir, "scheduler/scheduler_config.json")?,
-        tokenizer_dir,
+        tokenizer_dir: folder("tokenizer"),
+        tokenizer_2_dir: folder("tokenizer_2"),
         notes,
     })
 }
@@ -189,19 +207,6 @@ pub(crate) fn list_files(dir: &Path) -> Result<Vec<String>, FormatError> {
     Ok(files)
 }
 
-fn refuse_sdxl(dir: &Path) -> Result<(), FormatError> {
-    let index = read_config(dir, "model_index.json")?;
-    let class = index.as_ref().and_then(|i| i.get("_class_name")).and_then(Value::as_str);
-    let because = if let Some(class) = class.filter(|class| class.contains("XL")) {
-        format!("its pipeline is `{class}`")
-    } else if dir.join("text_encoder_2").is_dir() {
-        "it has `text_encoder_2`".to_owned()
-    } else {
-        return Ok(());
-    };
-    Err(FormatError::UnsupportedFamily { path: dir.to_path_buf(), family: "SDXL", because })
-}
-
 /// An explicit variant that no component has is a mistake, not a preference.
 fn check_variant_used(
     dir: &Path,
@@ -209,7 +214,7 @@ fn check_variant_used(
     variant: Option<&str>,
 ) -> Result<(), FormatError> {
     let Some(variant) = variant else { return Ok(()) };
-    let used = [UNET, TEXT_ENCODER, VAE].iter().any(|place| {
+    let used = [UNET, TEXT_ENCODER, TEXT_ENCODER_2, VAE].iter().any(|place| {
         let chosen = place.choose(files, Some(variant));
         chosen.is_some_and(|(_, note)| note.is_none())
     });

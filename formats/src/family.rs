@@ -86,26 +86,8 @@ pub(crate) const LDM_TEXT_1: &str = "conditioner.embedders.0.transformer.";
 /// The prefix of SDXL's second text encoder in single files, OpenCLIP bigG.
 pub(crate) const LDM_TEXT_2: &str = "conditioner.embedders.1.model.";
 
-/// The family of a single-file checkpoint that is to be trained: SDXL is refused.
+/// The family of a single-file checkpoint.
 pub(crate) fn of_single_file(file: &dyn TensorFile) -> Result<Finding, FormatError> {
-    let names = file.names();
-    let sdxl = |name: &&&str| {
-        name.starts_with(LDM_TEXTS)
-            || name.starts_with("model.diffusion_model.label_emb.")
-                && !names.iter().any(|name| name.starts_with(LDM_TEXT))
-    };
-    if let Some(name) = names.iter().find(sdxl) {
-        return Err(FormatError::UnsupportedFamily {
-            path: file.path().to_path_buf(),
-            family: "SDXL",
-            because: format!("it has `{name}`"),
-        });
-    }
-    of_any_single_file(file)
-}
-
-/// The family of a single-file checkpoint, SDXL too.
-pub(crate) fn of_any_single_file(file: &dyn TensorFile) -> Result<Finding, FormatError> {
     let names = file.names();
     let with = |prefix: &str| names.iter().copied().find(|name| name.starts_with(prefix));
     let unsupported = |family, name: &str| FormatError::UnsupportedFamily {
@@ -132,7 +114,7 @@ pub(crate) fn of_any_single_file(file: &dyn TensorFile) -> Result<Finding, Forma
         return Ok(Finding { family: Family::Sdxl, because });
     }
     if let Some(name) = with(LDM_TEXTS) {
-        return Err(unsupported("the refiner of SDXL (or a part of SDXL)", name));
+        return Err(refiner(file.path(), &format!("it has `{name}` alone")));
     }
     if let (Some(name), Some(_)) = (with("model.diffusion_model.label_emb."), with(LDM_TEXT)) {
         return Err(unsupported("a U-Net with class embeddings", name));
@@ -184,24 +166,8 @@ fn not_a_checkpoint(file: &dyn TensorFile, names: &[&str]) -> FormatError {
     }
 }
 
-/// The family of a U-Net in diffusers' layout that is to be trained: SDXL is refused.
+/// The family of a U-Net in diffusers' layout.
 pub(crate) fn of_diffusers_unet(
-    unet: &Component,
-    config: Option<&Value>,
-) -> Result<Finding, FormatError> {
-    let finding = of_any_diffusers_unet(unet, config)?;
-    if finding.family == Family::Sdxl {
-        return Err(FormatError::UnsupportedFamily {
-            path: unet.path().to_path_buf(),
-            family: "SDXL",
-            because: finding.because,
-        });
-    }
-    Ok(finding)
-}
-
-/// The family of a U-Net in diffusers' layout, SDXL too.
-pub(crate) fn of_any_diffusers_unet(
     unet: &Component,
     config: Option<&Value>,
 ) -> Result<Finding, FormatError> {
@@ -233,9 +199,22 @@ pub(crate) fn of_any_diffusers_unet(
     Ok(Finding { family, because: format!("`{name}` of its U-Net is {what}") })
 }
 
-/// What holds for every trainable model: four latent channels, and a text encoder as wide as the
-/// U-Net's cross-attention expects.
-pub(crate) fn check_parts(unet: &Component, text: &Component) -> Result<(), FormatError> {
+/// The error for SDXL's refiner, or a part of SDXL.
+pub(crate) fn refiner(path: &Path, because: &str) -> FormatError {
+    FormatError::Unsupported {
+        path: path.to_path_buf(),
+        reason: format!("it is the refiner of SDXL or a part of a model: {because}"),
+        hint: "give the base model, which has both text encoders".to_owned(),
+    }
+}
+
+/// What holds for every trainable model: four latent channels, and text encoders that are together
+/// as wide as the U-Net's cross-attention expects.
+pub(crate) fn check_parts(
+    unet: &Component,
+    text: &Component,
+    second: Option<&Component>,
+) -> Result<(), FormatError> {
     if let Some(shape) = unet.shape("conv_in.weight")
         && shape.get(1) != Some(&4)
     {
@@ -251,8 +230,10 @@ pub(crate) fn check_parts(unet: &Component, text: &Component) -> Result<(), Form
     let names = unet.names();
     let cross = names.iter().find(|name| name.ends_with(".attn2.to_k.weight"));
     let cross = cross.and_then(|name| unet.shape(name)).and_then(|shape| shape.get(1).copied());
-    let width =
-        text.shape("text_model.final_layer_norm.weight").and_then(|shape| shape.first().copied());
+    let width = |text: &Component| {
+        text.shape("text_model.final_layer_norm.weight").and_then(|shape| shape.first().copied())
+    };
+    let width = width(text).map(|first| first + second.and_then(width).unwrap_or(0));
     match (cross, width) {
         (Some(cross), Some(width)) if cross != width => Err(FormatError::Unsupported {
             path: unet.path().to_path_buf(),

@@ -10,13 +10,14 @@ use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use hf_hub::{Cache, Repo};
 
 use crate::FormatError;
-use crate::diffusers_dir::{self, Place, TEXT_ENCODER, UNET, VAE};
+use crate::diffusers_dir::{self, Place, TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE};
 
 /// Small files fetched when the repository has them.
-const EXTRAS: [&str; 10] = [
+const EXTRAS: [&str; 16] = [
     "model_index.json",
     "unet/config.json",
     "text_encoder/config.json",
+    "text_encoder_2/config.json",
     "vae/config.json",
     "scheduler/scheduler_config.json",
     "tokenizer/vocab.json",
@@ -24,6 +25,11 @@ const EXTRAS: [&str; 10] = [
     "tokenizer/tokenizer.json",
     "tokenizer/tokenizer_config.json",
     "tokenizer/special_tokens_map.json",
+    "tokenizer_2/vocab.json",
+    "tokenizer_2/merges.txt",
+    "tokenizer_2/tokenizer.json",
+    "tokenizer_2/tokenizer_config.json",
+    "tokenizer_2/special_tokens_map.json",
 ];
 
 /// Where the hub and its cache are.
@@ -138,11 +144,17 @@ pub(crate) fn fetch(
 }
 
 fn places(wanted: Wanted, files: &[String]) -> Vec<Place> {
-    match wanted {
-        Wanted::Model { with_vae: true } => vec![UNET, TEXT_ENCODER, VAE],
-        Wanted::Model { with_vae: false } => vec![UNET, TEXT_ENCODER],
-        Wanted::Vae => vec![diffusers_dir::vae_place(files)],
+    let Wanted::Model { with_vae } = wanted else {
+        return vec![diffusers_dir::vae_place(files)];
+    };
+    let mut places = vec![UNET, TEXT_ENCODER];
+    if files.iter().any(|file| file.starts_with("text_encoder_2/")) {
+        places.push(TEXT_ENCODER_2);
     }
+    if with_vae {
+        places.push(VAE);
+    }
+    places
 }
 
 fn open_repo(id: &str, options: &HubOptions) -> Result<ApiRepo, FormatError> {

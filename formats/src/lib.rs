@@ -32,6 +32,7 @@ pub mod stream;
 mod tensor;
 mod tensor_file;
 
+pub use adapter::sdxl_original_name;
 pub use base_model::{BaseModel, OpenOptions, open_base_model, open_base_model_with};
 pub use container::SaveAs;
 pub use dtype::{Dtype, SavePrecision, bytes_from_f32, extend_f32};

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::FormatError;
-use crate::family::{self, Family, Finding, LDM_UNET, OPEN_CLIP};
+use crate::family::{self, Family, Finding, LDM_TEXT_1, LDM_TEXT_2, LDM_UNET, OPEN_CLIP};
 use crate::keys::{
     Component, KeyMap, OpenClip, map_diffusers_vae, map_ldm_unet, map_ldm_vae, map_open_clip,
     map_transformers_clip,
@@ -19,6 +19,8 @@ pub(crate) struct SingleFile {
     pub finding: Finding,
     pub unet: Component,
     pub text_encoder: Component,
+    /// SDXL's second.
+    pub text_encoder_2: Option<Component>,
     pub vae: Option<Component>,
     pub notes: Vec<String>,
 }
@@ -31,20 +33,25 @@ pub(crate) fn open(path: &Path) -> Result<SingleFile, FormatError> {
     let unet = map_ldm_unet(file.as_ref(), LDM_UNET);
     let text = match finding.family {
         Family::Sd2 => map_open_clip(file.as_ref(), OPEN_CLIP, OpenClip::BeforeLast),
-        // SDXL is refused above.
-        Family::Sd1 | Family::Sdxl => {
-            map_transformers_clip(file.as_ref(), clip_prefix(file.as_ref()))
-        }
+        Family::Sd1 => map_transformers_clip(file.as_ref(), clip_prefix(file.as_ref())),
+        Family::Sdxl => map_transformers_clip(file.as_ref(), LDM_TEXT_1),
     };
+    let second = (finding.family == Family::Sdxl)
+        .then(|| map_open_clip(file.as_ref(), LDM_TEXT_2, OpenClip::WithProjection));
     let vae = map_ldm_vae(file.as_ref(), LDM_VAE);
     note_ignored(&mut notes, "U-Net", &unet);
     note_ignored(&mut notes, "text encoder", &text);
+    if let Some(second) = &second {
+        note_ignored(&mut notes, "second text encoder", second);
+    }
     note_ignored(&mut notes, "VAE", &vae);
+    let second = second.map(|map| Component::new(Arc::clone(&file), map)).transpose()?;
     let vae = (!vae.is_empty()).then(|| Component::new(Arc::clone(&file), vae)).transpose()?;
     Ok(SingleFile {
         finding,
         unet: Component::new(Arc::clone(&file), unet)?,
         text_encoder: Component::new(file, text)?,
+        text_encoder_2: second,
         vae,
         notes,
     })

@@ -1,10 +1,11 @@
-//! CLIP's text encoder (transformers' `CLIPTextModel`): ViT-L of SD1 and OpenCLIP-H of SD2.
+//! CLIP's text encoder (transformers' `CLIPTextModel`): ViT-L of SD1, OpenCLIP-H of SD2, both ViT-L and
+//! OpenCLIP bigG with its projection of SDXL.
 //!
 //! A prompt longer than 77 tokens comes as several chunks along the batch axis; see [`join_chunks`].
 
 use engine::{
     Activation, AttentionShape, DType, Device, Embedding, EngineError, Ids, LayerNorm, Linear,
-    Result as EngineResult, Tape, Value,
+    Result as EngineResult, RowChoice, Tape, Value,
 };
 use formats::Weights;
 use serde_json::{Value as Json, json};
@@ -18,6 +19,9 @@ const COMPONENT: &str = "text encoder";
 const TOKENS: &str = "text_model.embeddings.token_embedding";
 const POSITIONS: &str = "text_model.embeddings.position_embedding";
 const LAYERS: &str = "text_model.encoder.layers";
+const PROJECTION: &str = "text_projection";
+/// The token that ends a prompt, the last of CLIP's vocabulary.
+const END: u32 = 49407;
 
 /// Sizes of a text encoder.
 #[derive(Clone, Debug, PartialEq)]
@@ -38,6 +42,8 @@ pub struct ClipConfig {
     pub activation: Activation,
     /// Epsilon of the layer normalisations.
     pub norm_eps: f32,
+    /// Width of the pooled output, where there is a projection to it.
+    pub pooled: Option<usize>,
 }
 
 impl ClipConfig {
@@ -62,6 +68,7 @@ impl ClipConfig {
             heads: (width / preset.text_head_width).max(1),
             activation: preset.text_activation,
             norm_eps: 1e-5,
+            pooled: weights.shape(&format!("{PROJECTION}.weight")).and_then(|s| s.first().copied()),
         };
         if let Some(json) = config {
             clip.apply(&ConfigValue { component: COMPONENT, json })?;
@@ -100,6 +107,7 @@ impl ClipConfig {
             heads: 12,
             activation: Activation::QuickGelu,
             norm_eps: 1e-5,
+            pooled: None,
         }
     }
 
@@ -116,6 +124,21 @@ impl ClipConfig {
     }
 }
 
+impl ClipConfig {
+    /// The second text encoder of SDXL (OpenCLIP bigG) in full size.
+    pub fn sdxl_second() -> Self {
+        Self {
+            width: 1280,
+            inner: 5120,
+            layers: 32,
+            heads: 20,
+            activation: Activation::Gelu,
+            pooled: Some(1280),
+            ..Self::sd1()
+        }
+    }
+}
+
 /// A text encoder on one device, its weights frozen.
 pub struct ClipTextModel {
     config: ClipConfig,
@@ -123,6 +146,7 @@ pub struct ClipTextModel {
     positions: Embedding,
     layers: Vec<Layer>,
     final_norm: LayerNorm,
+    projection: Option<Linear>,
 }
 
 struct Layer {
@@ -164,6 +188,10 @@ impl ClipTextModel {
             positions: reader.embedding(POSITIONS, config.positions, config.width)?,
             layers: (0..config.layers).map(layer).collect::<Result<_>>()?,
             final_norm: reader.layer_norm(final_norm, config.width, config.norm_eps)?,
+            projection: config
+                .pooled
+                .map(|pooled| reader.linear_without_bias(PROJECTION, pooled, config.width))
+                .transpose()?,
             config: config.clone(),
         })
     }
@@ -185,6 +213,51 @@ impl ClipTextModel {
         length: usize,
         clip_skip: Option<usize>,
     ) -> EngineResult<Value> {
+        let used = self.used_layers(clip_skip)?;
+        let h = self.run(tape, ids, length, used)?;
+        self.final_norm.forward(tape, &h)
+    }
+
+    /// What the last layer would read, `[ids.len()/length, length, width]`, without the final layer
+    /// norm: SDXL's hidden states.
+    pub fn penultimate<'m>(
+        &'m self,
+        tape: &Tape<'m>,
+        ids: &Ids,
+        length: usize,
+    ) -> EngineResult<Value> {
+        self.run(tape, ids, length, self.config.layers.saturating_sub(1))
+    }
+
+    /// The pooled output `[prompts, config.pooled]`: last layer, final layer norm and projection of
+    /// what [`Self::penultimate`] gave, at the rows of `ends` ([`end_rows`]).
+    ///
+    /// # Errors
+    /// A text encoder without a projection.
+    pub fn pooled<'m>(
+        &'m self,
+        tape: &Tape<'m>,
+        penultimate: &Value,
+        ends: &RowChoice,
+    ) -> EngineResult<Value> {
+        let (Some(last), Some(projection)) = (self.layers.last(), &self.projection) else {
+            let reason = "the text encoder has no projection of a pooled output";
+            return Err(EngineError::Unsupported(reason.into()));
+        };
+        let h = tape.segment(&[penultimate], move |tape, inputs| last.forward(tape, &inputs[0]))?;
+        let h = tape.gather(&h, ends)?;
+        let h = self.final_norm.forward(tape, &h)?;
+        projection.forward(tape, &h)
+    }
+
+    /// The first `used` layers.
+    fn run<'m>(
+        &'m self,
+        tape: &Tape<'m>,
+        ids: &Ids,
+        length: usize,
+        used: usize,
+    ) -> EngineResult<Value> {
         if length == 0 || length > self.config.positions || !ids.len().is_multiple_of(length) {
             let detail = format!(
                 "{} ids in sequences of {length}, the model has {} positions",
@@ -193,7 +266,6 @@ impl ClipTextModel {
             );
             return Err(EngineError::shape("text encoder", detail));
         }
-        let used = self.used_layers(clip_skip)?;
         let places: Vec<u32> = (0..ids.len()).map(|i| (i % length) as u32).collect();
         let places = Ids::constant(self.positions.table.device(), &places)?;
         let mut h = tape.add(&self.tokens.forward(ids)?, &self.positions.forward(&places)?)?;
@@ -201,7 +273,7 @@ impl ClipTextModel {
         for layer in &self.layers[..used] {
             h = tape.segment(&[&h], move |tape, inputs| layer.forward(tape, &inputs[0]))?;
         }
-        self.final_norm.forward(tape, &h)
+        Ok(h)
     }
 
     fn used_layers(&self, clip_skip: Option<usize>) -> EngineResult<usize> {
@@ -273,6 +345,17 @@ impl Layer {
         visit(&format!("{path}.mlp.fc1"), (&mut self.fc1).into());
         visit(&format!("{path}.mlp.fc2"), (&mut self.fc2).into());
     }
+}
+
+/// Rows of the pooled outputs in the hidden states of `ids` `[prompts,chunks,length]`: the first end
+/// token of each prompt's first chunk (transformers' rule; sd-scripts keeps the first chunk's).
+pub fn end_rows(ids: &[u32], chunks: usize, length: usize) -> Vec<u32> {
+    let each = (chunks * length).max(1);
+    let of_prompt = |(prompt, ids): (usize, &[u32])| {
+        let end = ids[..length.min(ids.len())].iter().position(|id| *id == END);
+        (prompt * each + end.unwrap_or(0)) as u32
+    };
+    ids.chunks(each).enumerate().map(of_prompt).collect()
 }
 
 /// Joins the chunks of long prompts: `[B·chunks,L,C]` becomes `[B, chunks·(L-2)+2, C]`.

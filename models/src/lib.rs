@@ -82,11 +82,11 @@ mod schedule;
 mod unet;
 mod vae;
 
-pub use clip::{ClipConfig, ClipTextModel, join_chunks, token_factors};
+pub use clip::{ClipConfig, ClipTextModel, end_rows, join_chunks, token_factors};
 pub use error::{ModelError, Result};
 pub use mersenne::Mt19937;
-pub use preset::{Preset, preset};
+pub use preset::{Preset, preset, second_text_preset};
 pub use reader::{SlotVisitor, TensorShape};
 pub use schedule::{NoiseSchedule, ScheduleSettings};
-pub use unet::{Unet, UnetConfig, UnetInput, timestep_embedding};
+pub use unet::{SizeIds, Unet, UnetConfig, UnetInput, timestep_embedding};
 pub use vae::{Moments, Tiling, Vae, VaeConfig};

@@ -35,6 +35,9 @@ pub struct Preset {
     pub vae_scaling: f32,
     /// Whether sd-scripts' tokenizer pads with `!` (0) instead of the end token.
     pub pads_with_zero: bool,
+    /// Whether hidden states are those before the last layer, without the final normalisation,
+    /// whatever `clip_skip` says.
+    pub penultimate: bool,
 }
 
 const SD1: Preset = Preset {
@@ -43,6 +46,7 @@ const SD1: Preset = Preset {
     text_head_width: 64,
     vae_scaling: 0.18215,
     pads_with_zero: false,
+    penultimate: false,
 };
 
 const SD2: Preset = Preset {
@@ -52,9 +56,13 @@ const SD2: Preset = Preset {
     ..SD1
 };
 
-/// Heads as in SD2; of its two text encoders the first is SD1's and the second has exact GELU, which
-/// the checkpoint's parts tell by their layout.
-const SDXL: Preset = Preset { unet_heads: HeadRule::Width(64), vae_scaling: 0.13025, ..SD1 };
+/// Heads as in SD2; of its two text encoders the first is SD1's, the second has a row of its own.
+const SDXL: Preset =
+    Preset { unet_heads: HeadRule::Width(64), vae_scaling: 0.13025, penultimate: true, ..SD1 };
+
+/// SDXL's second text encoder, OpenCLIP bigG: exact GELU and zeros behind the end, as SD2's.
+const SDXL_SECOND: Preset =
+    Preset { text_activation: Activation::Gelu, pads_with_zero: true, ..SDXL };
 
 /// The row of a family.
 pub fn preset(family: Family) -> &'static Preset {
@@ -63,4 +71,9 @@ pub fn preset(family: Family) -> &'static Preset {
         Family::Sd2 => &SD2,
         Family::Sdxl => &SDXL,
     }
+}
+
+/// The row for a family's second text encoder, if it has one.
+pub fn second_text_preset(family: Family) -> Option<&'static Preset> {
+    (family == Family::Sdxl).then_some(&SDXL_SECOND)
 }

@@ -55,7 +55,7 @@ fn prediction(model: &Path, parity: &Path) -> Vec<f32> {
     let shape = [batch, height, width, channels];
     let noisy = Tensor::from_f32(Device::Cpu, &shape, &noisy, DType::F32).expect("latents");
     let waves = unet.waves(Device::Cpu, timesteps).expect("waves");
-    let input = UnetInput { latents: &noisy, waves: &waves, context: &context };
+    let input = UnetInput { latents: &noisy, waves: &waves, context: &context, added: None };
     let out = unet.forward(&tape, input).expect("a prediction");
     let out = out.tensor().to_vec_f32().expect("numbers");
     pixel_order::nchw_from_nhwc(&out, channels, height * width)

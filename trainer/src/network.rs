@@ -106,11 +106,13 @@ impl PreparedNetwork {
             let mut rng = stream(seed, Purpose::LoraInit, name_key(key), 0);
             (0..count).map(|_| rng.uniform_f32()).collect()
         });
-        network.set_magnitudes(
-            &mut values,
-            &base.merge.over(Part::TextEncoder, &*base.files.text_encoder),
-            &base.merge.over(Part::Unet, &*base.files.unet),
-        )?;
+        let text_encoder = base.merge.over(Part::TextEncoder, &*base.files.text_encoder);
+        let unet = base.merge.over(Part::Unet, &*base.files.unet);
+        let frozen = BTreeMap::from([
+            (Part::TextEncoder, &text_encoder as &dyn Weights),
+            (Part::Unet, &unet),
+        ]);
+        network.set_magnitudes(&mut values, &frozen)?;
         if let Some(file) = &weights {
             let path = file.path.display();
             let report = network

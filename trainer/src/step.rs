@@ -107,7 +107,8 @@ fn predict<'m>(
     inputs: &StepInputs,
     context: &Value,
 ) -> engine::Result<Value> {
-    unet.forward(tape, UnetInput { latents: &inputs.latents, waves: &inputs.waves, context })
+    let (latents, waves) = (&inputs.latents, &inputs.waves);
+    unet.forward(tape, UnetInput { latents, waves, context, added: None })
 }
 
 /// Hidden states of the prompts, `[B,T,C]`, long prompts joined, words weighted.

@@ -159,7 +159,11 @@ fn main() -> Result<()> {
         };
         (0..count).map(|_| next()).collect()
     });
-    network.set_magnitudes(&mut values, &text_weights, &unet_weights)?;
+    let frozen = BTreeMap::from([
+        (Part::TextEncoder, &text_weights as &dyn Weights),
+        (Part::Unet, &unet_weights),
+    ]);
+    network.set_magnitudes(&mut values, &frozen)?;
     let mut params = network.parameters(Device::Cpu, values)?;
     models.install(&network)?;
     let forms = TensorForm::of(&network);

@@ -1,6 +1,6 @@
 //! Operations that move elements without arithmetic.
 
-use crate::{EngineError, Ids, Result, Tape, Tensor, Value};
+use crate::{EngineError, Result, RowChoice, Tape, Tensor, Value};
 
 impl<'m> Tape<'m> {
     /// The same elements under another shape; no copy.
@@ -36,26 +36,24 @@ impl<'m> Tape<'m> {
     ///
     /// Joins the chunks of a long prompt: the gradient of a row chosen once goes back to its place.
     pub fn gather_rows(&self, x: &Value, rows: &[u32]) -> Result<Value> {
+        self.gather(x, &RowChoice::constant(x.tensor().device(), rows, x.tensor().rows())?)
+    }
+
+    /// [`Tape::gather_rows`] with rows that may differ each time the operation runs.
+    pub fn gather(&self, x: &Value, choice: &RowChoice) -> Result<Value> {
         let (count, width) = (x.tensor().rows(), x.tensor().last_dim());
-        let flat = x.tensor().reshape(&[count, width])?;
-        let backend = flat.device().backend();
-        let y = backend.embedding(&flat, &Ids::constant(flat.device(), rows)?)?;
-        let mut place = vec![None; count];
-        for (to, from) in rows.iter().enumerate() {
-            let slot = &mut place[*from as usize];
-            if x.is_tracked() && slot.replace(to as u32).is_some() {
-                return Err(EngineError::Tape(format!("row {from} is gathered twice")));
-            }
+        if choice.back.len() != count {
+            let detail = format!("rows of {} for {:?}", choice.back.len(), x.shape());
+            return Err(EngineError::shape("gather", detail));
         }
-        let (before, origin) = (x.shape().to_vec(), x.origin());
-        let chosen = rows.len();
+        let flat = x.tensor().reshape(&[count, width])?;
+        let y = flat.device().backend().embedding(&flat, &choice.rows)?;
+        let (before, origin, back) = (x.shape().to_vec(), x.origin(), choice.back.clone());
         Ok(self.record(y, &[x], move |dy, grads| {
             let backend = dy.device().backend();
             // Rows that were not chosen read from one row of zeros behind the gradient.
             let zero = Tensor::zeros(dy.device(), &[1, width], dy.dtype())?;
             let padded = backend.concat_rows(&dy, &zero)?;
-            let back: Vec<u32> = place.iter().map(|slot| slot.unwrap_or(chosen as u32)).collect();
-            let back = Ids::constant(dy.device(), &back)?;
             grads.add(origin, backend.embedding(&padded, &back)?.reshape(&before)?)
         }))
     }

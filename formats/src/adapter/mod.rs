@@ -22,6 +22,7 @@ use crate::{Family, FormatError, TensorView};
 use names::Part;
 
 pub use dotted::diffusers_path;
+pub use sdxl_unet::original_name as sdxl_original_name;
 
 /// How the keys of a file are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

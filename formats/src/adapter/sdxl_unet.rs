@@ -26,7 +26,7 @@ const OUTER: [(&str, &str); 7] = [
 ];
 
 /// `down_blocks_1_attentions_0_proj_in` -> `input_blocks_4_1_proj_in`.
-pub(crate) fn original_name(diffusers: &str) -> Option<String> {
+pub fn original_name(diffusers: &str) -> Option<String> {
     if let Some((_, original)) = OUTER.iter().find(|(name, _)| *name == diffusers) {
         return Some((*original).to_owned());
     }

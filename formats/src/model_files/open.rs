@@ -25,7 +25,7 @@ type Components = BTreeMap<ComponentKind, Component>;
 
 pub(super) fn single_file(path: &Path) -> Result<ModelFiles, FormatError> {
     let file = open_tensor_file(path)?;
-    let family = family::of_any_single_file(file.as_ref())?.family;
+    let family = family::of_single_file(file.as_ref())?.family;
     let mut maps = vec![
         (ComponentKind::Unet, "U-Net", map_ldm_unet(file.as_ref(), LDM_UNET)),
         (ComponentKind::Vae, "VAE", map_ldm_vae(file.as_ref(), LDM_VAE)),
@@ -79,7 +79,7 @@ pub(super) fn folder(dir: &Path) -> Result<ModelFiles, FormatError> {
     let text = open(TEXT_ENCODER, ComponentKind::TextEncoder)?;
     let unet_component = Component::whole_file(Arc::clone(&unet.file));
     let config = read_config(dir, "unet/config.json")?;
-    let family = family::of_any_diffusers_unet(&unet_component, config.as_ref())?.family;
+    let family = family::of_diffusers_unet(&unet_component, config.as_ref())?.family;
     refuse_other_pipelines(dir, family)?;
     let second = (family == Family::Sdxl)
         .then(|| open(TEXT_ENCODER_2, ComponentKind::TextEncoder2))

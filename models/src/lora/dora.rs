@@ -34,15 +34,13 @@ fn row_norms(weights: &dyn Weights, target: &Target) -> Result<Vec<f32>> {
 }
 
 impl LoraNetwork {
-    /// Puts the lengths of the frozen weights' rows in the places of `values` that start from these;
-    /// other networks than DoRA have none.
+    /// Puts the lengths of the rows of the frozen weights `parts` in the places of `values` that start
+    /// from these; other networks than DoRA have none.
     pub fn set_magnitudes(
         &self,
         values: &mut [Vec<f32>],
-        text_encoder: &dyn Weights,
-        unet: &dyn Weights,
+        parts: &BTreeMap<Part, &dyn Weights>,
     ) -> Result<()> {
-        let parts = BTreeMap::from([(Part::TextEncoder, text_encoder), (Part::Unet, unet)]);
         for module in &self.modules {
             for (plan, ids) in module.parts() {
                 if plan.init != Init::RowNorms {

@@ -34,7 +34,7 @@ pub struct LoraPlus {
 impl LoraPlus {
     fn ratio(&self, part: Part) -> Option<f64> {
         let own = match part {
-            Part::TextEncoder => self.text_encoder,
+            Part::TextEncoder | Part::TextEncoder2 => self.text_encoder,
             Part::Unet => self.unet,
         };
         own.or(self.all)
@@ -56,6 +56,7 @@ impl LoraNetwork {
 
     /// Parameters by learning rate; every parameter is in one group.
     pub fn groups(&self) -> Vec<ParamGroup> {
+        let two_texts = self.modules.iter().any(|module| module.target.part == Part::TextEncoder2);
         // Name, factor and modules, in the order in which names appear.
         let mut sets: Vec<(Part, String, f64, Vec<&LoraModule>)> = Vec::new();
         for module in &self.modules {
@@ -65,6 +66,7 @@ impl LoraNetwork {
                     let (block, factor) = blocks.of(&module.target.name);
                     (format!("unet_block{block}"), factor)
                 }
+                (Part::TextEncoder, _) if two_texts => ("textencoder 1".to_owned(), 1.),
                 _ => (part.group_name().to_owned(), 1.),
             };
             match sets.iter_mut().find(|set| set.1 == label) {

@@ -4,7 +4,7 @@
 use formats::Weights;
 
 use super::rank::{Rank, RankRule};
-use super::target::{Part, Target, targets};
+use super::target::{Target, of_unet};
 
 /// A named choice of layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +48,7 @@ impl Preset {
     }
 
     fn covers(self, target: &Target) -> bool {
-        if target.part == Part::TextEncoder {
+        if target.part.is_text() {
             return self.has_text_encoder()
                 && (self != Preset::AttentionOnly || target.path.contains(".self_attn."));
         }
@@ -60,19 +60,29 @@ impl Preset {
                 target.path.contains(".attn1.") || target.path.contains(".attn2.")
             }
             Preset::UnetConvblockOnly => {
-                !target.in_transformer && !target.path.starts_with("time_embedding.")
+                !target.in_transformer
+                    && !target.path.starts_with("time_embedding.")
+                    && !target.path.starts_with("add_embedding.")
             }
         }
     }
 }
 
 fn is_outer(path: &str) -> bool {
-    matches!(path, "conv_in" | "conv_out" | "time_embedding.linear_1" | "time_embedding.linear_2")
+    matches!(
+        path,
+        "conv_in"
+            | "conv_out"
+            | "time_embedding.linear_1"
+            | "time_embedding.linear_2"
+            | "add_embedding.linear_1"
+            | "add_embedding.linear_2"
+    )
 }
 
 /// Layers of the U-Net outside of its blocks; only LyCORIS trains them.
 pub fn outer_targets(weights: &dyn Weights) -> Vec<Target> {
-    targets(weights, Part::Unet, |path| is_outer(path).then_some(false))
+    of_unet(weights, |path| is_outer(path).then_some(false))
 }
 
 /// One rank for linear layers and 1x1 convolutions of a preset, one for its other convolutions.

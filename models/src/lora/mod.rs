@@ -43,7 +43,9 @@ pub use network::{LoraModule, LoraNetwork};
 pub use norms::NormReport;
 pub use rank::{FileRanks, Rank, RankRule, RootRanks, UniformRanks};
 pub use stack::{LoraStack, StackReport, StackedWeights};
-pub use target::{LayerKind, Part, Target, text_encoder_targets, unet_targets};
+pub use target::{
+    LayerKind, Part, Target, sdxl_text_encoder_targets, text_encoder_targets, unet_targets,
+};
 
 use engine::{Adapter, Dropouts, ParamId};
 

@@ -206,6 +206,16 @@ impl LoraNetwork {
         unet: &mut Unet,
         multiplier: f32,
     ) -> Result<()> {
+        self.install_all((text_encoder, None), unet, multiplier)
+    }
+
+    /// The same for a model with a second text encoder.
+    pub fn install_all(
+        &self,
+        (text_encoder, second): (&mut ClipTextModel, Option<&mut ClipTextModel>),
+        unet: &mut Unet,
+        multiplier: f32,
+    ) -> Result<()> {
         let mut adapters: BTreeMap<(Part, String), Adapter> = BTreeMap::new();
         for module in &self.modules {
             let adapter = self.algorithm.adapter(module, multiplier, self.dropouts);
@@ -213,6 +223,9 @@ impl LoraNetwork {
         }
         let mut take = |part, path: &str| adapters.remove(&(part, path.to_owned()));
         text_encoder.visit_slots(&mut |path, slot| *slot = take(Part::TextEncoder, path));
+        if let Some(second) = second {
+            second.visit_slots(&mut |path, slot| *slot = take(Part::TextEncoder2, path));
+        }
         unet.visit_slots(&mut |path, slot| *slot = take(Part::Unet, path));
         match adapters.into_keys().next() {
             None => Ok(()),

@@ -5,32 +5,41 @@
 
 use std::cmp::Ordering;
 
-use formats::Weights;
+use formats::{Weights, sdxl_original_name};
 
 /// Parts of a model that are trained with a learning rate of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Part {
-    /// The text encoder.
+    /// The text encoder, SDXL's first.
     TextEncoder,
+    /// SDXL's second text encoder.
+    TextEncoder2,
     /// The U-Net.
     Unet,
 }
 
 impl Part {
-    /// Start of the module names in files.
+    /// Start of the module names in files; SDXL's first text encoder has `lora_te1`.
     pub fn prefix(self) -> &'static str {
         match self {
             Part::TextEncoder => "lora_te",
+            Part::TextEncoder2 => "lora_te2",
             Part::Unet => "lora_unet",
         }
     }
 
-    /// Name of its learning rate in sd-scripts' logs.
+    /// Name of its learning rate in sd-scripts' logs; SDXL's first text encoder has `textencoder 1`.
     pub fn group_name(self) -> &'static str {
         match self {
             Part::TextEncoder => "textencoder",
+            Part::TextEncoder2 => "textencoder 2",
             Part::Unet => "unet",
         }
+    }
+
+    /// Whether it is one of the text encoders.
+    pub fn is_text(self) -> bool {
+        self != Part::Unet
     }
 }
 
@@ -80,9 +89,10 @@ impl Target {
     }
 }
 
-/// All layers of a U-Net that can carry an adapter.
+/// All layers of a U-Net that can carry an adapter. Files call those of SDXL by their original names
+/// (`lora_unet_input_blocks_4_1_proj_in`).
 pub fn unet_targets(weights: &dyn Weights) -> Vec<Target> {
-    targets(weights, Part::Unet, |path| {
+    of_unet(weights, |path| {
         let has = |part: &str| path.split('.').any(|segment| segment == part);
         if has("attentions") {
             Some(true)
@@ -92,18 +102,42 @@ pub fn unet_targets(weights: &dyn Weights) -> Vec<Target> {
     })
 }
 
-/// All layers of a text encoder that can carry an adapter.
+/// All layers of the text encoder of Stable Diffusion 1.x or 2.x that can carry an adapter.
 pub fn text_encoder_targets(weights: &dyn Weights) -> Vec<Target> {
-    targets(weights, Part::TextEncoder, |path| {
+    text_targets(weights, Part::TextEncoder, Part::TextEncoder.prefix())
+}
+
+/// The same for both text encoders of SDXL, the first one first.
+pub fn sdxl_text_encoder_targets(first: &dyn Weights, second: &dyn Weights) -> Vec<Target> {
+    let mut found = text_targets(first, Part::TextEncoder, "lora_te1");
+    found.extend(text_targets(second, Part::TextEncoder2, Part::TextEncoder2.prefix()));
+    found
+}
+
+fn text_targets(weights: &dyn Weights, part: Part, prefix: &str) -> Vec<Target> {
+    targets(weights, (part, prefix), |path| {
         let has = |part: &str| path.split('.').any(|segment| segment == part);
         (has("layers") && (has("self_attn") || has("mlp"))).then_some(true)
     })
 }
 
 /// `place` says for a path whether it lies in a transformer, `None` if it carries no adapter.
-pub(super) fn targets(
+pub(super) fn of_unet(weights: &dyn Weights, place: impl Fn(&str) -> Option<bool>) -> Vec<Target> {
+    let prefix = Part::Unet.prefix();
+    let mut found = targets(weights, (Part::Unet, prefix), place);
+    if weights.contains("add_embedding.linear_1.weight") {
+        for target in &mut found {
+            if let Some(original) = sdxl_original_name(&target.path.replace('.', "_")) {
+                target.name = format!("{prefix}_{original}");
+            }
+        }
+    }
+    found
+}
+
+fn targets(
     weights: &dyn Weights,
-    part: Part,
+    (part, prefix): (Part, &str),
     place: impl Fn(&str) -> Option<bool>,
 ) -> Vec<Target> {
     let mut found = Vec::new();
@@ -115,7 +149,7 @@ pub(super) fn targets(
             Some(&[out, input, h, w]) => (LayerKind::Conv { kernel: (h, w) }, out, input),
             _ => continue,
         };
-        let name = format!("{}_{}", part.prefix(), path.replace('.', "_"));
+        let name = format!("{prefix}_{}", path.replace('.', "_"));
         let path = path.to_owned();
         found.push(Target { part, path, name, kind, out, input, in_transformer });
     }

@@ -100,7 +100,7 @@ fn compare_groups(network: &LoraNetwork, want: &Value) {
     let mut groups = Vec::new();
     for group in network.groups() {
         let rate = match group.part {
-            Part::TextEncoder => 5e-5,
+            Part::TextEncoder | Part::TextEncoder2 => 5e-5,
             Part::Unet => 1e-4,
         };
         // The reference makes a parameter of every rank that can be trained alone.

@@ -137,7 +137,7 @@ impl Predictor<'_> {
             Tensor::from_f32(device, &[batch, height, width, channels], &input, DType::F32)?;
         let waves = self.unet.waves(device, &vec![timestep; batch])?;
         let tape = Tape::inference(self.params);
-        let input = UnetInput { latents: &input, waves: &waves, context };
+        let input = UnetInput { latents: &input, waves: &waves, context, added: None };
         let output = self.unet.forward(&tape, input)?.tensor().to_vec_f32()?;
         if !twice {
             return Ok(output);

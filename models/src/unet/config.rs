@@ -10,7 +10,7 @@ use crate::{ModelError, Result};
 
 const COMPONENT: &str = "U-Net";
 
-/// Sizes of a U-Net of Stable Diffusion 1.x or 2.x. Lists have one entry per level, top first.
+/// Sizes of a U-Net of Stable Diffusion 1.x, 2.x or XL. Lists have one entry per level, top first.
 #[derive(Clone, Debug, PartialEq)]
 pub struct UnetConfig {
     /// Channels of the latents it reads.
@@ -35,6 +35,8 @@ pub struct UnetConfig {
     pub norm_eps: f32,
     /// Whether `proj_in` and `proj_out` are stored as 1x1 convolutions (SD1).
     pub projection_is_conv: bool,
+    /// Width of the vector that is added to the time embedding (SDXL: pooled text and sizes).
+    pub added: Option<usize>,
 }
 
 impl UnetConfig {
@@ -59,6 +61,15 @@ impl UnetConfig {
             None => config.counts("attention_head_dim", levels)?.unwrap_or(vec![8; levels]),
         };
         let context = config.count("cross_attention_dim")?;
+        let added = match config.text("addition_embed_type") {
+            None => None,
+            Some(_) => {
+                config.require("addition_embed_type", &[json!("text_time")])?;
+                let key = "projection_class_embeddings_input_dim";
+                let width = config.count(key)?;
+                Some(width.ok_or_else(|| config.error(key, "a number is needed"))?)
+            }
+        };
         let unet = Self {
             in_channels: config.count("in_channels")?.unwrap_or(4),
             out_channels: config.count("out_channels")?.unwrap_or(4),
@@ -73,6 +84,7 @@ impl UnetConfig {
             groups: config.count("norm_num_groups")?.unwrap_or(32),
             norm_eps: config.float("norm_eps")?.unwrap_or(1e-5),
             projection_is_conv: !config.flag("use_linear_projection")?.unwrap_or(false),
+            added,
             channels,
         };
         unet.check(&config)?;
@@ -128,6 +140,10 @@ impl UnetConfig {
             groups: 32,
             norm_eps: 1e-5,
             projection_is_conv: shape(&format!("{mid}.proj_in.weight"), 2)?.len() == 4,
+            added: match weights.contains("add_embedding.linear_1.weight") {
+                true => Some(shape("add_embedding.linear_1.weight", 2)?[1]),
+                false => None,
+            },
             channels,
             layers,
             attention,
@@ -149,6 +165,7 @@ impl UnetConfig {
             groups: 32,
             norm_eps: 1e-5,
             projection_is_conv: true,
+            added: None,
         }
     }
 
@@ -158,6 +175,21 @@ impl UnetConfig {
             heads: vec![5, 10, 20, 20],
             context_width: 1024,
             projection_is_conv: false,
+            ..Self::sd1()
+        }
+    }
+
+    /// Stable Diffusion XL in full size.
+    pub fn sdxl() -> Self {
+        Self {
+            channels: vec![320, 640, 1280],
+            layers: vec![2; 3],
+            attention: vec![false, true, true],
+            heads: vec![5, 10, 20],
+            depth: vec![1, 2, 10],
+            context_width: 2048,
+            projection_is_conv: false,
+            added: Some(2816),
             ..Self::sd1()
         }
     }
@@ -224,7 +256,6 @@ fn attention_levels(config: &ConfigValue, levels: usize) -> Result<Vec<bool>> {
 /// Keys of diffusers' config that change the arithmetic, and the values computed here.
 fn refuse_unsupported(config: &ConfigValue) -> Result<()> {
     for key in [
-        "addition_embed_type",
         "class_embed_type",
         "encoder_hid_dim",
         "encoder_hid_dim_type",
@@ -234,7 +265,6 @@ fn refuse_unsupported(config: &ConfigValue) -> Result<()> {
         "timestep_post_act",
         "cross_attention_norm",
         "num_class_embeds",
-        "projection_class_embeddings_input_dim",
         "reverse_transformer_layers_per_block",
     ] {
         config.require(key, &[])?;

@@ -1,4 +1,4 @@
-//! The U-Net of Stable Diffusion 1.x and 2.x (diffusers' `UNet2DConditionModel`).
+//! The U-Net of Stable Diffusion 1.x, 2.x and XL (diffusers' `UNet2DConditionModel`).
 //!
 //! Each pair of residual block and transformer is a segment of the tape, so that checkpointing keeps
 //! one feature map per pair.
@@ -11,7 +11,8 @@ mod time;
 mod transformer;
 
 use engine::{
-    Conv2d, DType, Device, GroupNorm, Linear, Result as EngineResult, Tape, Tensor, Value,
+    Conv2d, DType, Device, EngineError, GroupNorm, Linear, Result as EngineResult, Tape, Tensor,
+    Value,
 };
 use formats::Weights;
 
@@ -28,6 +29,8 @@ pub struct Unet {
     dtype: DType,
     time_1: Linear,
     time_2: Linear,
+    /// SDXL's way into the time embedding for pooled text and sizes.
+    added: Option<(Linear, Linear)>,
     conv_in: Conv2d,
     down: Vec<DownBlock>,
     mid: MidBlock,
@@ -45,6 +48,34 @@ pub struct UnetInput<'a> {
     pub waves: &'a Tensor,
     /// Text encoder output `[B,T,C]`.
     pub context: &'a Value,
+    /// What is added to the time embedding, `[B,config.added]`; needed where that is set:
+    /// [`Unet::added`].
+    pub added: Option<&'a Value>,
+}
+
+/// The sizes of one image that SDXL is told, in pixels.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SizeIds {
+    /// Height and width of the image before it was resized.
+    pub original: [f32; 2],
+    /// Top and left of the crop.
+    pub crop: [f32; 2],
+    /// Height and width of what is made of it.
+    pub target: [f32; 2],
+}
+
+impl SizeIds {
+    fn in_order(&self) -> [f32; 6] {
+        let Self { original: [h, w], crop: [top, left], target: [height, width] } = *self;
+        [h, w, top, left, height, width]
+    }
+}
+
+fn added_embedding(reader: &Reader, time: usize, width: usize) -> Result<(Linear, Linear)> {
+    reader.in_compute_type(|reader| {
+        let first = reader.linear("add_embedding.linear_1", time, width)?;
+        Ok((first, reader.linear("add_embedding.linear_2", time, time)?))
+    })
 }
 
 impl Unet {
@@ -92,6 +123,7 @@ impl Unet {
                 .in_compute_type(|reader| reader.linear("time_embedding.linear_1", time, first))?,
             time_2: reader
                 .in_compute_type(|reader| reader.linear("time_embedding.linear_2", time, time))?,
+            added: config.added.map(|width| added_embedding(reader, time, width)).transpose()?,
             down: (0..config.levels())
                 .map(|level| DownBlock::load(reader, config, level))
                 .collect::<Result<_>>()?,
@@ -113,6 +145,37 @@ impl Unet {
         Tensor::from_f32(device, &[timesteps.len(), width], &waves, DType::F32)
     }
 
+    /// What SDXL adds to the time embedding, `[B,config.added]`: pooled text `[B,P]` and the
+    /// sinusoidal embeddings of each image's six sizes.
+    ///
+    /// # Errors
+    /// A model that takes no such vector, or another width of pooled text.
+    pub fn added<'m>(
+        &self,
+        tape: &Tape<'m>,
+        pooled: &Value,
+        sizes: &[SizeIds],
+    ) -> EngineResult<Value> {
+        let [batch, pooled_width] = *pooled.shape() else {
+            return Err(EngineError::shape("unet", format!("pooled text {:?}", pooled.shape())));
+        };
+        let rest = self.config.added.unwrap_or(0).checked_sub(pooled_width);
+        let each = rest.filter(|rest| rest % 6 == 0 && *rest > 0 && sizes.len() == batch);
+        let Some(each) = each.map(|rest| rest / 6) else {
+            let (sizes, wanted) = (sizes.len(), self.config.added);
+            let detail = format!(
+                "pooled text {:?} and {sizes} sizes for a vector of width {wanted:?}",
+                pooled.shape()
+            );
+            return Err(EngineError::shape("unet", detail));
+        };
+        let waves: Vec<f32> =
+            sizes.iter().flat_map(|ids| timestep_embedding(&ids.in_order(), each)).collect();
+        let waves = Tensor::from_f32(self.device, &[batch, 6 * each], &waves, DType::F32)?;
+        let pooled = tape.cast(pooled, self.dtype)?;
+        tape.concat_last(&pooled, &Value::constant(waves.to_dtype(self.dtype)?))
+    }
+
     /// Where its weights are.
     pub fn device(&self) -> Device {
         self.device
@@ -126,7 +189,7 @@ impl Unet {
     /// The noise (or v) that the model sees in the latents, `[B,h,w,4]`, in the compute type.
     pub fn forward<'m>(&'m self, tape: &Tape<'m>, input: UnetInput) -> EngineResult<Value> {
         self.check(&input)?;
-        let time = self.time_signal(tape, input.waves)?;
+        let time = self.time_signal(tape, &input)?;
         let context = tape.cast(input.context, self.dtype)?;
         let pass = Pass { tape, time: &time, context: &context };
         let latents = Value::constant(input.latents.to_dtype(self.dtype)?);
@@ -155,25 +218,38 @@ impl Unet {
             }
             _ => false,
         };
-        if fits {
+        let added = input.added.map(|added| added.shape().to_vec());
+        let added_fits = added == self.config.added.map(|width| vec![latents[0], width]);
+        if fits && added_fits {
             return Ok(());
         }
         let detail = format!(
-            "latents {latents:?}, text {context:?}, time {:?}; the model takes {} channels and \
-             text of width {}",
+            "latents {latents:?}, text {context:?}, time {:?}, added {added:?}; the model takes {} \
+             channels, text of width {}, added {:?}",
             input.waves.shape(),
             self.config.in_channels,
-            self.config.context_width
+            self.config.context_width,
+            self.config.added
         );
-        Err(engine::EngineError::shape("unet", detail))
+        Err(EngineError::shape("unet", detail))
     }
 
-    /// SiLU of the time embedding `[B,time]`: what every residual block projects.
-    fn time_signal<'m>(&self, tape: &Tape<'m>, waves: &Tensor) -> EngineResult<Value> {
-        let waves = Value::constant(waves.to_dtype(self.dtype)?);
+    /// SiLU of the time embedding `[B,time]`, with what is added to it: what every residual block
+    /// projects.
+    fn time_signal<'m>(&'m self, tape: &Tape<'m>, input: &UnetInput) -> EngineResult<Value> {
+        let waves = Value::constant(input.waves.to_dtype(self.dtype)?);
         let mut h = self.time_1.forward(tape, &waves)?;
         h = tape.activation(engine::Activation::Silu, &h)?;
-        h = self.time_2.forward(tape, &h)?;
+        h = match (&self.added, input.added) {
+            (Some((first, second)), Some(added)) => {
+                let added = tape.cast(added, self.dtype)?;
+                let added = first.forward(tape, &added)?;
+                let added = tape.activation(engine::Activation::Silu, &added)?;
+                let added = second.forward(tape, &added)?;
+                self.time_2.forward_add(tape, &h, &added)?
+            }
+            _ => self.time_2.forward(tape, &h)?,
+        };
         tape.activation(engine::Activation::Silu, &h)
     }
 
@@ -186,6 +262,10 @@ impl Unet {
         visit("conv_in", (&mut self.conv_in).into());
         visit("time_embedding.linear_1", (&mut self.time_1).into());
         visit("time_embedding.linear_2", (&mut self.time_2).into());
+        if let Some((first, second)) = &mut self.added {
+            visit("add_embedding.linear_1", first.into());
+            visit("add_embedding.linear_2", second.into());
+        }
         for (level, block) in self.down.iter_mut().enumerate() {
             block.visit(&format!("down_blocks.{level}"), visit);
         }

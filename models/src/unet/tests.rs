@@ -51,7 +51,10 @@ fn the_time_embedding_is_that_of_diffusers() {
     let unet = open_unet();
     let tape = Tape::inference(None);
     let waves = unet.waves(Device::Cpu, &[1., 981.]).unwrap();
-    let signal = unet.time_signal(&tape, &waves).unwrap();
+    // The time signal looks at nothing else.
+    let (latents, context) = (&waves, &Value::constant(waves.clone()));
+    let input = UnetInput { latents, waves: &waves, context, added: None };
+    let signal = unet.time_signal(&tape, &input).unwrap();
     assert_close(&signal.tensor().to_vec_f32().unwrap(), &golden("time_signal"));
 }
 
@@ -72,7 +75,7 @@ fn odd_sizes_come_back_as_they_were() {
     let text = Tensor::from_f32(Device::Cpu, &[2, 77, 32], &text, DType::F32).unwrap();
     let context = Value::constant(text);
     let waves = unet.waves(Device::Cpu, &[37., 981.]).unwrap();
-    let input = UnetInput { latents: &latents, waves: &waves, context: &context };
+    let input = UnetInput { latents: &latents, waves: &waves, context: &context, added: None };
     let tape = Tape::inference(None);
     let got = unet.forward(&tape, input).unwrap();
     assert_eq!(got.shape(), [2, 9, 13, 4]);

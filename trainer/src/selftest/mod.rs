@@ -192,7 +192,7 @@ impl Bench {
             if file.shape(&key).is_some() {
                 let unet = &self.models.unet;
                 let (latents, waves) = (&inputs.latents, &inputs.waves);
-                let input = UnetInput { latents, waves, context: &context };
+                let input = UnetInput { latents, waves, context: &context, added: None };
                 let prediction = unet.forward(&tape, input)?;
                 let shown = format!("base/{key}");
                 self.check_against(report, file, (&key, &shown), prediction.tensor())?;

@@ -264,7 +264,11 @@ fn new_modules_start_as_those_of_lycoris() {
         let mut values = network.initial_values(&mut |_, n| {
             (0..n).map(|i| ((i * 7919 + 13) % 1009) as f32 / 1009.).collect()
         });
-        network.set_magnitudes(&mut values, &reference, &reference).unwrap();
+        let parts = BTreeMap::from([
+            (Part::TextEncoder, &reference as &dyn Weights),
+            (Part::Unet, &reference),
+        ]);
+        network.set_magnitudes(&mut values, &parts).unwrap();
         for (id, value) in values.iter().enumerate() {
             let key = network.key(ParamId(id));
             let (module, suffix) = key.split_once('.').unwrap();
