@@ -10,8 +10,8 @@ use models::lora::{
     Algorithm, LoraNetwork, Part, Rank, UniformRanks, sdxl_text_encoder_targets, unet_targets,
 };
 use models::{
-    ClipConfig, ClipTextModel, NoiseSchedule, ScheduleSettings, SizeIds, Unet, UnetConfig,
-    UnetInput, end_rows, preset, second_text_preset,
+    ClipConfig, ClipTextModel, NoiseSchedule, ScheduleSettings, SecondIds, SizeIds, TextEncoders,
+    TextIds, TextOutput, Unet, UnetConfig, UnetInput, end_rows, preset, second_text_preset,
 };
 
 use super::{
@@ -22,15 +22,14 @@ const SCALING: f32 = 0.13025;
 
 struct Fixture {
     inputs: Numbers,
-    first: ClipTextModel,
-    second: ClipTextModel,
+    texts: TextEncoders,
     unet: Unet,
     model: BaseModel,
 }
 
 /// What a forward pass gives.
 struct Forward {
-    texts: [Value; 2],
+    context: Value,
     pooled: Value,
     prediction: Value,
 }
@@ -52,8 +51,10 @@ impl Fixture {
         let unet = UnetConfig::resolve(model.unet_config.as_ref(), &*model.unet, row).unwrap();
         Self {
             inputs: Numbers::open(&root.join("inputs.safetensors")),
-            first: text(&model.text_encoder_config, &*model.text_encoder, row),
-            second: text(&model.text_encoder_2_config, second, second_row),
+            texts: TextEncoders {
+                first: text(&model.text_encoder_config, &*model.text_encoder, row),
+                second: Some(text(&model.text_encoder_2_config, second, second_row)),
+            },
             unet: Unet::load(&*model.unet, &unet, Device::Cpu, dtype).unwrap(),
             model,
         }
@@ -85,15 +86,24 @@ impl Fixture {
         self.inputs.integers("timesteps")[..2].iter().enumerate().flat_map(image).collect()
     }
 
+    /// What is added to the time embedding.
+    fn added(&self, tape: &Tape, pooled: &Value) -> Value {
+        let (width, sizes) = (pooled.shape()[1], self.sizes());
+        let waves = self.unet.config().size_waves(width, &sizes).unwrap();
+        let shape = [sizes.len(), waves.len() / sizes.len()];
+        let waves = Tensor::from_f32(Device::Cpu, &shape, &waves, DType::F32).unwrap();
+        self.unet.added(tape, pooled, &waves).unwrap()
+    }
+
     fn forward<'m>(&'m self, tape: &Tape<'m>) -> Forward {
         let ids = |name: &str| Ids::new(Device::Cpu, &self.ids(name)).unwrap();
-        let first = self.first.penultimate(tape, &ids("input_ids"), 77).unwrap();
-        let second = self.second.penultimate(tape, &ids("input_ids_2"), 77).unwrap();
         let ends = end_rows(&self.ids("input_ids_2"), 1, 77);
         let ends = RowChoice::constant(Device::Cpu, &ends, 2 * 77).unwrap();
-        let pooled = self.second.pooled(tape, &second, &ends).unwrap();
-        let context = tape.concat_last(&first, &second).unwrap();
-        let added = self.unet.added(tape, &pooled, &self.sizes()).unwrap();
+        let second = Some(SecondIds { ids: ids("input_ids_2"), ends });
+        let text = TextIds { ids: ids("input_ids"), second, chunks: 1, length: 77 };
+        let TextOutput { context, pooled } = self.texts.encode(tape, &text, None).unwrap();
+        let pooled = pooled.unwrap();
+        let added = self.added(tape, &pooled);
         let timesteps: Vec<f32> =
             self.inputs.integers("timesteps")[..2].iter().map(|t| *t as f32).collect();
         let latents = nhwc(&self.noisy_latents(), &self.inputs.shape("latents_raw"));
@@ -101,7 +111,7 @@ impl Fixture {
         let input =
             UnetInput { latents: &latents, waves: &waves, context: &context, added: Some(&added) };
         let prediction = self.unet.forward(tape, input).unwrap();
-        Forward { texts: [first, second], pooled, prediction }
+        Forward { context, pooled, prediction }
     }
 
     /// The network of `init.safetensors`, installed.
@@ -120,7 +130,7 @@ impl Fixture {
             .map(|part| network.module_count(part));
         assert_eq!(counts, [72, 24, 192]);
         let params = network.parameters(Device::Cpu, values).unwrap();
-        network.install_all((&mut self.first, Some(&mut self.second)), &mut self.unet, 1.).unwrap();
+        network.install_all(&mut self.texts, &mut self.unet, 1.).unwrap();
         (network, params)
     }
 }
@@ -136,10 +146,10 @@ fn sdxl_without_lora() {
     assert_close("noisy", &fixture.noisy_latents(), &base.get("noisy_latents"), 1e-6);
     let tape = Tape::inference(None);
     let got = fixture.forward(&tape);
-    assert_close("te1", &numbers(&got.texts[0]), &base.get("te1_out"), FORWARD);
-    assert_close("te2", &numbers(&got.texts[1]), &base.get("te2_out"), FORWARD);
+    let text = base.get("encoder_hidden_states");
+    assert_close("text", &numbers(&got.context), &text, FORWARD);
     assert_close("pooled", &numbers(&got.pooled), &base.get("pooled"), FORWARD);
-    let added = fixture.unet.added(&tape, &got.pooled, &fixture.sizes()).unwrap();
+    let added = fixture.added(&tape, &got.pooled);
     assert_close("added", &numbers(&added), &base.get("vector_embedding"), FORWARD);
     let got = nchw(got.prediction.tensor());
     assert_close("noise_pred", &got, &base.get("noise_pred"), FORWARD);
@@ -173,8 +183,10 @@ fn sdxl_lierla() {
     let (network, params) = fixture.install();
     let reference = Numbers::open(&folder("parity-sdxl/lierla/ref.safetensors"));
     let (forward, loss, gradients) = train(&fixture, (&network, &params), false);
-    assert_close("te1", &numbers(&forward.texts[0]), &reference.get("te1_out"), FORWARD);
-    assert_close("te2", &numbers(&forward.texts[1]), &reference.get("te2_out"), FORWARD);
+    let (first, second) = (reference.get("te1_out"), reference.get("te2_out"));
+    let rows = first.chunks(8).zip(second.chunks(8));
+    let text: Vec<f32> = rows.flat_map(|(a, b)| a.iter().chain(b)).copied().collect();
+    assert_close("text", &numbers(&forward.context), &text, FORWARD);
     assert_close("pooled", &numbers(&forward.pooled), &reference.get("pooled"), FORWARD);
     let prediction = nchw(forward.prediction.tensor());
     assert_close("noise_pred", &prediction, &reference.get("noise_pred"), FORWARD);

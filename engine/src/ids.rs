@@ -38,6 +38,23 @@ impl Ids {
         }
     }
 
+    /// `len` of them from place `start` on.
+    ///
+    /// # Errors
+    /// More than there are.
+    pub fn part(&self, start: usize, len: usize) -> Result<Self> {
+        match self {
+            Self::Host(ids) => match ids.get(start..start + len) {
+                Some(part) => Ok(Self::Host(part.into())),
+                None => {
+                    let detail = format!("{len} ids from {start} of {}", ids.len());
+                    Err(EngineError::shape("ids", detail))
+                }
+            },
+            Self::Card(ids) => Ok(Self::Card(ids.view(start, &[len])?)),
+        }
+    }
+
     /// How many there are.
     pub fn len(&self) -> usize {
         match self {

@@ -79,6 +79,7 @@ mod reader;
 mod resnet;
 pub mod sampler;
 mod schedule;
+mod texts;
 mod unet;
 mod vae;
 
@@ -88,5 +89,6 @@ pub use mersenne::Mt19937;
 pub use preset::{Preset, preset, second_text_preset};
 pub use reader::{SlotVisitor, TensorShape};
 pub use schedule::{NoiseSchedule, ScheduleSettings};
+pub use texts::{SecondIds, TextEncoders, TextIds, TextOutput};
 pub use unet::{SizeIds, Unet, UnetConfig, UnetInput, timestep_embedding};
 pub use vae::{Moments, Tiling, Vae, VaeConfig};

@@ -4,11 +4,17 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use engine::{DType, Device};
+use formats::Weights;
 use formats::lora_file;
 use formats::{BaseModel, OpenOptions, open_base_model};
-use models::lora::{BaseMerge, Part, text_encoder_targets, unet_targets};
+use models::lora::{
+    BaseMerge, Part, Target, sdxl_text_encoder_targets, text_encoder_targets, unet_targets,
+};
 use models::prompt::ClipTokenizer;
-use models::{ClipConfig, ClipTextModel, Preset, Unet, UnetConfig, Vae, VaeConfig, preset};
+use models::{
+    ClipConfig, ClipTextModel, Preset, TextEncoders, Unet, UnetConfig, Vae, VaeConfig, preset,
+    second_text_preset,
+};
 
 use crate::options::Options;
 use crate::precision::{compute_type, vae_type};
@@ -23,6 +29,8 @@ pub struct Base {
     pub unet: UnetConfig,
     /// Sizes of the text encoder.
     pub text_encoder: ClipConfig,
+    /// Sizes of SDXL's second.
+    pub text_encoder_2: Option<ClipConfig>,
     /// Sizes of the autoencoder.
     pub vae: VaeConfig,
     /// Where the arithmetic is done.
@@ -62,12 +70,20 @@ impl Base {
         let unet = UnetConfig::resolve(files.unet_config.as_ref(), &*files.unet, preset)?;
         let text = files.text_encoder_config.as_ref();
         let text_encoder = ClipConfig::resolve(text, &*files.text_encoder, preset)?;
+        let second = files.text_encoder_2.as_deref().zip(second_text_preset(files.family));
+        let text_encoder_2 = second
+            .map(|(weights, preset)| {
+                let config = files.text_encoder_2_config.as_ref();
+                ClipConfig::resolve(config, weights, preset)
+            })
+            .transpose()?;
         let vae = VaeConfig::resolve(files.vae_config.as_ref(), &*files.vae, preset)?;
         Ok(Self {
             files,
             preset,
             unet,
             text_encoder,
+            text_encoder_2,
             vae,
             device: Device::Cpu,
             dtype,
@@ -85,7 +101,7 @@ impl Base {
 
     /// Takes the files of `base_weights` into the base model; gives a line about each.
     pub fn merge_base_weights(&mut self, options: &Options) -> Result<Vec<String>> {
-        let mut targets = text_encoder_targets(&*self.files.text_encoder);
+        let mut targets = self.text_targets();
         targets.extend(unet_targets(&*self.files.unet));
         let multipliers = options.base_weights_multiplier.as_deref().unwrap_or_default();
         let mut notes = Vec::new();
@@ -108,6 +124,34 @@ impl Base {
         Ok(notes)
     }
 
+    /// The weights of a part, if the model has it.
+    pub fn weights(&self, part: Part) -> Option<&dyn Weights> {
+        match part {
+            Part::TextEncoder => Some(&*self.files.text_encoder),
+            Part::TextEncoder2 => self.files.text_encoder_2.as_deref(),
+            Part::Unet => Some(&*self.files.unet),
+        }
+    }
+
+    /// The parts that the model has, with their weights.
+    pub fn parts(&self) -> impl Iterator<Item = (Part, &dyn Weights)> {
+        let parts = [Part::TextEncoder, Part::TextEncoder2, Part::Unet].into_iter();
+        parts.filter_map(|part| Some((part, self.weights(part)?)))
+    }
+
+    /// The layers of the text encoders that can carry an adapter.
+    pub fn text_targets(&self) -> Vec<Target> {
+        match &self.files.text_encoder_2 {
+            Some(second) => sdxl_text_encoder_targets(&*self.files.text_encoder, &**second),
+            None => text_encoder_targets(&*self.files.text_encoder),
+        }
+    }
+
+    /// Width of SDXL's pooled text.
+    pub fn pooled_width(&self) -> Option<usize> {
+        self.text_encoder_2.as_ref()?.pooled
+    }
+
     /// Loads the U-Net in the compute type, or as it is to be stored.
     pub fn load_unet(&self) -> Result<Unet> {
         let weights = self.merge.over(Part::Unet, &*self.files.unet);
@@ -116,17 +160,33 @@ impl Base {
         unet.with_context(|| format!("load the U-Net of {}", self.files.path.display()))
     }
 
-    /// Loads the text encoder in the compute type.
-    pub fn load_text_encoder(&self) -> Result<ClipTextModel> {
-        let weights = self.merge.over(Part::TextEncoder, &*self.files.text_encoder);
-        let model = ClipTextModel::load(&weights, &self.text_encoder, self.device, self.dtype);
-        model.with_context(|| format!("load the text encoder of {}", self.files.path.display()))
+    /// Loads the text encoders in the compute type.
+    pub fn load_text_encoder(&self) -> Result<TextEncoders> {
+        let load = |part, weights, config| {
+            let weights = self.merge.over(part, weights);
+            let model = ClipTextModel::load(&weights, config, self.device, self.dtype);
+            model.with_context(|| format!("load the text encoder of {}", self.files.path.display()))
+        };
+        let second = self.files.text_encoder_2.as_deref().zip(self.text_encoder_2.as_ref());
+        Ok(TextEncoders {
+            first: load(Part::TextEncoder, &*self.files.text_encoder, &self.text_encoder)?,
+            second: second
+                .map(|(weights, config)| load(Part::TextEncoder2, weights, config))
+                .transpose()?,
+        })
     }
 
     /// The model's tokenizer.
     pub fn tokenizer(&self) -> Result<ClipTokenizer> {
         let folder = self.files.tokenizer_dir.as_deref();
         Ok(ClipTokenizer::open(folder, self.preset.pads_with_zero)?)
+    }
+
+    /// The tokenizer of SDXL's second text encoder.
+    pub fn tokenizer_2(&self) -> Result<Option<ClipTokenizer>> {
+        let Some(preset) = second_text_preset(self.files.family) else { return Ok(None) };
+        let folder = self.files.tokenizer_2_dir.as_deref();
+        Ok(Some(ClipTokenizer::open(folder, preset.pads_with_zero)?))
     }
 
     /// Loads the autoencoder in its own type: in half precision some autoencoders overflow.

@@ -77,6 +77,7 @@ mod tests {
             images: None,
             moments: None,
             input_ids: Vec::new(),
+            input_ids_2: None,
             token_weights: None,
             chunks: 1,
             alpha_masks: None,

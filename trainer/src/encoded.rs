@@ -4,16 +4,16 @@
 //! The hidden states are kept in main memory, in the type of the arithmetic: nothing is lost, as the
 //! U-Net reads them in that type.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use anyhow::{Context, Result};
 use engine::{DType, Device, Ids, Tape, Tensor};
 use half::{bf16, f16};
-use models::{ClipTextModel, token_factors};
+use models::{TextEncoders, TextOutput, token_factors};
 
 use crate::dataset::caption::{CaptionMoment, caption_at, is_constant};
 use crate::dataset::{DatasetGroup, LoaderOptions, LoaderParts};
-use crate::inputs::{Array, Prompts, Text};
+use crate::inputs::{EncodedPrompts, Prompts, SecondPrompts, Text};
 use crate::rng::{Purpose, stream};
 use crate::step::encode_text;
 
@@ -28,6 +28,8 @@ pub struct Encoded {
     rows: HashMap<Key, Row>,
     /// Tokens and width of each.
     shape: [usize; 2],
+    /// Width of SDXL's pooled output, which lies behind the hidden states.
+    pooled: Option<usize>,
 }
 
 enum Row {
@@ -79,39 +81,42 @@ pub fn constant_captions(group: &DatasetGroup) -> Option<Vec<String>> {
     Some(captions)
 }
 
+fn key(ids: &[u32], weights: Option<&[f32]>) -> Key {
+    let bits = |weights: &[f32]| weights.iter().map(|weight| weight.to_bits()).collect();
+    (ids.to_vec(), weights.map(bits).unwrap_or_default())
+}
+
 /// Ids and weights of `prompts`, one entry for each sample.
 fn keys(prompts: &Prompts, samples: usize) -> Vec<Key> {
-    let each = prompts.ids.len() / samples.max(1);
-    let ids = prompts.ids.chunks(each.max(1));
-    match &prompts.weights {
-        None => ids.map(|ids| (ids.to_vec(), Vec::new())).collect(),
-        Some(weights) => {
-            let bits = |weights: &[f32]| weights.iter().map(|w| w.to_bits()).collect();
-            ids.zip(weights.chunks(each.max(1))).map(|(ids, w)| (ids.to_vec(), bits(w))).collect()
-        }
-    }
+    let each = (prompts.ids.len() / samples.max(1)).max(1);
+    let ids = prompts.ids.chunks(each).enumerate();
+    let weights = prompts.weights.as_deref();
+    ids.map(|(i, ids)| key(ids, weights.map(|all| &all[i * each..(i + 1) * each]))).collect()
 }
 
 impl Encoded {
     /// Encodes `captions`, as the loader of these parts and options gives them. Calls `live` now
     /// and then.
     pub fn new(
-        (text_encoder, clip_skip): (&ClipTextModel, Option<usize>),
+        reader: (&TextEncoders, Option<usize>),
         (parts, options): (&LoaderParts, &LoaderOptions),
         captions: &[String],
         live: &dyn Fn(),
     ) -> Result<Self> {
         let chunks = options.token_length.chunks();
-        let mut left: Vec<Key> = Vec::new();
-        let mut known = std::collections::HashSet::new();
+        let mut left: Vec<(Key, Option<Vec<u32>>)> = Vec::new();
+        let mut known = HashSet::new();
         for caption in captions {
-            let (ids, weights) = parts.tokens(caption, options)?;
-            let prompts = Prompts { ids, weights, chunks };
-            left.extend(keys(&prompts, 1).into_iter().filter(|key| known.insert(key.clone())));
+            let tokens = parts.tokens(caption, options)?;
+            let key = key(&tokens.ids, tokens.weights.as_deref());
+            if known.insert(key.clone()) {
+                left.push((key, tokens.ids_2));
+            }
         }
-        let mut encoded = Self { rows: HashMap::new(), shape: [0, 0] };
+        let pooled = reader.0.pooled_width();
+        let mut encoded = Self { rows: HashMap::new(), shape: [0, 0], pooled };
         for some in left.chunks(TOGETHER) {
-            encoded.add(text_encoder, clip_skip, chunks, some)?;
+            encoded.add(reader, chunks, some)?;
             live();
         }
         Ok(encoded)
@@ -119,42 +124,61 @@ impl Encoded {
 
     fn add(
         &mut self,
-        text_encoder: &ClipTextModel,
-        clip_skip: Option<usize>,
+        (text_encoder, clip_skip): (&TextEncoders, Option<usize>),
         chunks: usize,
-        keys: &[Key],
+        captions: &[(Key, Option<Vec<u32>>)],
     ) -> Result<()> {
         let device: Device = text_encoder.device();
-        let ids: Vec<u32> = keys.iter().flat_map(|(ids, _)| ids).copied().collect();
-        let weights: Vec<f32> =
-            keys.iter().flat_map(|(_, bits)| bits).map(|bits| f32::from_bits(*bits)).collect();
+        let ids: Vec<u32> = captions.iter().flat_map(|((ids, _), _)| ids).copied().collect();
+        let weights: Vec<f32> = captions
+            .iter()
+            .flat_map(|((_, bits), _)| bits)
+            .map(|bits| f32::from_bits(*bits))
+            .collect();
         let factors = match weights.is_empty() {
             true => None,
             false => {
-                let factors = token_factors(&weights, keys.len(), chunks)?;
+                let factors = token_factors(&weights, captions.len(), chunks)?;
                 Some(Tensor::from_f32(device, &[factors.len()], &factors, DType::F32)?)
             }
         };
-        let text = Text::Tokens { ids: Ids::new(device, &ids)?, factors, chunks };
-        let hidden = encode_text(&Tape::inference(None), Some(text_encoder), clip_skip, &text)?;
-        let (tensor, len) = (hidden.tensor(), hidden.tensor().len() / keys.len());
-        self.shape = [hidden.shape()[1], hidden.shape()[2]];
-        let values = tensor.to_vec_f32()?;
-        for (key, row) in keys.iter().zip(values.chunks(len)) {
-            self.rows.insert(key.clone(), Row::new(tensor.dtype(), row));
+        let second = self.pooled.map(|pooled| SecondPrompts {
+            ids: captions.iter().flat_map(|(_, ids)| ids.iter().flatten()).copied().collect(),
+            pooled,
+            sizes: Vec::new(),
+        });
+        let prompts = Prompts { ids, weights: None, chunks, second };
+        let ids = prompts.text_ids(&Ids::new(device, &prompts.id_list()?)?)?;
+        let text = Text::Tokens { ids, factors };
+        let TextOutput { context, pooled } =
+            encode_text(&Tape::inference(None), Some(text_encoder), clip_skip, &text)?;
+        self.shape = [context.shape()[1], context.shape()[2]];
+        let (dtype, each) = (context.tensor().dtype(), self.shape[0] * self.shape[1]);
+        let values = context.tensor().to_vec_f32()?;
+        let pooled = pooled.map(|pooled| pooled.tensor().to_vec_f32()).transpose()?;
+        for (index, (key, _)) in captions.iter().enumerate() {
+            let mut row = values[index * each..(index + 1) * each].to_vec();
+            if let (Some(pooled), Some(width)) = (&pooled, self.pooled) {
+                row.extend(&pooled[index * width..(index + 1) * width]);
+            }
+            self.rows.insert(key.clone(), Row::new(dtype, &row));
         }
         Ok(())
     }
 
-    /// The hidden states of the prompts of `samples` samples, `[B,T,C]`.
-    pub fn look_up(&self, prompts: &Prompts, samples: usize) -> Result<Array> {
+    /// What the text encoders said of the prompts of `samples` samples.
+    pub fn look_up(&self, prompts: &Prompts, samples: usize) -> Result<EncodedPrompts> {
         let [tokens, width] = self.shape;
-        let mut values = Vec::with_capacity(samples * tokens * width);
+        let each = tokens * width;
+        let (mut values, mut pooled) = (Vec::with_capacity(samples * each), Vec::new());
         for key in keys(prompts, samples) {
             let row = self.rows.get(&key).context("a caption was not encoded in advance")?;
             row.extend(&mut values);
+            let hidden = values.len() - self.pooled.unwrap_or(0);
+            pooled.extend(values.drain(hidden..));
         }
-        Ok((vec![samples, tokens, width], values))
+        let pooled = self.pooled.map(|width| (vec![samples, width], pooled));
+        Ok(EncodedPrompts { context: (vec![samples, tokens, width], values), pooled })
     }
 
     /// Captions, and bytes of main memory that they take.

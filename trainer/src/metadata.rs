@@ -159,13 +159,17 @@ impl FileMetadata {
 
 /// What the file is, for programs that list models; the date is each file's own.
 fn model_spec(options: &Options, run: &RunFacts) -> Result<ModelSpec> {
-    let v2 = run.base_model_version.starts_with("sd_v2");
+    let family = match &*run.base_model_version {
+        tag if tag.starts_with("sdxl") => Family::Sdxl,
+        tag if tag.starts_with("sd_v2") => Family::Sd2,
+        _ => Family::Sd1,
+    };
     let title = options.metadata_title.clone().or_else(|| options.output_name.clone());
     let thumbnail = options.metadata_thumbnail.as_deref().map(thumbnail_url).transpose();
     let restricted = options.min_timestep.is_some() || options.max_timestep.is_some();
     let range = (options.min_timestep.unwrap_or(0), options.max_timestep.unwrap_or(1000));
     Ok(ModelSpec {
-        family: if v2 { Family::Sd2 } else { Family::Sd1 },
+        family,
         v_parameterization: options.v_parameterization,
         title: title.unwrap_or_else(|| format!("LoRA@{}", python_float(run.started_at))),
         // Not the size trained at: the reference ignores the dataset config here.

@@ -1,11 +1,13 @@
 //! The LoRA of a run: from the options to modules, values and learning rates.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result, bail};
 use engine::{Device, ParamStore};
-use formats::lora_file;
+use formats::{Weights, lora_file};
 use models::lora::{
-    BlockLayout, FileRanks, LoraNetwork, NormReport, ParamGroup, Part, Rank, RankRule, RootRanks,
-    Target, UniformRanks, name_key, outer_targets, text_encoder_targets, unet_targets,
+    BlockLayout, FileRanks, LoraNetwork, MergedWeights, NormReport, ParamGroup, Part, Rank,
+    RankRule, RootRanks, Target, UniformRanks, name_key, outer_targets, unet_targets,
 };
 
 use crate::base::Base;
@@ -14,9 +16,6 @@ use crate::memory::refuse_beyond_memory;
 use crate::optimizer::Choice;
 use crate::options::{NetworkArgs, Options};
 use crate::rng::{Purpose, stream};
-
-/// The base models that can be trained, SD 1 and 2, share one numbering of blocks.
-const LAYOUT: BlockLayout = BlockLayout::Sd;
 
 /// A trainable number and its gradient, f32; the optimizer's state comes on top.
 const WEIGHT_BYTES: f64 = 8.;
@@ -36,7 +35,7 @@ pub struct PreparedNetwork {
 /// Which parts of the model get a LoRA.
 pub fn trains(options: &Options, part: Part) -> bool {
     match part {
-        Part::TextEncoder => !options.network_train_unet_only,
+        Part::TextEncoder | Part::TextEncoder2 => !options.network_train_unet_only,
         Part::Unet => !options.network_train_text_encoder_only,
     }
 }
@@ -50,7 +49,7 @@ impl PreparedNetwork {
         };
         let mut targets: Vec<Target> = Vec::new();
         if trains(options, Part::TextEncoder) {
-            targets.extend(text_encoder_targets(&*base.files.text_encoder));
+            targets.extend(base.text_targets());
         }
         let args = options.read_network_args()?;
         let preset = options.read_preset_ranks(&args);
@@ -60,11 +59,12 @@ impl PreparedNetwork {
                 targets.extend(outer_targets(&*base.files.unet));
             }
         }
+        let layout = BlockLayout::of(base.files.family);
         // What was odd about the lists was said when the options were checked.
-        let rates = args.read_block_rates(LAYOUT, &mut Vec::new())?;
+        let rates = args.read_block_rates(layout, &mut Vec::new())?;
         let alpha = options.network_alpha;
         let blocks =
-            args.read_block_ranks(LAYOUT, (options.network_rank(), alpha), rates.as_ref())?;
+            args.read_block_ranks(layout, (options.network_rank(), alpha), rates.as_ref())?;
         let rule: Box<dyn RankRule> = match (&weights, options.dim_from_weights, blocks) {
             (Some(file), true, _) => Box::new(FileRanks::new(&file.tensors)?),
             (None, true, _) => bail!("`dim_from_weights` needs `network_weights`"),
@@ -106,13 +106,10 @@ impl PreparedNetwork {
             let mut rng = stream(seed, Purpose::LoraInit, name_key(key), 0);
             (0..count).map(|_| rng.uniform_f32()).collect()
         });
-        let text_encoder = base.merge.over(Part::TextEncoder, &*base.files.text_encoder);
-        let unet = base.merge.over(Part::Unet, &*base.files.unet);
-        let frozen = BTreeMap::from([
-            (Part::TextEncoder, &text_encoder as &dyn Weights),
-            (Part::Unet, &unet),
-        ]);
-        network.set_magnitudes(&mut values, &frozen)?;
+        let merged: BTreeMap<Part, MergedWeights<'_>> =
+            base.parts().map(|(part, weights)| (part, base.merge.over(part, weights))).collect();
+        let frozen = merged.iter().map(|(part, weights)| (*part, weights as &dyn Weights));
+        network.set_magnitudes(&mut values, &frozen.collect())?;
         if let Some(file) = &weights {
             let path = file.path.display();
             let report = network
@@ -160,6 +157,11 @@ pub fn part_rate(options: &Options, part: Part) -> f64 {
         Part::TextEncoder => {
             options.text_encoder_lr.as_ref().and_then(|rates| rates.first().copied())
         }
+        // One rate is for both.
+        Part::TextEncoder2 => options
+            .text_encoder_lr
+            .as_ref()
+            .and_then(|rates| rates.get(1).or(rates.first()).copied()),
         Part::Unet => options.unet_lr,
     };
     own.unwrap_or(options.learning_rate)

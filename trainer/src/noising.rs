@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::dataset::{Batch, LatentEncoder, SampleMeta};
 use crate::encoded::Encoded;
-use crate::inputs::{MicroBatch, Prompts};
+use crate::inputs::{MicroBatch, Prompts, SecondPrompts};
 use crate::latents::{MOMENTS, VaeEncoder};
 use crate::noise::Draw;
 use crate::objective::{Noised, Objective};
@@ -31,6 +31,8 @@ pub struct Noising {
     pub vae: Option<RefCell<VaeEncoder>>,
     /// All captions, where they were encoded before the training.
     pub encoded: Option<Encoded>,
+    /// Width of SDXL's pooled text; `None` for other families.
+    pub pooled: Option<usize>,
 }
 
 impl Noising {
@@ -117,7 +119,7 @@ impl Noising {
     }
 
     fn with_prompts(&self, batch: &Batch, noised: Noised) -> Result<MicroBatch> {
-        let prompts = self.prompts(batch);
+        let prompts = self.prompts(batch)?;
         let encoded = match &self.encoded {
             Some(encoded) => Some(encoded.look_up(&prompts, batch.samples.len())?),
             None => None,
@@ -126,11 +128,16 @@ impl Noising {
     }
 
     /// The prompts of a batch.
-    fn prompts(&self, batch: &Batch) -> Prompts {
-        Prompts {
-            ids: batch.input_ids.clone(),
-            weights: batch.token_weights.clone(),
-            chunks: batch.chunks,
-        }
+    fn prompts(&self, batch: &Batch) -> Result<Prompts> {
+        let second = match self.pooled {
+            None => None,
+            Some(pooled) => {
+                let ids = batch.input_ids_2.clone().context("the batch has no second ids")?;
+                let sizes = batch.samples.iter().map(|sample| sample.sizes(batch.size)).collect();
+                Some(SecondPrompts { ids, pooled, sizes })
+            }
+        };
+        let (ids, weights) = (batch.input_ids.clone(), batch.token_weights.clone());
+        Ok(Prompts { ids, weights, chunks: batch.chunks, second })
     }
 }

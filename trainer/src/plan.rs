@@ -163,7 +163,7 @@ pub fn describe(
         "network",
         format!(
             "{} text encoder and {} U-Net modules, {} trainable numbers",
-            network.module_count(Part::TextEncoder),
+            network.module_count(Part::TextEncoder) + network.module_count(Part::TextEncoder2),
             network.module_count(Part::Unet),
             network.element_count()
         ),
@@ -223,9 +223,11 @@ fn describe_memory(memory: &Estimate) -> String {
 /// What a rank takes beside its card: values of the network, and room to bring the largest tensor
 /// of the base model, as f32 in two orders, to the card. Files are mapped, not read.
 fn describe_main_memory(base: &Base, prepared: &PreparedNetwork) -> String {
-    let largest = [&*base.files.unet, &*base.files.text_encoder]
-        .into_iter()
-        .flat_map(|weights| weights.names().into_iter().filter_map(|name| weights.shape(&name)))
+    let largest = base
+        .parts()
+        .flat_map(|(_, weights)| {
+            weights.names().into_iter().filter_map(|name| weights.shape(&name))
+        })
         .map(|shape| shape.iter().product::<usize>())
         .max()
         .unwrap_or(0);
@@ -249,7 +251,7 @@ pub fn estimate_memory(
         let shapes = weights.names().into_iter().filter_map(|name| weights.shape(&name));
         shapes.map(|shape| shape.iter().product::<usize>()).sum()
     };
-    let frozen = elements(&*base.files.unet) + elements(&*base.files.text_encoder);
+    let frozen = base.parts().map(|(_, weights)| elements(weights)).sum();
     let largest = group
         .datasets
         .iter()

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use collectives::{Comm, Env, Phase};
 use engine::{DType, Device, ParamStore};
-use models::lora::{LoraNetwork, Part};
+use models::lora::LoraNetwork;
 
 use crate::base::Base;
 use crate::card::LossScale;
@@ -335,7 +335,7 @@ impl Run {
             first_step: start.data_of(start.step) as u64,
             ..loading
         };
-        let reads_alike = network.module_count(Part::TextEncoder) == 0;
+        let reads_alike = !network.has_text_modules();
         let samples = self
             .samples
             .map(|plan| Samples::new(plan, (&options, &base), &parts.tokenizer))
@@ -357,6 +357,7 @@ impl Run {
             scaling: base.vae.scaling,
             accumulation: options.gradient_accumulation_steps,
             encoded,
+            pooled: base.pooled_width(),
             vae: if has_latents { None } else { Some(RefCell::new(VaeEncoder::load(&base)?)) },
         };
         let ema = options.ema_decay.map(|decay| Ema::new(decay, &params)).transpose()?;
@@ -556,9 +557,13 @@ fn loader_parts(
     let token_length = options.max_token_length.map(|length| length as u32);
     let token_length =
         TokenLength::from_option(token_length).context("`max_token_length` must be 150 or 225")?;
-    let tokenizer = base.tokenizer()?;
-    let parts =
-        LoaderParts { group, sampler: Arc::new(sampler), tokenizer: Arc::new(tokenizer), latents };
+    let parts = LoaderParts {
+        group,
+        sampler: Arc::new(sampler),
+        tokenizer: Arc::new(base.tokenizer()?),
+        tokenizer_2: base.tokenizer_2()?.map(Arc::new),
+        latents,
+    };
     let options = LoaderOptions {
         rank: env.rank,
         world: plan.world,

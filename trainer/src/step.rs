@@ -5,14 +5,14 @@ use std::rc::Rc;
 use anyhow::{Context, Result};
 use engine::{Checkpointing, Draws, EngineError, ParamId, ParamStore, Tape, Tensor, Value};
 use models::lora::LoraNetwork;
-use models::{ClipTextModel, Unet, UnetInput, join_chunks};
+use models::{TextEncoders, TextOutput, Unet, UnetInput};
 
-use crate::inputs::{CHUNK, StepInputs, Text};
+use crate::inputs::{StepInputs, Text};
 
 /// The models of a run, adapters installed.
 pub struct Models {
     /// Reads the prompts; `None` where all were encoded before the training.
-    pub text_encoder: Option<ClipTextModel>,
+    pub text_encoder: Option<TextEncoders>,
     /// Predicts the noise.
     pub unet: Unet,
 }
@@ -21,7 +21,7 @@ impl Models {
     /// Puts the adapters of `network` into the layers.
     pub fn install(&mut self, network: &LoraNetwork) -> Result<()> {
         let text_encoder = self.text_encoder.as_mut().context("the text encoder is gone")?;
-        Ok(network.install(text_encoder, &mut self.unet, 1.)?)
+        Ok(network.install_all(text_encoder, &mut self.unet, 1.)?)
     }
 }
 
@@ -40,6 +40,8 @@ pub struct Setting {
 pub struct Forward {
     /// `[B,T,C]`.
     pub context: Tensor,
+    /// SDXL's `[B,P]`.
+    pub pooled: Option<Tensor>,
     /// `[B,h,w,4]`.
     pub prediction: Tensor,
     /// Weighted loss of each sample, f32 `[B]`; their sum is the loss.
@@ -67,15 +69,16 @@ pub fn forward_backward_onto(
     let random = setting.draws.is_some();
     let tape = Tape::new(params, setting.checkpointing).with_draws(setting.draws);
     let text_encoder = models.text_encoder.as_ref();
-    let context = encode_text(&tape, text_encoder, setting.clip_skip, &inputs.text)?;
-    let prediction = predict(&tape, &models.unet, inputs, &context)?;
+    let text = encode_text(&tape, text_encoder, setting.clip_skip, &inputs.text)?;
+    let prediction = predict(&tape, &models.unet, inputs, &text)?;
     let loss = tape.loss(&prediction, &inputs.target, &inputs.loss)?;
     let forward = Forward {
-        context: context.tensor().clone(),
+        context: text.context.tensor().clone(),
+        pooled: text.pooled.as_ref().map(|pooled| pooled.tensor().clone()),
         prediction: prediction.tensor().clone(),
         losses: loss.tensor().clone(),
     };
-    drop((context, prediction));
+    drop((text, prediction));
     // Dropouts can leave out all that the loss depends on.
     if loss.is_tracked() || !random {
         match flat {
@@ -96,38 +99,46 @@ pub fn evaluate(
     params.refresh()?;
     let tape = Tape::inference(Some(params));
     let text_encoder = models.text_encoder.as_ref();
-    let context = encode_text(&tape, text_encoder, clip_skip, &inputs.text)?;
-    let prediction = predict(&tape, &models.unet, inputs, &context)?;
+    let text = encode_text(&tape, text_encoder, clip_skip, &inputs.text)?;
+    let prediction = predict(&tape, &models.unet, inputs, &text)?;
     Ok(tape.loss(&prediction, &inputs.target, &inputs.loss)?.tensor().to_vec_f32()?)
 }
 
-fn predict<'m>(
+/// What the U-Net says of `inputs`.
+pub fn predict<'m>(
     tape: &Tape<'m>,
     unet: &'m Unet,
     inputs: &StepInputs,
-    context: &Value,
+    text: &TextOutput,
 ) -> engine::Result<Value> {
-    let (latents, waves) = (&inputs.latents, &inputs.waves);
-    unet.forward(tape, UnetInput { latents, waves, context, added: None })
+    let added = match (&text.pooled, &inputs.sizes) {
+        (Some(pooled), Some(sizes)) => Some(unet.added(tape, pooled, sizes)?),
+        _ => None,
+    };
+    let (latents, waves, context) = (&inputs.latents, &inputs.waves, &text.context);
+    unet.forward(tape, UnetInput { latents, waves, context, added: added.as_ref() })
 }
 
-/// Hidden states of the prompts, `[B,T,C]`, long prompts joined, words weighted.
+/// Hidden states of the prompts, long prompts joined, words weighted; and SDXL's pooled output.
 pub fn encode_text<'m>(
     tape: &Tape<'m>,
-    text_encoder: Option<&'m ClipTextModel>,
+    text_encoder: Option<&'m TextEncoders>,
     clip_skip: Option<usize>,
     text: &Text,
-) -> engine::Result<Value> {
-    let (ids, factors, chunks) = match text {
-        Text::Tokens { ids, factors, chunks } => (ids, factors, *chunks),
-        Text::Encoded(encoded) => return Ok(Value::constant(encoded.clone())),
+) -> engine::Result<TextOutput> {
+    let (ids, factors) = match text {
+        Text::Tokens { ids, factors } => (ids, factors),
+        Text::Encoded { context, pooled } => {
+            let pooled = pooled.clone().map(Value::constant);
+            return Ok(TextOutput { context: Value::constant(context.clone()), pooled });
+        }
     };
     let text_encoder = text_encoder
         .ok_or_else(|| EngineError::Unsupported("the text encoder was dropped".into()))?;
-    let hidden = text_encoder.forward(tape, ids, CHUNK, clip_skip)?;
-    let joined = join_chunks(tape, &hidden, chunks)?;
-    match factors {
-        Some(factors) => tape.scale_rows(&joined, factors),
-        None => Ok(joined),
-    }
+    let TextOutput { context, pooled } = text_encoder.encode(tape, ids, clip_skip)?;
+    let context = match factors {
+        Some(factors) => tape.scale_rows(&context, factors)?,
+        None => context,
+    };
+    Ok(TextOutput { context, pooled })
 }

@@ -338,7 +338,7 @@ impl Trainer<'_> {
             return Ok(0.);
         }
         let micro = self.noising.micro_batch(batch)?;
-        let inputs = StepInputs::new(self.params.device(), &self.models.unet, &micro)?;
+        let inputs = StepInputs::new(self.params.device(), self.models.unet.config(), &micro)?;
         let setting = self.setting(batch);
         let models = (&self.models, &self.params);
         let forward = forward_backward(models, setting, &inputs, ready)?;

@@ -94,7 +94,7 @@ impl Validation {
             let first = self.batches.first_image(index);
             for (row, timestep) in self.timesteps.iter().enumerate() {
                 let micro = noising.micro_batch_at(&batch, self.seed, *timestep)?;
-                let inputs = StepInputs::new(params.device(), &models.unet, &micro)?;
+                let inputs = StepInputs::new(params.device(), models.unet.config(), &micro)?;
                 let own = evaluate((models, params), self.clip_skip, &inputs)?;
                 let at = row * images + first;
                 losses[at..at + own.len()].copy_from_slice(&own);

@@ -13,10 +13,10 @@ use clap::{Parser, ValueEnum};
 use engine::{DType, Device, ParamId};
 use formats::{Dtype, FormatError, TensorView, Weights};
 use models::lora::{
-    Algorithm, Composition, Form, LoraNetwork, Rank, Split, UniformRanks, text_encoder_targets,
-    unet_targets,
+    Algorithm, Composition, Form, LoraNetwork, Part, Rank, Split, UniformRanks,
+    text_encoder_targets, unet_targets,
 };
-use models::{ClipConfig, ClipTextModel, Unet, UnetConfig};
+use models::{ClipConfig, ClipTextModel, TextEncoders, Unet, UnetConfig};
 use trainer::gradients::Gradients;
 use trainer::inputs::{MicroBatch, Prompts, StepInputs};
 use trainer::memory::peak_resident;
@@ -139,7 +139,10 @@ fn main() -> Result<()> {
     let text_weights = RandomWeights::new(ClipTextModel::tensor_shapes(&text_config)?);
     let loading = Instant::now();
     let mut models = Models {
-        text_encoder: Some(ClipTextModel::load(&text_weights, &text_config, Device::Cpu, dtype)?),
+        text_encoder: Some(TextEncoders {
+            first: ClipTextModel::load(&text_weights, &text_config, Device::Cpu, dtype)?,
+            second: None,
+        }),
         unet: Unet::load(&unet_weights, &unet_config, Device::Cpu, dtype)?,
     };
     eprintln!("weights made in {:.1} s", loading.elapsed().as_secs_f64());
@@ -178,7 +181,8 @@ fn main() -> Result<()> {
     let shape = [args.batch_size, side, side, 4];
     let ids: Vec<u32> =
         (0..77).map(|i| if i == 0 { 49406 } else { 49407 - (i % 5) * 900 }).collect();
-    let prompts = Prompts { ids: ids.repeat(args.batch_size), weights: None, chunks: 1 };
+    let prompts =
+        Prompts { ids: ids.repeat(args.batch_size), weights: None, chunks: 1, second: None };
     let setting =
         Setting { clip_skip: None, checkpointing: args.gradient_checkpointing.into(), draws: None };
     let weights = vec![1. / args.batch_size as f32; args.batch_size];
@@ -194,7 +198,7 @@ fn main() -> Result<()> {
             objective.draw(2, step as u64, [args.batch_size * side, side, 4]).noise;
         let noised = objective.prepare(&latents, shape, &draws, &weights)?;
         let micro = MicroBatch { noised, prompts: prompts.clone(), encoded: None };
-        let inputs = StepInputs::new(Device::Cpu, &models.unet, &micro)?;
+        let inputs = StepInputs::new(Device::Cpu, models.unet.config(), &micro)?;
         let mut gradients = Gradients::new(&params);
         let mut ready = |id: ParamId, g: engine::Tensor| gradients.add(id, &g);
         let forward = forward_backward((&models, &params), setting.clone(), &inputs, &mut ready)?;

@@ -4,6 +4,8 @@
 //! user wrote them (`network_args` values); what is only odd becomes a note, what cannot be meant
 //! is an error.
 
+use formats::Family;
+
 use super::rank::{Rank, RankRule};
 use super::target::{Part, Target};
 use crate::{ModelError, Result};
@@ -19,6 +21,14 @@ pub enum BlockLayout {
 }
 
 impl BlockLayout {
+    /// That of a family.
+    pub fn of(family: Family) -> Self {
+        match family {
+            Family::Sd1 | Family::Sd2 => BlockLayout::Sd,
+            Family::Sdxl => BlockLayout::Sdxl,
+        }
+    }
+
     /// Number of blocks, the length of `block_dims`.
     pub fn count(self) -> usize {
         2 * self.side() + self.middle() + 2 * self.ends()

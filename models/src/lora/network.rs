@@ -10,7 +10,7 @@ use super::groups::Rates;
 use super::rank::{Rank, RankRule};
 use super::target::{Part, Target};
 use super::{Algorithm, Init, TensorPlan};
-use crate::{ClipTextModel, ModelError, Result, Unet};
+use crate::{ClipTextModel, ModelError, Result, TextEncoders, Unet};
 
 /// An adapter of one layer.
 #[derive(Clone, Debug)]
@@ -107,6 +107,11 @@ impl LoraNetwork {
     /// Number of modules of a part.
     pub fn module_count(&self, part: Part) -> usize {
         self.modules.iter().filter(|module| module.target.part == part).count()
+    }
+
+    /// Whether it has modules in a text encoder.
+    pub fn has_text_modules(&self) -> bool {
+        self.modules.iter().any(|module| module.target.part.is_text())
     }
 
     /// Number of parameters (tensors).
@@ -206,11 +211,20 @@ impl LoraNetwork {
         unet: &mut Unet,
         multiplier: f32,
     ) -> Result<()> {
-        self.install_all((text_encoder, None), unet, multiplier)
+        self.install_in((text_encoder, None), unet, multiplier)
     }
 
-    /// The same for a model with a second text encoder.
+    /// The same for a model with one text encoder or two.
     pub fn install_all(
+        &self,
+        texts: &mut TextEncoders,
+        unet: &mut Unet,
+        multiplier: f32,
+    ) -> Result<()> {
+        self.install_in((&mut texts.first, texts.second.as_mut()), unet, multiplier)
+    }
+
+    fn install_in(
         &self,
         (text_encoder, second): (&mut ClipTextModel, Option<&mut ClipTextModel>),
         unet: &mut Unet,

@@ -3,6 +3,7 @@
 use formats::Weights;
 use serde_json::{Value, json};
 
+use super::time::timestep_embedding;
 use super::transformer::TransformerShape;
 use crate::config_value::ConfigValue;
 use crate::preset::Preset;
@@ -227,6 +228,44 @@ impl UnetConfig {
             groups: self.groups,
             projection_is_conv: self.projection_is_conv,
         })
+    }
+}
+
+/// The sizes of one image that SDXL is told, in pixels.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SizeIds {
+    /// Height and width of the image before it was resized.
+    pub original: [f32; 2],
+    /// Top and left of the crop.
+    pub crop: [f32; 2],
+    /// Height and width of what is made of it.
+    pub target: [f32; 2],
+}
+
+impl UnetConfig {
+    /// The sinusoidal embeddings of sizes that follow pooled text of this width in what is added to
+    /// the time embedding, `[sizes.len(), added - pooled]`: original height, original width, crop
+    /// top, crop left, target height, target width, each as wide as the others.
+    ///
+    /// # Errors
+    /// A model that takes no such vector, or another width of pooled text.
+    pub fn size_waves(&self, pooled: usize, sizes: &[SizeIds]) -> Result<Vec<f32>> {
+        let rest = self.added.and_then(|added| added.checked_sub(pooled));
+        let Some(each) = rest.filter(|rest| rest % 6 == 0 && *rest > 0).map(|rest| rest / 6) else {
+            return Err(ModelError::Config {
+                component: COMPONENT,
+                key: "projection_class_embeddings_input_dim".to_owned(),
+                reason: format!(
+                    "it must be the width of pooled text, {pooled}, and six times that of a size"
+                ),
+                got: format!("{:?}", self.added),
+            });
+        };
+        let numbers = |ids: &SizeIds| {
+            let SizeIds { original: [h, w], crop: [top, left], target: [height, width] } = *ids;
+            [h, w, top, left, height, width]
+        };
+        Ok(sizes.iter().flat_map(|ids| timestep_embedding(&numbers(ids), each)).collect())
     }
 }
 

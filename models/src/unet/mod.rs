@@ -17,7 +17,7 @@ use engine::{
 use formats::Weights;
 
 use self::blocks::{DownBlock, MidBlock, Pass, UpBlock};
-pub use self::config::UnetConfig;
+pub use self::config::{SizeIds, UnetConfig};
 pub use self::time::timestep_embedding;
 use crate::Result;
 use crate::reader::{ConvShape, LayerVisitor, Reader, SlotVisitor, TensorShape};
@@ -51,24 +51,6 @@ pub struct UnetInput<'a> {
     /// What is added to the time embedding, `[B,config.added]`; needed where that is set:
     /// [`Unet::added`].
     pub added: Option<&'a Value>,
-}
-
-/// The sizes of one image that SDXL is told, in pixels.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct SizeIds {
-    /// Height and width of the image before it was resized.
-    pub original: [f32; 2],
-    /// Top and left of the crop.
-    pub crop: [f32; 2],
-    /// Height and width of what is made of it.
-    pub target: [f32; 2],
-}
-
-impl SizeIds {
-    fn in_order(&self) -> [f32; 6] {
-        let Self { original: [h, w], crop: [top, left], target: [height, width] } = *self;
-        [h, w, top, left, height, width]
-    }
 }
 
 fn added_embedding(reader: &Reader, time: usize, width: usize) -> Result<(Linear, Linear)> {
@@ -145,35 +127,19 @@ impl Unet {
         Tensor::from_f32(device, &[timesteps.len(), width], &waves, DType::F32)
     }
 
-    /// What SDXL adds to the time embedding, `[B,config.added]`: pooled text `[B,P]` and the
-    /// sinusoidal embeddings of each image's six sizes.
+    /// What SDXL adds to the time embedding, `[B,config.added]`: pooled text `[B,P]`, then the
+    /// embedded sizes ([`UnetConfig::size_waves`]), `[B,config.added-P]`.
     ///
     /// # Errors
-    /// A model that takes no such vector, or another width of pooled text.
+    /// Parts that do not fit each other.
     pub fn added<'m>(
         &self,
         tape: &Tape<'m>,
         pooled: &Value,
-        sizes: &[SizeIds],
+        sizes: &Tensor,
     ) -> EngineResult<Value> {
-        let [batch, pooled_width] = *pooled.shape() else {
-            return Err(EngineError::shape("unet", format!("pooled text {:?}", pooled.shape())));
-        };
-        let rest = self.config.added.unwrap_or(0).checked_sub(pooled_width);
-        let each = rest.filter(|rest| rest % 6 == 0 && *rest > 0 && sizes.len() == batch);
-        let Some(each) = each.map(|rest| rest / 6) else {
-            let (sizes, wanted) = (sizes.len(), self.config.added);
-            let detail = format!(
-                "pooled text {:?} and {sizes} sizes for a vector of width {wanted:?}",
-                pooled.shape()
-            );
-            return Err(EngineError::shape("unet", detail));
-        };
-        let waves: Vec<f32> =
-            sizes.iter().flat_map(|ids| timestep_embedding(&ids.in_order(), each)).collect();
-        let waves = Tensor::from_f32(self.device, &[batch, 6 * each], &waves, DType::F32)?;
         let pooled = tape.cast(pooled, self.dtype)?;
-        tape.concat_last(&pooled, &Value::constant(waves.to_dtype(self.dtype)?))
+        tape.concat_last(&pooled, &Value::constant(sizes.to_dtype(self.dtype)?))
     }
 
     /// Where its weights are.

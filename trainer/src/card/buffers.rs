@@ -64,7 +64,7 @@ impl Buffers {
         let (packed, starts) = pack(arrays);
         let numbers = Tensor::zeros(device, &[packed.len()], DType::F32)?;
         let waiting = Tensor::zeros(device, &[packed.len()], DType::F32)?;
-        let zeros = vec![0; micro.prompts.ids.len()];
+        let zeros = vec![0; micro.prompts.id_list()?.len()];
         let ids = match &micro.encoded {
             Some(_) => None,
             None => Some((Ids::new(device, &zeros)?, Ids::new(device, &zeros)?)),
@@ -86,7 +86,7 @@ impl Buffers {
     pub fn stage(&self, micro: &MicroBatch, arrays: &[Array]) -> Result<()> {
         self.waiting.stage(&pack(arrays).0)?;
         if let Some((_, waiting)) = &self.ids {
-            waiting.stage(&micro.prompts.ids)?;
+            waiting.stage(&micro.prompts.id_list()?)?;
         }
         Ok(())
     }
@@ -109,6 +109,6 @@ impl Buffers {
 
 /// A model's U-Net decides the width of the arrays; this only bundles the call.
 pub fn arrays_of(unet: &Unet, micro: &MicroBatch) -> Result<(StepShape, Vec<Array>)> {
-    let arrays = micro.arrays(unet)?;
+    let arrays = micro.arrays(unet.config())?;
     Ok((StepShape::of(micro, &arrays), arrays))
 }

@@ -10,9 +10,9 @@ use engine::cuda::{Card, Trace, recorder};
 use engine::{Checkpointing, DType, Device, ElementLoss, ParamId, ParamStore, Tensor};
 use formats::Weights;
 use models::lora::LoraNetwork;
-use models::{ClipConfig, ClipTextModel, Unet, UnetConfig, Vae, VaeConfig};
+use models::{ClipConfig, ClipTextModel, SizeIds, TextEncoders, Unet, UnetConfig, Vae, VaeConfig};
 
-use crate::inputs::{CHUNK, MicroBatch, Prompts, StepInputs};
+use crate::inputs::{CHUNK, EncodedPrompts, MicroBatch, Prompts, SecondPrompts, StepInputs};
 use crate::objective::Noised;
 use crate::optimizer::{Build, Choice, Optimize, TensorForm, TensorStep};
 use crate::step::{Models, Setting, forward_backward};
@@ -24,6 +24,8 @@ pub struct Parts<'a> {
     pub unet: (&'a UnetConfig, &'a dyn Weights),
     /// The text encoder.
     pub text_encoder: (&'a ClipConfig, &'a dyn Weights),
+    /// SDXL's second.
+    pub text_encoder_2: Option<(&'a ClipConfig, &'a dyn Weights)>,
     /// The autoencoder.
     pub vae: (&'a VaeConfig, &'a dyn Weights),
 }
@@ -138,8 +140,11 @@ impl<'a> Recording<'a> {
         let mut meter = Meter(card, card.memory_stats().live);
         let mut resident = Resident::default();
         let dtype = subject.dtype;
-        let (config, weights) = subject.parts.text_encoder;
-        let text_encoder = ClipTextModel::load(weights, config, device, dtype)?;
+        let load = |(config, weights)| ClipTextModel::load(weights, config, device, dtype);
+        let text_encoder = TextEncoders {
+            first: load(subject.parts.text_encoder)?,
+            second: subject.parts.text_encoder_2.map(load).transpose()?,
+        };
         resident.text_encoder = meter.lap();
         let (config, weights) = subject.parts.unet;
         let unet = Unet::load_stored(weights, config, device, (dtype, stored))?;
@@ -203,14 +208,26 @@ impl<'a> Recording<'a> {
         };
         let tokens = batch * chunks * CHUNK;
         let weights = self.subject.weighted.then(|| vec![1.; tokens]);
-        let prompts = Prompts { ids: vec![0; tokens], weights, chunks };
-        let shape = vec![batch, chunks * (CHUNK - 2) + 2, self.subject.parts.text_encoder.0.width];
-        let encoded = self.subject.encoded.then(|| {
+        let Parts { text_encoder, text_encoder_2, .. } = self.subject.parts;
+        let pooled = text_encoder_2.and_then(|(config, _)| config.pooled);
+        let size = SizeIds { original: [0.; 2], crop: [0.; 2], target: [0.; 2] };
+        let second = pooled.map(|pooled| SecondPrompts {
+            ids: vec![0; tokens],
+            pooled,
+            sizes: vec![size; batch],
+        });
+        let prompts = Prompts { ids: vec![0; tokens], weights, chunks, second };
+        let width = text_encoder.0.width + text_encoder_2.map_or(0, |(config, _)| config.width);
+        let zeros = |shape: Vec<usize>| {
             let count = shape.iter().product();
             (shape, vec![0.; count])
+        };
+        let encoded = self.subject.encoded.then(|| EncodedPrompts {
+            context: zeros(vec![batch, chunks * (CHUNK - 2) + 2, width]),
+            pooled: pooled.map(|width| zeros(vec![batch, width])),
         });
         let micro = MicroBatch { noised, prompts, encoded };
-        StepInputs::new(self.device, &self.models.unet, &micro)
+        StepInputs::new(self.device, self.models.unet.config(), &micro)
     }
 
     /// A whole step of this shape, and the bytes of its inputs.

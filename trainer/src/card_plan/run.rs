@@ -4,7 +4,6 @@ use anyhow::{Context, Result};
 use collectives::Comm;
 use engine::Device;
 use engine::cuda::driver::CardFacts;
-use models::lora::Part;
 
 use super::{CardPlan, OVERHEAD, Parts, StepShape, Subject, Wishes, choose, imagined_card};
 use crate::base::Base;
@@ -64,7 +63,7 @@ pub fn plan_run(
 ) -> Result<CardPlan> {
     // Only whether it is a card decides.
     let device = Device::Card(0);
-    let untrained = prepared.network.module_count(Part::TextEncoder) == 0;
+    let untrained = !prepared.network.has_text_modules();
     let constant =
         [Some(group), held_out].into_iter().flatten().all(|g| constant_captions(g).is_some());
     let files = &base.files;
@@ -72,6 +71,7 @@ pub fn plan_run(
         parts: Parts {
             unet: (&base.unet, &*files.unet),
             text_encoder: (&base.text_encoder, &*files.text_encoder),
+            text_encoder_2: base.text_encoder_2.as_ref().zip(files.text_encoder_2.as_deref()),
             vae: (&base.vae, &*files.vae),
         },
         network: &prepared.network,

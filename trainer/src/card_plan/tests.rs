@@ -74,6 +74,7 @@ impl Sd1 {
             parts: Parts {
                 unet: (&self.unet.0, &self.unet.1),
                 text_encoder: (&self.text.0, &self.text.1),
+                text_encoder_2: None,
                 vae: (&self.vae.0, &self.vae.1),
             },
             network: &self.network,

@@ -15,6 +15,7 @@ use super::ordered::Ordered;
 use super::picture::{LATENT_SCALE, Picture, Variation, is_flipped, prepare};
 use crate::rng::{Purpose, stream};
 use crate::world::World;
+use models::SizeIds;
 use models::prompt::{CHUNK, ClipTokenizer, TokenLength};
 use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
@@ -30,29 +31,51 @@ pub struct LoaderParts {
     pub sampler: Arc<Sampler>,
     /// For captions.
     pub tokenizer: Arc<ClipTokenizer>,
+    /// For SDXL's second text encoder, which pads otherwise.
+    pub tokenizer_2: Option<Arc<ClipTokenizer>>,
     /// Cached latents; without them batches hold pixels.
     pub latents: Option<Arc<LatentStore>>,
 }
 
 impl LoaderParts {
-    /// The ids of a caption, `[chunks, 77]`, and with `weighted_captions` their weights.
+    /// The tokens of a caption.
     ///
     /// # Errors
     /// As [`ClipTokenizer::encode`].
-    pub fn tokens(
-        &self,
-        caption: &str,
-        options: &LoaderOptions,
-    ) -> Result<(Vec<u32>, Option<Vec<f32>>), DatasetError> {
-        let (tokenizer, length) = (&self.tokenizer, options.token_length);
-        if !options.weighted_captions {
-            let ids = tokenizer.input_ids(caption, length)?;
-            return Ok((ids.into_iter().flatten().collect(), None));
-        }
-        let weighted = tokenizer.weighted_input_ids(caption, length)?;
-        let weights = weighted.weights.into_iter().flatten().collect();
-        Ok((weighted.ids.into_iter().flatten().collect(), Some(weights)))
+    pub fn tokens(&self, caption: &str, options: &LoaderOptions) -> Result<Tokens, DatasetError> {
+        let (ids, weights) = read_caption(&self.tokenizer, caption, options)?;
+        let ids_2 = match &self.tokenizer_2 {
+            Some(tokenizer) => Some(read_caption(tokenizer, caption, options)?.0),
+            None => None,
+        };
+        Ok(Tokens { ids, ids_2, weights })
     }
+}
+
+/// The tokens of a caption, each list `[chunks, 77]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tokens {
+    /// For the text encoder.
+    pub ids: Vec<u32>,
+    /// For SDXL's second.
+    pub ids_2: Option<Vec<u32>>,
+    /// With `weighted_captions`; the same for both.
+    pub weights: Option<Vec<f32>>,
+}
+
+fn read_caption(
+    tokenizer: &ClipTokenizer,
+    caption: &str,
+    options: &LoaderOptions,
+) -> Result<(Vec<u32>, Option<Vec<f32>>), DatasetError> {
+    let length = options.token_length;
+    if !options.weighted_captions {
+        let ids = tokenizer.input_ids(caption, length)?;
+        return Ok((ids.into_iter().flatten().collect(), None));
+    }
+    let weighted = tokenizer.weighted_input_ids(caption, length)?;
+    let weights = weighted.weights.into_iter().flatten().collect();
+    Ok((weighted.ids.into_iter().flatten().collect(), Some(weights)))
 }
 
 /// How a loader works.
@@ -113,6 +136,16 @@ pub struct SampleMeta {
     pub crop_left_top: (i64, i64),
 }
 
+impl SampleMeta {
+    /// What SDXL is told of the image in a batch of `size` (width and height).
+    pub fn sizes(&self, size: Size) -> SizeIds {
+        let pair = |(width, height): Size| [height as f32, width as f32];
+        let (left, top) = self.crop_left_top;
+        let (original, target) = (pair(self.original_size), pair(size));
+        SizeIds { original, crop: [top as f32, left as f32], target }
+    }
+}
+
 /// The samples of one rank in one micro-step.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Batch {
@@ -138,6 +171,8 @@ pub struct Batch {
     pub moments: Option<Vec<f32>>,
     /// Ids of all samples, `[B, chunks, 77]`.
     pub input_ids: Vec<u32>,
+    /// The same for SDXL's second text encoder.
+    pub input_ids_2: Option<Vec<u32>>,
     /// Weights of the tokens, `[B, chunks, 77]`; with `weighted_captions`.
     pub token_weights: Option<Vec<f32>>,
     /// Chunks of 77 ids to a caption: 1, 2 or 3.
@@ -166,6 +201,7 @@ impl Batch {
             images: values(&self.images),
             moments: values(&self.moments),
             input_ids: part(&self.input_ids, index, count),
+            input_ids_2: self.input_ids_2.as_ref().map(|all| part(all, index, count)),
             token_weights: values(&self.token_weights),
             alpha_masks: values(&self.alpha_masks),
             ..*self
@@ -322,6 +358,7 @@ impl BatchMaker {
             images: self.parts.latents.is_none().then(Vec::new),
             moments: self.parts.latents.is_some().then(Vec::new),
             input_ids: Vec::with_capacity(keys.len() * CHUNK),
+            input_ids_2: self.parts.tokenizer_2.as_ref().map(|_| Vec::new()),
             token_weights: self.options.weighted_captions.then(Vec::new),
             chunks: self.options.token_length.chunks(),
             alpha_masks: None,
@@ -350,8 +387,11 @@ impl BatchMaker {
     }
 
     fn add_tokens(&self, batch: &mut Batch, caption: &str) -> Result<(), DatasetError> {
-        let (ids, weights) = self.parts.tokens(caption, &self.options)?;
+        let Tokens { ids, ids_2, weights } = self.parts.tokens(caption, &self.options)?;
         batch.input_ids.extend(ids);
+        if let Some(all) = &mut batch.input_ids_2 {
+            all.extend(ids_2.into_iter().flatten());
+        }
         if let Some(all) = &mut batch.token_weights {
             all.extend(weights.into_iter().flatten());
         }

@@ -15,19 +15,17 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use engine::{DType, Device, ParamId, ParamStore, Tape, Tensor};
 use formats::{OpenOptions, TensorFile, open_base_model};
-use models::lora::{
-    Algorithm, LoraNetwork, Part, Rank, UniformRanks, text_encoder_targets, unet_targets,
-};
+use models::lora::{Algorithm, LoraNetwork, Part, Rank, UniformRanks, unet_targets};
 use models::pixel_order::{nchw_from_nhwc, nhwc_from_nchw};
-use models::{UnetInput, Vae};
+use models::{SizeIds, Vae};
 
 use crate::base::Base;
 use crate::gradients::Gradients;
-use crate::inputs::{CHUNK, MicroBatch, Prompts, StepInputs};
+use crate::inputs::{CHUNK, MicroBatch, Prompts, SecondPrompts, StepInputs};
 use crate::noise::Draw;
 use crate::objective::Objective;
 use crate::optimizer::{AdamWSettings, Build, Recipe, StepInput, TensorForm, TensorStep};
-use crate::step::{Models, Setting, encode_text, forward_backward};
+use crate::step::{Models, Setting, encode_text, forward_backward, predict};
 
 pub use compare::Report;
 use compare::{FORWARD, GRADIENT, GRADIENT_NORM, WEIGHTS};
@@ -47,6 +45,8 @@ struct Inputs {
     noise: Vec<f32>,
     offset: Vec<f32>,
     timesteps: Vec<usize>,
+    /// SDXL's part of the prompts.
+    second: Option<SecondPrompts>,
 }
 
 /// A reference with the model it was made with.
@@ -65,7 +65,7 @@ pub fn run(case: &Path, base: &Path, device: Device, checkpointing: bool) -> Res
     let mut opened =
         Base::from_files(open_base_model(&model, &OpenOptions::default())?, DType::F32)?;
     opened.device = device;
-    let inputs = Inputs::read(&*reference.inputs, opened.vae.scaling)?;
+    let inputs = Inputs::read(&*reference.inputs, opened.vae.scaling, opened.pooled_width())?;
     let models =
         Models { text_encoder: Some(opened.load_text_encoder()?), unet: opened.load_unet()? };
     let mut bench = Bench { reference, base: opened, inputs, models, checkpointing };
@@ -98,8 +98,23 @@ fn to_nchw(shape: &[usize], data: &[f32]) -> Vec<f32> {
         .collect()
 }
 
+/// SDXL's second ids and the sizes that it is told.
+fn read_second(file: &dyn TensorFile, pooled: usize) -> Result<SecondPrompts> {
+    let ids = read_integers(file, "input_ids_2")?.1.into_iter().map(|id| id as u32).collect();
+    let pairs = |name: &str| -> Result<Vec<[f32; 2]>> {
+        let numbers = read_integers(file, name)?.1;
+        Ok(numbers.as_chunks::<2>().0.iter().map(|pair| pair.map(|n| n as f32)).collect())
+    };
+    let (original, crop) = (pairs("original_sizes_hw")?, pairs("crop_top_lefts")?);
+    let target = pairs("target_sizes_hw")?;
+    let sizes = original.into_iter().zip(crop).zip(target);
+    let sizes =
+        sizes.map(|((original, crop), target)| SizeIds { original, crop, target }).collect();
+    Ok(SecondPrompts { ids, pooled, sizes })
+}
+
 impl Inputs {
-    fn read(file: &dyn TensorFile, scaling: f32) -> Result<Self> {
+    fn read(file: &dyn TensorFile, scaling: f32, pooled: Option<usize>) -> Result<Self> {
         let (shape, latents) = read(file, "latents_raw")?;
         let [batch, channels, height, width] = shape[..] else {
             anyhow::bail!("`latents_raw` should be [B,C,h,w], it is: {shape:?}");
@@ -114,6 +129,7 @@ impl Inputs {
             noise: to_nhwc(&noise_shape, &noise),
             offset: read(file, "offset_randn")?.1,
             timesteps: read_integers(file, "timesteps")?.1,
+            second: pooled.map(|pooled| read_second(file, pooled)).transpose()?,
         })
     }
 
@@ -137,6 +153,7 @@ impl Inputs {
             ids: self.ids.clone(),
             weights: None,
             chunks: self.ids.len() / CHUNK / self.shape[0],
+            second: self.second.clone(),
         }
     }
 }
@@ -154,7 +171,7 @@ impl Bench {
         let shape = self.inputs.shape;
         let noised = objective.prepare(&self.inputs.latents, shape, &draws, &weights)?;
         let micro = MicroBatch { noised, prompts: self.inputs.prompts(), encoded: None };
-        StepInputs::new(self.base.device, &self.models.unet, &micro)
+        StepInputs::new(self.base.device, self.models.unet.config(), &micro)
     }
 
     fn check_against(
@@ -182,18 +199,22 @@ impl Bench {
         for (clip_skip, suffix) in [(None, "none"), (Some(1), "1"), (Some(2), "2")] {
             let tape = Tape::inference(None);
             let text_encoder = self.models.text_encoder.as_ref();
-            let context = encode_text(&tape, text_encoder, clip_skip, &inputs.text)?;
-            let key = format!("te_clip_skip_{suffix}");
-            self.check_against(report, file, (&key, &format!("base/{key}")), context.tensor())?;
+            let text = encode_text(&tape, text_encoder, clip_skip, &inputs.text)?;
+            let key = match self.base.pooled_width() {
+                None => format!("te_clip_skip_{suffix}"),
+                Some(_) => "encoder_hidden_states".to_owned(),
+            };
+            let shown = format!("base/{key}");
+            self.check_against(report, file, (&key, &shown), text.context.tensor())?;
+            if let Some(pooled) = &text.pooled {
+                self.check_against(report, file, ("pooled", "base/pooled"), pooled.tensor())?;
+            }
             let key = match clip_skip {
                 None => "noise_pred".to_owned(),
                 Some(n) => format!("noise_pred_clip_skip_{n}"),
             };
             if file.shape(&key).is_some() {
-                let unet = &self.models.unet;
-                let (latents, waves) = (&inputs.latents, &inputs.waves);
-                let input = UnetInput { latents, waves, context: &context, added: None };
-                let prediction = unet.forward(&tape, input)?;
+                let prediction = predict(&tape, &self.models.unet, &inputs, &text)?;
                 let shown = format!("base/{key}");
                 self.check_against(report, file, (&key, &shown), prediction.tensor())?;
             }
@@ -238,7 +259,7 @@ impl Bench {
             linear: Rank::new(options.network_rank(), options.network_alpha as f32),
             conv: args.conv_dim.map(|dim| Rank::new(dim, args.conv_alpha as f32)),
         };
-        let mut targets = text_encoder_targets(&*self.base.files.text_encoder);
+        let mut targets = self.base.text_targets();
         targets.extend(unet_targets(&*self.base.files.unet));
         let mut network = LoraNetwork::new(targets, &rule, Algorithm::LowRank)?;
         let mut values = network.initial_values(&mut |_, count| vec![0.; count]);
@@ -283,6 +304,10 @@ impl Bench {
             (_, false) => format!("variant/{variant}/"),
         };
         let file = &*self.reference.results;
+        if let Some(pooled) = &forward.pooled {
+            let key = format!("{prefix}pooled");
+            self.check_against(report, file, (&key, &format!("{name}/pooled")), pooled)?;
+        }
         for (key, tensor) in [
             ("te_out", &forward.context),
             ("noise_pred", &forward.prediction),

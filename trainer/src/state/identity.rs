@@ -61,7 +61,7 @@ pub fn run_facts(
     let alphas = network.modules().iter();
     Ok(RunFacts {
         base_model: base.files.name.clone(),
-        base_model_hash: model_hash(&[&*base.files.text_encoder, &*base.files.unet])?,
+        base_model_hash: model_hash(&base.parts().map(|(_, weights)| weights).collect::<Vec<_>>())?,
         optimizer: plan.optimizer.class.clone(),
         tensors: (0..network.param_count()).map(ParamId).map(tensor).collect(),
         alphas: alphas.map(|m| (m.target.name.clone(), m.rank.alpha.to_string())).collect(),

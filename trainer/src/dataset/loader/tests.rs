@@ -31,6 +31,7 @@ fn parts(folder: &Path, batch_size: usize, world_size: usize) -> LoaderParts {
         sampler: Arc::new(Sampler::new(&group, 7, world_size, 2)),
         group: Arc::new(group),
         tokenizer: Arc::new(ClipTokenizer::embedded(false).unwrap()),
+        tokenizer_2: None,
         latents: None,
     }
 }
@@ -192,6 +193,7 @@ fn weights_masks_and_loss_weights() {
         sampler: Arc::new(Sampler::new(&group, 1, 1, 1)),
         group: Arc::new(group),
         tokenizer: Arc::new(ClipTokenizer::embedded(true).unwrap()),
+        tokenizer_2: None,
         latents: None,
     };
     let options = LoaderOptions {

@@ -82,14 +82,24 @@ impl Check<'_> {
     /// Learning rates and ranks by block.
     fn block_lists(&mut self, args: &NetworkArgs, notes: &mut Vec<String>) {
         let o = self.options;
-        let rates = match args.read_block_rates(BlockLayout::Sd, notes) {
-            Ok(rates) => rates,
-            Err(fault) => return self.problems.push(format!("in `network_args`: {fault}")),
-        };
         let rank = (o.network_rank(), o.network_alpha);
-        if let Err(fault) = args.read_block_ranks(BlockLayout::Sd, rank, rates.as_ref()) {
-            self.problems.push(format!("in `network_args`: {fault}"));
-        }
+        let read = |layout, notes: &mut Vec<String>| {
+            let rates = args.read_block_rates(layout, notes)?;
+            args.read_block_ranks(layout, rank, rates.as_ref()).map(|_| rates)
+        };
+        // The model, which is not open yet, tells the number of blocks: lists for SDXL may do.
+        let mut own = Vec::new();
+        let rates =
+            match (read(BlockLayout::Sd, &mut own), read(BlockLayout::Sdxl, &mut Vec::new())) {
+                (Ok(rates), _) => {
+                    notes.extend(own);
+                    rates
+                }
+                (Err(_), Ok(rates)) => rates,
+                (Err(fault), Err(_)) => {
+                    return self.problems.push(format!("in `network_args`: {fault}"));
+                }
+            };
         let lists = &args.block_ranks;
         if rates.is_none() && lists.dims.is_none() && !lists.is_empty() {
             notes.push(
