@@ -32,6 +32,16 @@ fn stable_diffusion_2_has_its_size() {
     assert_eq!(totals(text), (372, 340_387_840));
 }
 
+/// The numbers of diffusers' `UNet2DConditionModel` and transformers' `CLIPTextModelWithProjection` with
+/// the configs of `stabilityai/stable-diffusion-xl-base-1.0`.
+#[test]
+fn stable_diffusion_xl_has_its_size() {
+    let unet = Unet::tensor_shapes(&UnetConfig::sdxl()).unwrap();
+    assert_eq!(totals(unet), (1680, 2_567_463_684));
+    let text = ClipTextModel::tensor_shapes(&ClipConfig::sdxl_second()).unwrap();
+    assert_eq!(totals(text), (517, 694_659_840));
+}
+
 /// Names and shapes without a byte: what a card that only records may ask for.
 struct Shapes(HashMap<String, Vec<usize>>);
 

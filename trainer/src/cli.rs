@@ -3,8 +3,9 @@
 use std::ffi::OsString;
 
 use anyhow::{Context, Result};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use collectives::{CollectiveError, Env, exit_code, report_failure};
+use formats::Family;
 use models::ModelError;
 
 use crate::dataset::DatasetError;
@@ -139,16 +140,27 @@ struct SelftestArgs {
     /// Compare each operation of a card with the CPU's instead of a model with PyTorch's
     #[arg(long, conflicts_with = "reference")]
     operations: bool,
-    /// Only write a full-size Stable Diffusion 1.5 with random weights to this folder, 2 GB, for
-    /// measurements
+    /// Only write a full-size model with random weights to this folder, for measurements: 2 GB, of
+    /// SDXL 6.9 GB
     #[arg(long)]
     write_model: Option<std::path::PathBuf>,
+    /// Which model `--write_model` writes
+    #[arg(long, default_value = "sd1", requires = "write_model")]
+    family: ModelFamily,
     /// Only compare the tensors of two files
     #[arg(long, num_args = 2, value_names = ["FILE", "FILE"])]
     compare: Option<Vec<std::path::PathBuf>>,
     /// How far numbers of `--compare` may differ, as a part of the tensor's largest
     #[arg(long, default_value = "0", requires = "compare")]
     tolerance: f64,
+}
+
+/// Families of models on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ModelFamily {
+    Sd1,
+    Sd2,
+    Sdxl,
 }
 
 /// `lorarun selftest ARGS`.
@@ -168,7 +180,12 @@ pub fn selftest_main(args: &[OsString], env: &Env) -> i32 {
 
 fn run_selftest(args: &SelftestArgs) -> Result<i32> {
     if let Some(folder) = &args.write_model {
-        selftest::write_random_model(folder)?;
+        let family = match args.family {
+            ModelFamily::Sd1 => Family::Sd1,
+            ModelFamily::Sd2 => Family::Sd2,
+            ModelFamily::Sdxl => Family::Sdxl,
+        };
+        selftest::write_random_model(folder, family)?;
         return Ok(exit_code::DONE);
     }
     let report = match &args.compare {

@@ -80,7 +80,7 @@ impl LoraStack {
                 return Err(ModelError::LoraShape { key, expected, got });
             }
             match target.part {
-                Part::TextEncoder => report.text_encoder += 1,
+                Part::TextEncoder | Part::TextEncoder2 => report.text_encoder += 1,
                 Part::Unet => report.unet += 1,
             }
             places.push(Place { file: self.files.len(), module, target: target.clone() });

@@ -120,7 +120,8 @@ impl Pipeline {
         for module in file.modules.iter().filter(|module| module.bias.is_some()) {
             let target = targets.iter().find(|target| target.name == module.name);
             let has_bias = |target: &Target| {
-                self.weights(target.part).contains(&format!("{}.bias", target.path))
+                let name = format!("{}.bias", target.path);
+                self.weights(target.part).is_some_and(|weights| weights.contains(&name))
             };
             if !target.is_none_or(has_bias) {
                 return Err(PipelineError::Model(ModelError::Network(format!(
@@ -132,10 +133,11 @@ impl Pipeline {
         Ok(())
     }
 
-    fn weights(&self, part: Part) -> &dyn Weights {
+    fn weights(&self, part: Part) -> Option<&dyn Weights> {
         match part {
-            Part::TextEncoder => &*self.files.text_encoder,
-            Part::Unet => &*self.files.unet,
+            Part::TextEncoder => Some(&*self.files.text_encoder),
+            Part::TextEncoder2 => self.files.text_encoder_2.as_deref(),
+            Part::Unet => Some(&*self.files.unet),
         }
     }
 
