@@ -10,7 +10,7 @@ use formats::{BaseModel, OpenOptions, open_base_model};
 use models::lora::{
     BaseMerge, Part, Target, sdxl_text_encoder_targets, text_encoder_targets, unet_targets,
 };
-use models::prompt::ClipTokenizer;
+use models::prompt::Tokenizers;
 use models::{
     ClipConfig, ClipTextModel, Preset, TextEncoders, Unet, UnetConfig, Vae, VaeConfig, preset,
     second_text_preset,
@@ -176,17 +176,9 @@ impl Base {
         })
     }
 
-    /// The model's tokenizer.
-    pub fn tokenizer(&self) -> Result<ClipTokenizer> {
-        let folder = self.files.tokenizer_dir.as_deref();
-        Ok(ClipTokenizer::open(folder, self.preset.pads_with_zero)?)
-    }
-
-    /// The tokenizer of SDXL's second text encoder.
-    pub fn tokenizer_2(&self) -> Result<Option<ClipTokenizer>> {
-        let Some(preset) = second_text_preset(self.files.family) else { return Ok(None) };
-        let folder = self.files.tokenizer_2_dir.as_deref();
-        Ok(Some(ClipTokenizer::open(folder, preset.pads_with_zero)?))
+    /// The model's tokenizers.
+    pub fn tokenizers(&self) -> Result<Tokenizers> {
+        Ok(Tokenizers::of(&self.files)?)
     }
 
     /// Loads the autoencoder in its own type: in half precision some autoencoders overflow.

@@ -198,7 +198,7 @@ impl Run {
             );
         }
         if let Some(samples) = &self.samples {
-            samples.check_lengths(&base.tokenizer()?)?;
+            samples.check_lengths(&base.tokenizers()?.first)?;
         }
         if self.card.is_none() {
             let need = estimate_memory(options, (&self.group, plan), base, &self.prepared).total();
@@ -338,7 +338,7 @@ impl Run {
         let reads_alike = !network.has_text_modules();
         let samples = self
             .samples
-            .map(|plan| Samples::new(plan, (&options, &base), &parts.tokenizer))
+            .map(|plan| Samples::new(plan, (&options, &base), &parts.tokenizers))
             .map(|samples| samples?.encoded(&comm, models.text_encoder.as_ref(), reads_alike))
             .transpose()?;
         let held_group = held_out.as_ref().map(|(group, _)| group);
@@ -560,8 +560,7 @@ fn loader_parts(
     let parts = LoaderParts {
         group,
         sampler: Arc::new(sampler),
-        tokenizer: Arc::new(base.tokenizer()?),
-        tokenizer_2: base.tokenizer_2()?.map(Arc::new),
+        tokenizers: Arc::new(base.tokenizers()?),
         latents,
     };
     let options = LoaderOptions {

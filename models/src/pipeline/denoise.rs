@@ -7,7 +7,7 @@ use engine::{DType, ParamStore, Tape, Tensor, Value};
 use super::{Embedding, PipelineError, TorchNoise};
 use crate::pixel_order::nhwc_from_nchw;
 use crate::sampler::{Sampler, SamplerKind, SamplerOptions};
-use crate::{Unet, UnetInput};
+use crate::{SizeIds, Unet, UnetInput};
 
 /// Who predicts noise.
 #[derive(Clone, Copy)]
@@ -29,6 +29,17 @@ pub struct Denoising {
     pub options: SamplerOptions,
     /// Weight of the prompt over the negative prompt (`--scale`); at 1 the latter is not looked at.
     pub guidance_scale: f32,
+    /// What SDXL is told of the sizes, for prompt and negative prompt; `None`: an uncropped picture of
+    /// this size.
+    pub sizes: Option<[SizeIds; 2]>,
+}
+
+impl Denoising {
+    fn sizes(&self) -> [SizeIds; 2] {
+        let [width, height] = self.size.map(|side| (side * 8) as f32);
+        let whole = SizeIds { original: [height, width], crop: [0.; 2], target: [height, width] };
+        self.sizes.unwrap_or([whole; 2])
+    }
 }
 
 /// One of the pictures that are made together.
@@ -57,6 +68,14 @@ pub struct Progress {
 
 /// Called after each evaluation; to break stops the work.
 pub type Watch<'a> = dyn FnMut(Progress) -> ControlFlow<()> + 'a;
+
+/// What the U-Net is told at every evaluation.
+struct Conditions {
+    /// `[B,T,C]`.
+    context: Value,
+    /// SDXL's pooled text `[B,P]` and embedded sizes.
+    pooled: Option<(Value, Tensor)>,
+}
 
 impl Predictor<'_> {
     /// Latents of the pictures, `[B,h,w,4]` row-major, as the U-Net knows them.
@@ -99,10 +118,10 @@ impl Predictor<'_> {
                 latents
             }
         };
-        let context = context(self.unet.device(), subjects, how.guidance_scale)?;
+        let conditions = self.conditions(subjects, how)?;
         while let Some(timestep) = sampler.timestep() {
             let prediction =
-                self.predict(&sampler.scale_input(&latents), timestep, &context, how)?;
+                self.predict(&sampler.scale_input(&latents), timestep, &conditions, how)?;
             sampler.step(&prediction, &mut latents, &mut |out| draw(subjects, out))?;
             if let Some(start) = &start {
                 keep(&sampler, subjects, (start, &noise), &mut latents)?;
@@ -115,14 +134,50 @@ impl Predictor<'_> {
         Ok(latents)
     }
 
+    /// What holds for all evaluations: of the negative prompts, then of the prompts; without guidance
+    /// only of the prompts.
+    fn conditions(
+        &self,
+        subjects: &[Subject<'_>],
+        how: &Denoising,
+    ) -> Result<Conditions, PipelineError> {
+        let device = self.unet.device();
+        let negatives = subjects.iter().filter(|_| how.guidance_scale != 1.).map(|s| s.negative);
+        let all: Vec<&Embedding> = negatives.chain(subjects.iter().map(|s| s.prompt)).collect();
+        let (tokens, width) = all.first().map_or((0, 0), |first| (first.tokens(), first.width));
+        if all.iter().any(|one| (one.tokens(), one.width) != (tokens, width)) {
+            return Err(PipelineError::UnequalPrompts);
+        }
+        let rows: Vec<f32> = all.iter().flat_map(|one| &one.rows).copied().collect();
+        let context = Tensor::from_f32(device, &[all.len(), tokens, width], &rows, DType::F32)?;
+        let pooled: Option<Vec<&[f32]>> = all.iter().map(|one| one.pooled.as_deref()).collect();
+        let pooled = match pooled {
+            Some(pooled) if self.unet.config().added.is_some() => {
+                let [prompt, negative] = how.sizes();
+                let mut sizes = vec![negative; all.len() - subjects.len()];
+                sizes.resize(all.len(), prompt);
+                let width = pooled.first().map_or(0, |one| one.len());
+                let waves = self.unet.config().size_waves(width, &sizes)?;
+                let shape = [all.len(), waves.len() / all.len().max(1)];
+                let sizes = Tensor::from_f32(device, &shape, &waves, DType::F32)?;
+                let rows = pooled.concat();
+                let pooled = Tensor::from_f32(device, &[all.len(), width], &rows, DType::F32)?;
+                Some((Value::constant(pooled), sizes))
+            }
+            _ => None,
+        };
+        Ok(Conditions { context: Value::constant(context), pooled })
+    }
+
     /// What the U-Net says, guided: one call for the negative prompts and the prompts.
     fn predict(
         &self,
         latents: &[f32],
         timestep: f32,
-        context: &Value,
+        conditions: &Conditions,
         how: &Denoising,
     ) -> Result<Vec<f32>, PipelineError> {
+        let context = &conditions.context;
         let channels = self.unet.config().in_channels;
         let batch = context.shape()[0];
         let [width, height] = how.size;
@@ -137,7 +192,12 @@ impl Predictor<'_> {
             Tensor::from_f32(device, &[batch, height, width, channels], &input, DType::F32)?;
         let waves = self.unet.waves(device, &vec![timestep; batch])?;
         let tape = Tape::inference(self.params);
-        let input = UnetInput { latents: &input, waves: &waves, context, added: None };
+        let added = match &conditions.pooled {
+            Some((pooled, sizes)) => Some(self.unet.added(&tape, pooled, sizes)?),
+            None => None,
+        };
+        let added = added.as_ref();
+        let input = UnetInput { latents: &input, waves: &waves, context, added };
         let output = self.unet.forward(&tape, input)?.tensor().to_vec_f32()?;
         if !twice {
             return Ok(output);
@@ -146,24 +206,6 @@ impl Predictor<'_> {
         let guide = |(without, with): (&f32, &f32)| without + how.guidance_scale * (with - without);
         Ok(without.iter().zip(with).map(guide).collect())
     }
-}
-
-/// Hidden states of the negative prompts, then of the prompts, `[2B,T,C]`; without guidance only
-/// of the prompts.
-fn context(
-    device: engine::Device,
-    subjects: &[Subject<'_>],
-    scale: f32,
-) -> Result<Value, PipelineError> {
-    let negatives = subjects.iter().filter(|_| scale != 1.).map(|s| s.negative);
-    let all: Vec<&Embedding> = negatives.chain(subjects.iter().map(|s| s.prompt)).collect();
-    let (tokens, width) = all.first().map_or((0, 0), |first| (first.tokens(), first.width));
-    if all.iter().any(|one| (one.tokens(), one.width) != (tokens, width)) {
-        return Err(PipelineError::UnequalPrompts);
-    }
-    let rows: Vec<f32> = all.iter().flat_map(|one| &one.rows).copied().collect();
-    let tensor = Tensor::from_f32(device, &[all.len(), tokens, width], &rows, DType::F32)?;
-    Ok(Value::constant(tensor))
 }
 
 /// Puts back what the masks keep: the given picture, with as much noise as the latents have now.

@@ -9,7 +9,8 @@ use formats::adapter::AdapterFile;
 use super::{Pipeline, PipelineError};
 use crate::ModelError;
 use crate::lora::{
-    LoraStack, Part, StackReport, Target, outer_targets, text_encoder_targets, unet_targets,
+    LoraStack, Part, StackReport, Target, outer_targets, sdxl_text_encoder_targets,
+    text_encoder_targets, unet_targets,
 };
 use crate::reader::{LayerVisitor, Reader};
 
@@ -109,7 +110,11 @@ impl Pipeline {
 
     /// Every layer that a module of a file can belong to.
     fn targets(&self) -> Vec<Target> {
-        let mut targets = text_encoder_targets(&*self.files.text_encoder);
+        let first = &*self.files.text_encoder;
+        let mut targets = match &self.files.text_encoder_2 {
+            Some(second) => sdxl_text_encoder_targets(first, &**second),
+            None => text_encoder_targets(first),
+        };
         targets.extend(unet_targets(&*self.files.unet));
         targets.extend(outer_targets(&*self.files.unet));
         targets
@@ -144,15 +149,17 @@ impl Pipeline {
     /// Makes the weights of these layers anew, as the stack now is.
     fn renew(&mut self, layers: &BTreeSet<(Part, String)>) -> Result<(), PipelineError> {
         self.texts.forget();
-        let stack = &self.loras.stack;
-        let (text_encoder, unet) = (&mut self.text_encoder, &mut self.unet);
-        let over = stack.over(Part::TextEncoder, &*self.files.text_encoder);
-        let reader = Reader::new(&over, text_encoder.device(), self.dtype);
-        renew_layers(&reader, (Part::TextEncoder, layers), |visit| {
-            text_encoder.visit_layers(visit)
-        })?;
-        let over = stack.over(Part::Unet, &*self.files.unet);
-        let reader = Reader::new(&over, unet.device(), self.dtype);
+        let Self { files, loras, text_encoders, unet, dtype, .. } = self;
+        let mut texts = vec![(Part::TextEncoder, &*files.text_encoder, &mut text_encoders.first)];
+        let second = files.text_encoder_2.as_deref().zip(text_encoders.second.as_mut());
+        texts.extend(second.map(|(weights, model)| (Part::TextEncoder2, weights, model)));
+        for (part, weights, model) in texts {
+            let over = loras.stack.over(part, weights);
+            let reader = Reader::new(&over, model.device(), *dtype);
+            renew_layers(&reader, (part, layers), |visit| model.visit_layers(visit))?;
+        }
+        let over = loras.stack.over(Part::Unet, &*files.unet);
+        let reader = Reader::new(&over, unet.device(), *dtype);
         renew_layers(&reader, (Part::Unet, layers), |visit| unet.visit_layers(visit))
     }
 }

@@ -95,8 +95,8 @@ impl Pipeline {
         for (place, request) in requests.iter().enumerate() {
             request.check()?;
             let reader = TextReader {
-                tokenizer: &self.tokenizer,
-                encoder: &self.text_encoder,
+                tokenizers: &self.tokenizers,
+                encoders: &self.text_encoders,
                 params: None,
                 clip_skip: request.clip_skip,
                 most_chunks: request.most_chunks,
@@ -213,6 +213,7 @@ impl Pipeline {
             sampler: like.sampler,
             options: self.sampler_options(like, from_noise),
             guidance_scale: like.guidance_scale,
+            sizes: like.size_ids.map(|hints| hints.of([like.width, like.height])),
         };
         let predictor = Predictor { unet: &self.unet, params: None };
         predictor.denoise(&mut subjects, &how, watch)

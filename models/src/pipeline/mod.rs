@@ -27,14 +27,17 @@ pub use error::PipelineError;
 pub use loras::LoraHandle;
 pub use noise::TorchNoise;
 pub use picture::{Picture, decode};
-pub use request::{HighresFix, Mask, Request};
+pub use request::{HighresFix, Mask, Request, SizeHints};
 pub use text::{Embedding, TextReader};
 
 use self::loras::Loras;
 use self::texts::Texts;
-use crate::prompt::ClipTokenizer;
+use crate::prompt::Tokenizers;
 use crate::sampler::Prediction;
-use crate::{ClipConfig, ClipTextModel, Tiling, Unet, UnetConfig, Vae, VaeConfig, preset};
+use crate::{
+    ClipConfig, ClipTextModel, TextEncoders, Tiling, Unet, UnetConfig, Vae, VaeConfig, preset,
+    second_text_preset,
+};
 
 /// Which models, where, and in which types.
 #[derive(Clone, Debug)]
@@ -81,9 +84,9 @@ pub struct Pipeline {
     /// The mapped files.
     pub files: BaseModel,
     /// Text to ids.
-    pub tokenizer: ClipTokenizer,
+    pub tokenizers: Tokenizers,
     /// Ids to hidden states.
-    pub text_encoder: ClipTextModel,
+    pub text_encoders: TextEncoders,
     /// Predicts the noise.
     pub unet: Unet,
     /// Latents to pixels.
@@ -114,12 +117,22 @@ impl Pipeline {
             flag.and_then(serde_json::Value::as_bool).unwrap_or(false)
         };
         let unet = UnetConfig::resolve(files.unet_config.as_ref(), &*files.unet, preset)?;
-        let text = files.text_encoder_config.as_ref();
-        let text = ClipConfig::resolve(text, &*files.text_encoder, preset)?;
+        let read = |config: Option<&serde_json::Value>, weights, preset| {
+            let config = ClipConfig::resolve(config, weights, preset)?;
+            ClipTextModel::load(weights, &config, device, dtype)
+        };
+        let first = read(files.text_encoder_config.as_ref(), &*files.text_encoder, preset)?;
+        let second_preset = second_text_preset(files.family);
+        let second = match files.text_encoder_2.as_deref().zip(second_preset) {
+            Some((weights, preset)) => {
+                Some(read(files.text_encoder_2_config.as_ref(), weights, preset)?)
+            }
+            None => None,
+        };
         let vae = VaeConfig::resolve(files.vae_config.as_ref(), &*files.vae, preset)?;
         Ok(Self {
-            tokenizer: ClipTokenizer::open(files.tokenizer_dir.as_deref(), preset.pads_with_zero)?,
-            text_encoder: ClipTextModel::load(&*files.text_encoder, &text, device, dtype)?,
+            tokenizers: Tokenizers::of(&files)?,
+            text_encoders: TextEncoders { first, second },
             unet: Unet::load(&*files.unet, &unet, device, dtype)?,
             vae: Vae::load(&*files.vae, &vae, device, vae_dtype)?,
             prediction: if is_v { Prediction::Velocity } else { Prediction::Epsilon },

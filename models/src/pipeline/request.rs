@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::{Picture, PipelineError};
+use crate::SizeIds;
 use crate::sampler::{SamplerKind, SamplerOptions};
 
 /// What a picture shows and how it is made.
@@ -65,6 +66,36 @@ pub struct Request {
     pub mask: Option<Arc<Mask>>,
     /// Make a smaller picture first, which is enlarged and gone over.
     pub highres_fix: Option<HighresFix>,
+    /// What SDXL is told of the picture instead of its own size.
+    pub size_ids: Option<SizeHints>,
+}
+
+/// What SDXL is told of a picture (`--original_width` and its like); what is `None` follows the picture.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SizeHints {
+    /// Columns and rows of the picture before it was resized.
+    pub original: [Option<usize>; 2],
+    /// The same for the negative prompt; `None` is `original`.
+    pub original_negative: [Option<usize>; 2],
+    /// Left and top of the crop.
+    pub crop: [usize; 2],
+}
+
+impl SizeHints {
+    /// Sizes for prompt and negative prompt of a picture of so many columns and rows.
+    pub(super) fn of(self, [width, height]: [usize; 2]) -> [SizeIds; 2] {
+        let or = |given: [Option<usize>; 2], else_: [usize; 2]| {
+            [given[0].unwrap_or(else_[0]), given[1].unwrap_or(else_[1])]
+        };
+        let original = or(self.original, [width, height]);
+        let negative = or(self.original_negative, original);
+        let pair = |[x, y]: [usize; 2]| [y as f32, x as f32];
+        [original, negative].map(|original| SizeIds {
+            original: pair(original),
+            crop: pair(self.crop),
+            target: pair([width, height]),
+        })
+    }
 }
 
 impl Default for Request {
@@ -84,6 +115,7 @@ impl Default for Request {
             strength: 0.8,
             mask: None,
             highres_fix: None,
+            size_ids: None,
         }
     }
 }
@@ -161,6 +193,7 @@ impl Request {
             && self.guidance_scale == other.guidance_scale
             && given(self) == given(other)
             && self.highres_fix == other.highres_fix
+            && self.size_ids == other.size_ids
     }
 }
 

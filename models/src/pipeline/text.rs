@@ -5,11 +5,11 @@
 //! and end token, and all of a chunk's 77 states are kept. (Training joins chunks in another way,
 //! [`crate::join_chunks`], as the reference's training does.)
 
-use engine::{Ids, ParamStore, Tape};
+use engine::{Ids, ParamStore, RowChoice, Tape, Value};
 
 use super::PipelineError;
-use crate::ClipTextModel;
-use crate::prompt::{CHUNK, ClipTokenizer, parse_weights};
+use crate::prompt::{CHUNK, ClipTokenizer, Tokenizers, parse_weights};
+use crate::{TextEncoders, end_rows};
 
 /// Tokens of a chunk without begin and end.
 const INNER: usize = CHUNK - 2;
@@ -18,24 +18,27 @@ const INNER: usize = CHUNK - 2;
 #[derive(Clone, Copy)]
 pub struct TextReader<'m> {
     /// Text to ids.
-    pub tokenizer: &'m ClipTokenizer,
+    pub tokenizers: &'m Tokenizers,
     /// Ids to hidden states.
-    pub encoder: &'m ClipTextModel,
-    /// Values of the adapters in `encoder`, if it has any.
+    pub encoders: &'m TextEncoders,
+    /// Values of the adapters in `encoders`, if they have any.
     pub params: Option<&'m ParamStore>,
-    /// Layers to leave out at the end, counted as sd-scripts does: `None` and 1 leave out none.
+    /// Layers to leave out at the end, counted as sd-scripts does: `None` and 1 leave out none. SDXL's
+    /// hidden states are always those before the last layer.
     pub clip_skip: Option<usize>,
     /// A prompt may have this many chunks (`--max_embeddings_multiples`).
     pub most_chunks: usize,
 }
 
-/// Hidden states of one prompt, `[tokens,width]` row-major.
+/// Hidden states of one prompt, `[tokens,width]` row-major; SDXL's two text encoders side by side.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Embedding {
     /// Numbers, row by row.
     pub rows: Vec<f32>,
     /// Numbers of a row.
     pub width: usize,
+    /// SDXL's pooled output.
+    pub pooled: Option<Vec<f32>>,
 }
 
 impl Embedding {
@@ -84,7 +87,7 @@ impl TextReader<'_> {
     fn tokens(&self, prompt: &str) -> Result<Tokens, PipelineError> {
         let mut tokens = Tokens { ids: Vec::new(), weights: Vec::new() };
         for (part, weight) in parse_weights(prompt) {
-            let ids = self.tokenizer.encode(&part)?;
+            let ids = self.tokenizers.first.encode(&part)?;
             tokens.weights.extend(std::iter::repeat_n(weight as f32, ids.len()));
             tokens.ids.extend(ids);
         }
@@ -101,38 +104,67 @@ impl TextReader<'_> {
     }
 
     fn encode(&self, tokens: &Tokens, chunks: usize) -> Result<Embedding, PipelineError> {
-        let (mut ids, mut weights) = (Vec::new(), Vec::new());
-        let mut body = tokens.ids.clone();
-        // As the reference pads: the end token follows the text, then padding.
-        let padding = INNER * chunks - body.len();
-        body.extend(std::iter::once(self.tokenizer.end_id()).take(padding));
-        body.resize(INNER * chunks, self.tokenizer.pad_id());
+        let mut weights = Vec::with_capacity(CHUNK * chunks);
         let mut of_body = tokens.weights.clone();
         of_body.resize(INNER * chunks, 1.);
-        for (part, part_weights) in body.chunks(INNER).zip(of_body.chunks(INNER)) {
-            ids.push(self.tokenizer.begin_id());
-            ids.extend(part);
-            // The last chunk ends with padding where there is any, the others with the end token.
-            let is_last = ids.len() + 1 == CHUNK * chunks;
-            ids.push(match is_last && padding > 0 {
-                true => self.tokenizer.pad_id(),
-                false => self.tokenizer.end_id(),
-            });
+        for part in of_body.chunks(INNER) {
             weights.push(1.);
-            weights.extend(part_weights);
+            weights.extend(part);
             weights.push(1.);
         }
         if let Some(params) = self.params {
             params.refresh()?;
         }
         let tape = Tape::inference(self.params);
-        let ids = Ids::new(self.encoder.device(), &ids)?;
-        let hidden = self.encoder.forward(&tape, &ids, CHUNK, self.clip_skip)?;
-        let mut rows = hidden.tensor().to_vec_f32()?;
-        let width = self.encoder.config().width;
-        weigh(&mut rows, &weights, width);
-        Ok(Embedding { rows, width })
+        let device = self.encoders.device();
+        let ids = sequences(&self.tokenizers.first, &tokens.ids, chunks);
+        let first = &self.encoders.first;
+        let read = |hidden: Value| -> Result<Vec<f32>, PipelineError> {
+            let mut rows = hidden.tensor().to_vec_f32()?;
+            weigh(&mut rows, &weights, hidden.shape()[2]);
+            Ok(rows)
+        };
+        let ids = Ids::new(device, &ids)?;
+        let (Some(second), Some(tokenizer)) = (&self.encoders.second, &self.tokenizers.second)
+        else {
+            let rows = read(first.forward(&tape, &ids, CHUNK, self.clip_skip)?)?;
+            return Ok(Embedding { rows, width: first.config().width, pooled: None });
+        };
+        let left = read(first.penultimate(&tape, &ids, CHUNK)?)?;
+        let numbers = sequences(tokenizer, &tokens.ids, chunks);
+        let hidden = second.penultimate(&tape, &Ids::new(device, &numbers)?, CHUNK)?;
+        let ends = end_rows(&numbers, chunks, CHUNK);
+        let ends = RowChoice::constant(device, &ends, numbers.len())?;
+        let pooled = second.pooled(&tape, &hidden, &ends)?.tensor().to_vec_f32()?;
+        let (right, widths) = (read(hidden)?, [first.config().width, second.config().width]);
+        let both = left.chunks(widths[0]).zip(right.chunks(widths[1]));
+        let rows = both.flat_map(|(left, right)| left.iter().chain(right)).copied().collect();
+        Ok(Embedding { rows, width: widths[0] + widths[1], pooled: Some(pooled) })
     }
+}
+
+/// Ids of a prompt's chunks, `[chunks,77]`, as gen_img cuts them: text, end, padding; each chunk begins
+/// with the begin token. Where a tokenizer pads with the end token, each ends with that; else only a
+/// chunk whose last place is text, and a chunk of padding begins with the end token.
+fn sequences(tokenizer: &ClipTokenizer, text: &[u32], chunks: usize) -> Vec<u32> {
+    let (begin, end, pad) = (tokenizer.begin_id(), tokenizer.end_id(), tokenizer.pad_id());
+    let mut whole = vec![begin];
+    whole.extend(text);
+    whole.push(end);
+    whole.resize(INNER * chunks + 2, pad);
+    let mut ids = Vec::with_capacity(CHUNK * chunks);
+    for chunk in 0..chunks {
+        let mut part = whole[chunk * INNER..][..CHUNK].to_vec();
+        part[0] = begin;
+        if pad == end || ![end, pad].contains(&part[CHUNK - 1]) {
+            part[CHUNK - 1] = end;
+        }
+        if part[1] == pad && chunks > 1 {
+            part[1] = end;
+        }
+        ids.extend(part);
+    }
+    ids
 }
 
 /// Multiplies each row by its weight, then all by what restores the mean.

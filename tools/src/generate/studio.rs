@@ -89,7 +89,7 @@ impl Studio {
             for prompt in [&request.prompt, &request.negative_prompt] {
                 let mut tokens = 0;
                 for (part, _) in parse_weights(prompt) {
-                    tokens += self.pipeline.tokenizer.encode(&part)?.len();
+                    tokens += self.pipeline.tokenizers.first.encode(&part)?.len();
                 }
                 let most = TOKENS * request.most_chunks;
                 if tokens > most {

@@ -16,7 +16,7 @@ use super::picture::{LATENT_SCALE, Picture, Variation, is_flipped, prepare};
 use crate::rng::{Purpose, stream};
 use crate::world::World;
 use models::SizeIds;
-use models::prompt::{CHUNK, ClipTokenizer, TokenLength};
+use models::prompt::{CHUNK, ClipTokenizer, TokenLength, Tokenizers};
 use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -30,9 +30,7 @@ pub struct LoaderParts {
     /// Their order.
     pub sampler: Arc<Sampler>,
     /// For captions.
-    pub tokenizer: Arc<ClipTokenizer>,
-    /// For SDXL's second text encoder, which pads otherwise.
-    pub tokenizer_2: Option<Arc<ClipTokenizer>>,
+    pub tokenizers: Arc<Tokenizers>,
     /// Cached latents; without them batches hold pixels.
     pub latents: Option<Arc<LatentStore>>,
 }
@@ -43,8 +41,8 @@ impl LoaderParts {
     /// # Errors
     /// As [`ClipTokenizer::encode`].
     pub fn tokens(&self, caption: &str, options: &LoaderOptions) -> Result<Tokens, DatasetError> {
-        let (ids, weights) = read_caption(&self.tokenizer, caption, options)?;
-        let ids_2 = match &self.tokenizer_2 {
+        let (ids, weights) = read_caption(&self.tokenizers.first, caption, options)?;
+        let ids_2 = match &self.tokenizers.second {
             Some(tokenizer) => Some(read_caption(tokenizer, caption, options)?.0),
             None => None,
         };
@@ -358,7 +356,7 @@ impl BatchMaker {
             images: self.parts.latents.is_none().then(Vec::new),
             moments: self.parts.latents.is_some().then(Vec::new),
             input_ids: Vec::with_capacity(keys.len() * CHUNK),
-            input_ids_2: self.parts.tokenizer_2.as_ref().map(|_| Vec::new()),
+            input_ids_2: self.parts.tokenizers.second.as_ref().map(|_| Vec::new()),
             token_weights: self.options.weighted_captions.then(Vec::new),
             chunks: self.options.token_length.chunks(),
             alpha_masks: None,

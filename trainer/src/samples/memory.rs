@@ -48,14 +48,17 @@ pub fn picture_bytes(
     let batch = if guided { 2 } else { 1 };
     let (config, weights) = parts.unet;
     let unet = Unet::load(weights, config, device, dtype)?;
-    let context_width = parts.text_encoder.0.width;
+    let context_width = config.context_width;
     let (trace, ()) = card.trace(|| {
         let zeros = |shape: &[usize]| Tensor::zeros(device, shape, DType::F32);
         let latents = zeros(&[batch, height, width, config.in_channels])?;
         let waves = unet.waves(device, &vec![1.; batch])?;
         let context = Value::constant(zeros(&[batch, CHUNK, context_width])?);
+        let added = config.added.map(|width| zeros(&[batch, width])).transpose()?;
+        let added = added.map(Value::constant);
         let tape = Tape::inference(None);
-        let input = UnetInput { latents: &latents, waves: &waves, context: &context };
+        let (context, added) = (&context, added.as_ref());
+        let input = UnetInput { latents: &latents, waves: &waves, context, added };
         unet.forward(&tape, input).map(drop)
     })?;
     let denoising = trace.peak();
@@ -77,6 +80,7 @@ pub fn bytes_on_cpu(plan: &SamplePlan, base: &Base) -> Result<usize> {
     let parts = Parts {
         unet: (&base.unet, &*files.unet),
         text_encoder: (&base.text_encoder, &*files.text_encoder),
+        text_encoder_2: base.text_encoder_2.as_ref().zip(files.text_encoder_2.as_deref()),
         vae: (&base.vae, &*files.vae),
     };
     // What is counted are the tensors, which are those of a card.

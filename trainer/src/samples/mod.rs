@@ -30,9 +30,9 @@ use collectives::{Comm, Phase, signals};
 use engine::ParamStore;
 use formats::atomic::{remove_leftovers, write_atomic_if};
 use formats::model_spec::civil_time;
-use models::ClipTextModel;
+use models::TextEncoders;
 use models::pipeline::Predictor;
-use models::prompt::ClipTokenizer;
+use models::prompt::Tokenizers;
 
 use crate::base::Base;
 use crate::console;
@@ -64,7 +64,7 @@ pub struct Samples {
     prefix: String,
     /// Facts for the texts in the pictures.
     facts: Vec<(&'static str, String)>,
-    tokenizer: Arc<ClipTokenizer>,
+    tokenizers: Arc<Tokenizers>,
     clip_skip: Option<usize>,
     /// Hidden states of this rank's prompts, where the text encoder is not trained.
     encoded: Option<BTreeMap<usize, Encoded>>,
@@ -101,7 +101,7 @@ impl Samples {
     pub fn new(
         plan: SamplePlan,
         (options, base): (&Options, &Base),
-        tokenizer: &Arc<ClipTokenizer>,
+        tokenizers: &Arc<Tokenizers>,
     ) -> Result<Self> {
         let output = options.output_dir.as_deref().context("`output_dir` is missing")?;
         let mut facts = vec![("Model", base.files.name.clone())];
@@ -113,7 +113,7 @@ impl Samples {
             folder: sample_folder(output),
             prefix: options.output_name.as_ref().map_or(String::new(), |name| format!("{name}_")),
             facts,
-            tokenizer: Arc::clone(tokenizer),
+            tokenizers: Arc::clone(tokenizers),
             clip_skip: options.clip_skip,
             encoded: None,
             vae: None,
@@ -125,7 +125,7 @@ impl Samples {
     pub fn encoded(
         mut self,
         comm: &Comm,
-        encoder: Option<&ClipTextModel>,
+        encoder: Option<&TextEncoders>,
         reads_alike: bool,
     ) -> Result<Self> {
         if !reads_alike {
@@ -134,7 +134,7 @@ impl Samples {
         let encoder = encoder.context("the text encoder is gone")?;
         let mut encoded = BTreeMap::new();
         for prompt in self.plan.prompts.iter().skip(comm.rank()).step_by(comm.world_size()) {
-            let reader = (&*self.tokenizer, self.clip_skip);
+            let reader = (&*self.tokenizers, self.clip_skip);
             encoded.insert(prompt.number, encode(reader, (encoder, None), prompt)?);
             comm.live();
         }
@@ -222,7 +222,7 @@ impl Samples {
             Some(encoded) => encoded.clone(),
             None => {
                 let encoder = models.text_encoder.as_ref().context("the text encoder is gone")?;
-                let reader = (&*self.tokenizer, self.clip_skip);
+                let reader = (&*self.tokenizers, self.clip_skip);
                 encode(reader, (encoder, Some(params)), prompt)?
             }
         };

@@ -11,8 +11,8 @@ use models::pipeline::{
     Denoising, Embedding, Picture, PipelineError, Predictor, Subject, TextReader, TorchNoise,
     decode,
 };
-use models::prompt::ClipTokenizer;
-use models::{ClipTextModel, ModelError, Vae, VaeConfig};
+use models::prompt::Tokenizers;
+use models::{ModelError, TextEncoders, Vae, VaeConfig};
 use pictures::{Pixels, encode_png};
 
 use super::prompts::{MOST_CHUNKS, SamplePrompt};
@@ -66,11 +66,12 @@ pub struct Encoded {
 
 /// Reads prompts as the generation scripts do.
 pub fn encode(
-    (tokenizer, clip_skip): (&ClipTokenizer, Option<usize>),
-    (encoder, params): (&ClipTextModel, Option<&ParamStore>),
+    (tokenizers, clip_skip): (&Tokenizers, Option<usize>),
+    (encoders, params): (&TextEncoders, Option<&ParamStore>),
     prompt: &SamplePrompt,
 ) -> Result<Encoded> {
-    let reader = TextReader { tokenizer, encoder, params, clip_skip, most_chunks: MOST_CHUNKS };
+    let most_chunks = MOST_CHUNKS;
+    let reader = TextReader { tokenizers, encoders, params, clip_skip, most_chunks };
     let mut read = reader.read(&[&prompt.negative, &prompt.prompt])?.into_iter();
     let mut next = || read.next().context("a prompt was not encoded");
     let (negative, prompt) = (next()?, next()?);
@@ -102,6 +103,7 @@ pub fn make(
         sampler: prompt.sampler,
         options: prompt.options.clone(),
         guidance_scale: prompt.scale,
+        sizes: None,
     };
     let mut subjects = [Subject {
         prompt: &encoded.prompt,

@@ -61,7 +61,8 @@ fn faults_name_file_and_line() {
     }
     let text = format!("a cat\n{}\n", "word ".repeat(226));
     let long = plan("p.txt", &text, &["--sample_at_first"]).unwrap().expect("samples");
-    let said = long.check_lengths(&ClipTokenizer::open(None, false).unwrap()).unwrap_err();
+    let said =
+        long.check_lengths(&models::prompt::ClipTokenizer::open(None, false).unwrap()).unwrap_err();
     let said = said.to_string();
     assert!(said.contains("p.txt:2: the prompt has 226 tokens, 225 fit"), "{said}");
 }

@@ -108,8 +108,8 @@ fn a_batch_is_its_pictures_one_by_one() {
 fn a_mask_keeps_what_is_black() {
     let pipeline = load();
     let reader = TextReader {
-        tokenizer: &pipeline.tokenizer,
-        encoder: &pipeline.text_encoder,
+        tokenizers: &pipeline.tokenizers,
+        encoders: &pipeline.text_encoders,
         params: None,
         clip_skip: None,
         most_chunks: 1,
@@ -122,6 +122,7 @@ fn a_mask_keeps_what_is_black() {
         sampler: SamplerKind::EulerAncestral,
         options: SamplerOptions { strength: Some(1.), ..SamplerOptions::new(2) },
         guidance_scale: 1.,
+        sizes: None,
     };
     let subject = |mask| Subject {
         prompt,

@@ -1,5 +1,6 @@
 //! LoRA files on a pipeline: against the networks of training, which compute them in another way.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use formats::lora_file::{self, SaveAs};
@@ -63,7 +64,9 @@ fn network(
         numbers(&format!("{name}{key}"), len).iter().map(|x| x / 2. + 0.5).collect()
     };
     let mut values = network.initial_values(&mut draw);
-    network.set_magnitudes(&mut values, &*files.text_encoder, &*files.unet).expect("magnitudes");
+    let frozen =
+        BTreeMap::from([(Part::TextEncoder, &*files.text_encoder), (Part::Unet, &*files.unet)]);
+    network.set_magnitudes(&mut values, &frozen).expect("magnitudes");
     for (id, value) in values.iter_mut().enumerate() {
         let drawn = numbers(&format!("{name} {id}"), value.len());
         value.iter_mut().zip(drawn).for_each(|(x, drawn)| *x += 0.1 * drawn);
@@ -99,12 +102,12 @@ fn picture_in_training(
     network: &LoraNetwork,
     values: Vec<Vec<f32>>,
 ) -> Picture {
-    network.install(&mut pipeline.text_encoder, &mut pipeline.unet, 1.).expect("adapters");
+    network.install_all(&mut pipeline.text_encoders, &mut pipeline.unet, 1.).expect("adapters");
     let params = network.parameters(Device::Cpu, values).expect("parameters");
     let request = request();
     let reader = TextReader {
-        tokenizer: &pipeline.tokenizer,
-        encoder: &pipeline.text_encoder,
+        tokenizers: &pipeline.tokenizers,
+        encoders: &pipeline.text_encoders,
         params: Some(&params),
         clip_skip: None,
         most_chunks: 1,
@@ -117,6 +120,7 @@ fn picture_in_training(
         sampler: request.sampler,
         options: request.options,
         guidance_scale: request.guidance_scale,
+        sizes: None,
     };
     let predictor = Predictor { unet: &pipeline.unet, params: Some(&params) };
     let mut subjects = [Subject { prompt, negative, noise, start: None, mask: None }];
@@ -211,7 +215,7 @@ fn a_file_in_pefts_names_is_the_same_lora() {
     for module in network.modules() {
         let (target, scale) = (&module.target, module.rank.scale());
         let part = match target.part {
-            Part::TextEncoder => "text_encoder",
+            Part::TextEncoder | Part::TextEncoder2 => "text_encoder",
             Part::Unet => "unet",
         };
         for (ours, theirs, factor) in [("lora_down", "lora_A", 1.), ("lora_up", "lora_B", scale)] {

@@ -1,6 +1,7 @@
 //! Batches: the same on any number of ranks, from any step on, also when files go bad.
 
 use super::*;
+
 use crate::dataset::config::{DatasetDefaults, DatasetInput, plan_datasets};
 
 fn images(folder: &Path, count: u32) {
@@ -30,8 +31,10 @@ fn parts(folder: &Path, batch_size: usize, world_size: usize) -> LoaderParts {
     LoaderParts {
         sampler: Arc::new(Sampler::new(&group, 7, world_size, 2)),
         group: Arc::new(group),
-        tokenizer: Arc::new(ClipTokenizer::embedded(false).unwrap()),
-        tokenizer_2: None,
+        tokenizers: Arc::new(Tokenizers {
+            first: ClipTokenizer::embedded(false).unwrap(),
+            second: None,
+        }),
         latents: None,
     }
 }
@@ -192,8 +195,10 @@ fn weights_masks_and_loss_weights() {
     let parts = LoaderParts {
         sampler: Arc::new(Sampler::new(&group, 1, 1, 1)),
         group: Arc::new(group),
-        tokenizer: Arc::new(ClipTokenizer::embedded(true).unwrap()),
-        tokenizer_2: None,
+        tokenizers: Arc::new(Tokenizers {
+            first: ClipTokenizer::embedded(true).unwrap(),
+            second: None,
+        }),
         latents: None,
     };
     let options = LoaderOptions {
