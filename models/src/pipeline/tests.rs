@@ -38,8 +38,32 @@ fn mean_apart(one: &[f32], other: &[f32]) -> f64 {
 
 #[test]
 fn pictures_are_those_of_diffusers() {
-    let pipeline = load();
-    let file = open_tensor_file(&data("generate/pictures.safetensors")).expect("the pictures");
+    compare(&load(), "generate/pictures.safetensors");
+}
+
+#[test]
+fn pictures_of_sdxl_are_those_of_diffusers() {
+    let model = data("parity-sdxl/model").display().to_string();
+    let pipeline = Pipeline::load(&model, &PipelineOptions::default()).expect("the model");
+    compare(&pipeline, "generate/sdxl_pictures.safetensors");
+}
+
+/// What SDXL is told: original height and width, top and left, original height and width for the
+/// negative prompt.
+fn hints(sizes: &serde_json::Value) -> Option<SizeHints> {
+    let sizes: Vec<usize> = serde_json::from_value(sizes.clone()).ok()?;
+    let [height, width, top, left, negative_height, negative_width] = sizes[..] else {
+        return None;
+    };
+    Some(SizeHints {
+        original: [Some(width), Some(height)],
+        original_negative: [Some(negative_width), Some(negative_height)],
+        crop: [left, top],
+    })
+}
+
+fn compare(pipeline: &Pipeline, golden: &str) {
+    let file = open_tensor_file(&data(golden)).expect("the pictures");
     let cases: serde_json::Value =
         serde_json::from_str(&file.metadata()["cases"]).expect("the cases as JSON");
     for (index, case) in cases.as_array().expect("a list").iter().enumerate() {
@@ -54,6 +78,7 @@ fn pictures_are_those_of_diffusers() {
             sampler: text("sampler").parse().expect("a sampler"),
             options: SamplerOptions::new(number("steps")),
             guidance_scale: case["scale"].as_f64().expect("a number") as f32,
+            size_ids: hints(&case["sizes"]),
             ..Request::default()
         };
         let mut evaluations = 0;
