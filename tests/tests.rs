@@ -17,6 +17,7 @@
 //! - `restarts`: killed ranks that are started again leave no trace; who may write, and who no longer
 //! - `resume`: stopped or killed anywhere and resumed, a run ends with the bytes of one that was not
 //! - `samples`: pictures while training, in runs of processes
+//! - `sdxl`: its training, files and pictures on a small model
 //! - `selftest`: agreement with the PyTorch reference, and that a changed reference is noticed
 //! - `shapes`: what a generated picture shows, by plain arithmetic
 //! - `tiny_sd`: the small model's pictures, and what the quickstart's LoRA does to them
@@ -41,6 +42,7 @@ mod plan;
 mod quickstart;
 mod restarts;
 mod resume;
+mod sdxl;
 mod samples;
 mod selftest;
 mod shapes;

@@ -40,8 +40,21 @@ pub struct PromptLine {
     pub multipliers: Vec<f32>,
     /// `--f`: name of the picture's file.
     pub file_name: Option<String>,
+    /// What SDXL is told of the picture's size and crop.
+    pub told: ToldSizes,
     /// What was read and has no effect, each with its reason.
     pub notes: Vec<String>,
+}
+
+/// What SDXL is told of a picture beside its own size, in pixels.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ToldSizes {
+    /// `--ow`, `--oh`: columns and rows of the picture before it was resized.
+    pub original: [Option<usize>; 2],
+    /// `--nw`, `--nh`: the same for the negative prompt.
+    pub original_negative: [Option<usize>; 2],
+    /// `--cl`, `--ct`: left and top of the crop.
+    pub crop: [Option<usize>; 2],
 }
 
 /// Reads one line, `prompt --option value ...`. `line` is for messages; 0 if there is no file.

@@ -6,6 +6,7 @@ use super::{PromptLine, PromptLineError};
 
 /// The smallest side of a picture.
 const LEAST_SIDE: usize = 64;
+const PIXELS: &str = "be a number of pixels";
 /// More steps than there are timesteps mean nothing.
 const MOST_STEPS: usize = 1000;
 
@@ -22,6 +23,10 @@ pub(super) enum Meaning {
     Sampler,
     Multipliers,
     FileName,
+    /// Columns (0) or rows (1) that SDXL is told.
+    Original(usize),
+    OriginalNegative(usize),
+    Crop(usize),
     /// No effect on the pictures of these models, with the reason.
     Ignored(&'static str),
     /// Would change the picture and is not there, with the reason.
@@ -29,8 +34,8 @@ pub(super) enum Meaning {
 }
 
 use Meaning::{
-    FileName, Height, Ignored, Multipliers, Negative, Refused, Sampler, Scale, Seeds, Steps,
-    Strength, Width,
+    Crop, FileName, Height, Ignored, Multipliers, Negative, Original, OriginalNegative, Refused,
+    Sampler, Scale, Seeds, Steps, Strength, Width,
 };
 
 /// An option of a prompt.
@@ -54,7 +59,6 @@ const fn row(
     Row { name, key, also, meaning }
 }
 
-const SDXL: Meaning = Ignored("only SDXL is told of sizes and crops");
 const FLUX: Meaning = Ignored("it belongs to models with a flow, not to Stable Diffusion 1 and 2");
 const SHRINK: Meaning = Refused("Deep Shrink is not there");
 const GRADUAL: Meaning = Refused("Gradual Latent is not there");
@@ -70,12 +74,12 @@ const ROWS: [Row; 34] = [
     row("ss", "sample_sampler", &["sampler"], Sampler),
     row("am", "network_mul", &["mul", "multiplier", "multipliers"], Multipliers),
     row("f", "file_name", &["filename", "file"], FileName),
-    row("ow", "", &["original_width"], SDXL),
-    row("oh", "", &["original_height"], SDXL),
-    row("nw", "", &["original_width_negative"], SDXL),
-    row("nh", "", &["original_height_negative"], SDXL),
-    row("ct", "", &["crop_top"], SDXL),
-    row("cl", "", &["crop_left"], SDXL),
+    row("ow", "", &["original_width"], Original(0)),
+    row("oh", "", &["original_height"], Original(1)),
+    row("nw", "", &["original_width_negative"], OriginalNegative(0)),
+    row("nh", "", &["original_height_negative"], OriginalNegative(1)),
+    row("cl", "", &["crop_left"], Crop(0)),
+    row("ct", "", &["crop_top"], Crop(1)),
     row("g", "guidance_scale", &["guidance"], FLUX),
     row("ctr", "cfg_trunc_ratio", &[], FLUX),
     row("rcfg", "renorm_cfg", &[], FLUX),
@@ -168,6 +172,9 @@ pub(super) fn set(
         Sampler => line.sampler = Some(reader.text("be the name of a sampler")?),
         Multipliers => line.multipliers = reader.numbers()?,
         FileName => line.file_name = Some(reader.file_name()?),
+        Original(side) => line.told.original[side] = Some(reader.one(PIXELS)?),
+        OriginalNegative(side) => line.told.original_negative[side] = Some(reader.one(PIXELS)?),
+        Crop(side) => line.told.crop[side] = Some(reader.one(PIXELS)?),
         Ignored(reason) => line.notes.push(format!("`{written}` has no effect: {reason}")),
         Refused(reason) => {
             let reason = format!("`{written}` cannot be done, {reason}");

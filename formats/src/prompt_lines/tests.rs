@@ -22,7 +22,7 @@ fn read(name: &str, text: &str) -> Result<Vec<PromptLine>, String> {
 fn all_options_of_a_line_are_read() {
     let line = parse_line(
         "a (red:1.2) ring, on a table --W 256 --h 512 --s 20 --d 5,6 --l 7.5 --t 0.6 \
-         --n blurred, two rings --SS k_euler_a --am 0.5,-0.7 --f ring.png",
+         --n blurred, two rings --SS k_euler_a --am 0.5,-0.7 --f ring.png --ow 64 --nh 32 --ct 8",
         4,
     );
     let expected = PromptLine {
@@ -38,6 +38,11 @@ fn all_options_of_a_line_are_read() {
         strength: Some(0.6),
         multipliers: vec![0.5, -0.7],
         file_name: Some("ring.png".to_owned()),
+        told: ToldSizes {
+            original: [Some(64), None],
+            original_negative: [None, Some(32)],
+            crop: [None, Some(8)],
+        },
         notes: Vec::new(),
     };
     assert_eq!(line, Ok(expected));
@@ -50,10 +55,10 @@ fn all_options_of_a_line_are_read() {
 #[test]
 fn what_has_no_effect_is_noted() {
     let line = parse_line("a ring --ow 512 --g 3.5 --cn a.png --s 4 --s 5", 1).expect("a line");
-    assert_eq!(line.steps, Some(5));
-    assert_eq!(line.notes.len(), 4);
-    assert_eq!(line.notes[0], "`--ow` has no effect: only SDXL is told of sizes and crops");
-    assert_eq!(line.notes[3], "`--s` is given twice, the last one counts");
+    assert_eq!((line.steps, line.told.original), (Some(5), [Some(512), None]));
+    assert_eq!(line.notes.len(), 3);
+    assert!(line.notes[0].starts_with("`--g` has no effect"), "{:?}", line.notes);
+    assert_eq!(line.notes[2], "`--s` is given twice, the last one counts");
 }
 
 #[test]

@@ -12,7 +12,7 @@ Options of a prompt, on the command line and in files (they win over the options
   --w --h    size               --s   steps           --l   scale
   --d 1,2    seed of each       --n   what not        --ss  sampler
   --t        strength           --am 0.5,0.7  multiplier of each LoRA
-  --f NAME   name of the file
+  --f NAME   name of the file   --ow --oh --nw --nh --cl --ct  sizes that SDXL is told
   `(word:1.2)` weighs a word, `<lora:NAME:0.7>` sets the multiplier of the LoRA in NAME.safetensors.
 
 Examples:
@@ -41,6 +41,8 @@ pub struct Options {
     #[command(flatten)]
     pub(super) picture: PictureOptions,
     #[command(flatten)]
+    pub(super) sizes: SizeOptions,
+    #[command(flatten)]
     pub(super) lora: LoraOptions,
     #[command(flatten)]
     pub(super) source: SourceOptions,
@@ -60,11 +62,15 @@ pub(super) struct ModelOptions {
     #[arg(long = "ckpt", value_name = "MODEL")]
     pub ckpt: Option<String>,
     /// The model is a Stable Diffusion 1.x; it tells so itself, this is only checked
-    #[arg(long = "v1", conflicts_with = "v2")]
+    #[arg(long = "v1", conflicts_with_all = ["v2", "sdxl"])]
     pub v1: bool,
     /// The model is a Stable Diffusion 2.x; it tells so itself, this is only checked
-    #[arg(long = "v2")]
+    #[arg(long = "v2", conflicts_with = "sdxl")]
     pub v2: bool,
+    /// The model is Stable Diffusion XL; it tells so itself, this is checked, and pictures are 1024x1024
+    /// unless another size is given
+    #[arg(long = "sdxl")]
+    pub sdxl: bool,
     /// The model predicts v, as Stable Diffusion 2.x at 768 pixels does; a diffusers folder tells so
     /// itself
     #[arg(long = "v_parameterization")]
@@ -115,10 +121,10 @@ pub(super) struct PromptOptions {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Picture")]
 pub(super) struct PictureOptions {
-    /// Width in pixels, a multiple of 8 [default: 512]
+    /// Width in pixels, a multiple of 8 [default: 512, with `--sdxl` 1024]
     #[arg(long = "W", value_name = "PIXELS")]
     pub width: Option<usize>,
-    /// Height in pixels, a multiple of 8 [default: 512]
+    /// Height in pixels, a multiple of 8 [default: 512, with `--sdxl` 1024]
     #[arg(long = "H", value_name = "PIXELS")]
     pub height: Option<usize>,
     /// Steps of the sampler
@@ -143,6 +149,30 @@ pub(super) struct PictureOptions {
     /// A prompt may have 75 times so many tokens [default: 1]
     #[arg(long = "max_embeddings_multiples", value_name = "NUMBER")]
     pub max_embeddings_multiples: Option<usize>,
+}
+
+/// What SDXL is told of a picture's size; other models are told nothing.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sizes that SDXL is told")]
+pub(super) struct SizeOptions {
+    /// Width of the picture before it was resized [default: its own]
+    #[arg(long = "original_width", value_name = "PIXELS")]
+    pub original_width: Option<usize>,
+    /// Height of the picture before it was resized [default: its own]
+    #[arg(long = "original_height", value_name = "PIXELS")]
+    pub original_height: Option<usize>,
+    /// The same width for the negative prompt [default: that of the prompt]
+    #[arg(long = "original_width_negative", value_name = "PIXELS")]
+    pub original_width_negative: Option<usize>,
+    /// The same height for the negative prompt [default: that of the prompt]
+    #[arg(long = "original_height_negative", value_name = "PIXELS")]
+    pub original_height_negative: Option<usize>,
+    /// Rows that were cut off at the top
+    #[arg(long = "crop_top", value_name = "PIXELS", default_value_t = 0)]
+    pub crop_top: usize,
+    /// Columns that were cut off at the left
+    #[arg(long = "crop_left", value_name = "PIXELS", default_value_t = 0)]
+    pub crop_left: usize,
 }
 
 /// Networks beside the model.

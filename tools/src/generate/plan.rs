@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use formats::prompt_lines::PromptLine;
-use models::pipeline::{HighresFix, Request};
+use models::pipeline::{HighresFix, Request, SizeHints};
 use models::sampler::{Prediction, Sampler, SamplerKind, SamplerOptions};
 
 use super::layout::{Layout, Multipliers};
@@ -19,6 +19,7 @@ const IMAGE_MULTIPLE: usize = 32;
 /// The least side.
 const LEAST_SIDE: usize = 64;
 const DEFAULT_SIDE: usize = 512;
+const SDXL_SIDE: usize = 1024;
 const DEFAULT_STRENGTH: f64 = 0.8;
 
 /// A picture to be made.
@@ -233,10 +234,27 @@ impl<'a> Planner<'a> {
             image: source.map(|source| source.picture.clone()),
             strength: line.strength.or(from.strength).unwrap_or(DEFAULT_STRENGTH),
             highres_fix,
+            size_ids: Some(self.size_hints(line)),
             ..Request::default()
         };
         self.check_sampling(&request)?;
         Ok(request)
+    }
+
+    /// What SDXL is told: the prompt's numbers, else the command line's.
+    fn size_hints(&self, line: &PromptLine) -> SizeHints {
+        let (all, own) = (&self.options.sizes, line.told);
+        SizeHints {
+            original: [
+                own.original[0].or(all.original_width),
+                own.original[1].or(all.original_height),
+            ],
+            original_negative: [
+                own.original_negative[0].or(all.original_width_negative),
+                own.original_negative[1].or(all.original_height_negative),
+            ],
+            crop: [own.crop[0].unwrap_or(all.crop_left), own.crop[1].unwrap_or(all.crop_top)],
+        }
     }
 
     /// Columns and rows: the prompt's, else both of the command line's, else those of the picture it
@@ -244,7 +262,8 @@ impl<'a> Planner<'a> {
     fn size(&self, line: &PromptLine, source: Option<&Source>) -> Result<[usize; 2], String> {
         let (wide, high) = (self.options.picture.width, self.options.picture.height);
         let Some(source) = source.filter(|_| wide.is_none() || high.is_none()) else {
-            let or = |own: Option<usize>, all: Option<usize>| own.or(all).unwrap_or(DEFAULT_SIDE);
+            let side = if self.options.model.sdxl { SDXL_SIDE } else { DEFAULT_SIDE };
+            let or = |own: Option<usize>, all: Option<usize>| own.or(all).unwrap_or(side);
             return Ok([or(line.width, wide), or(line.height, high)]);
         };
         let (width, height) = (source.picture.width, source.picture.height);

@@ -1,6 +1,7 @@
 //! The loaded model with its LoRAs, set as each picture wants them.
 
 use anyhow::Context;
+use formats::Family;
 use models::Tiling;
 use models::pipeline::{
     LoraHandle, Picture, Pipeline, PipelineError, PipelineOptions, Request, Watch,
@@ -22,6 +23,22 @@ pub(super) struct Studio {
     pub pipeline: Pipeline,
     /// The LoRAs that are applied, and their multipliers now.
     applied: Vec<(LoraHandle, f32)>,
+}
+
+/// What `--sdxl` and `--v1` say, and sizes that the model has not learnt.
+fn check_family(family: Family, options: &Options) -> anyhow::Result<()> {
+    let (model, picture) = (&options.model, &options.picture);
+    if model.sdxl && family != Family::Sdxl || model.v1 && family != Family::Sd1 {
+        let said = if model.sdxl { "--sdxl" } else { "--v1" };
+        anyhow::bail!(
+            "`{said}` does not fit the model, it is: {}\nhint: leave `{said}` out, the model tells",
+            family.title()
+        );
+    }
+    if family == Family::Sdxl && !model.sdxl && picture.width.or(picture.height).is_none() {
+        tell("pictures are 512x512; SDXL has learnt 1024x1024: `--sdxl` takes that");
+    }
+    Ok(())
 }
 
 impl Studio {
@@ -52,6 +69,7 @@ impl Studio {
         };
         let mut pipeline = Pipeline::load(ckpt, &how)?;
         pipeline.files.notes.iter().for_each(|note| tell(note));
+        check_family(pipeline.files.family, options)?;
         let mut applied = Vec::new();
         for (index, network) in networks.all.iter().enumerate() {
             if index == networks.merged && index > 0 {

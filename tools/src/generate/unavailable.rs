@@ -20,20 +20,12 @@ use Verdict::{Ignored, Refused};
 const CONTROL: Verdict = Refused("ControlNet is not there");
 const SHRINK: Verdict = Refused("Deep Shrink is not there");
 const GRADUAL: Verdict = Refused("Gradual Latent is not there");
-const SDXL: Verdict = Refused("pictures of SDXL are not there");
 const GUIDED: Verdict = Refused("guidance by CLIP or VGG16 is not there");
 const NOISE: Verdict = Refused("other noise to start from is not there");
 const ATTENTION: Verdict = Ignored("attention is always computed without large matrices");
 
 /// Option, whether values follow, verdict.
-const OPTIONS: [(&str, bool, Verdict); 49] = [
-    ("sdxl", false, SDXL),
-    ("original_height", true, SDXL),
-    ("original_width", true, SDXL),
-    ("original_height_negative", true, SDXL),
-    ("original_width_negative", true, SDXL),
-    ("crop_top", true, SDXL),
-    ("crop_left", true, SDXL),
+const OPTIONS: [(&str, bool, Verdict); 42] = [
     ("control_net_models", true, CONTROL),
     ("control_net_lllite_models", true, CONTROL),
     ("control_net_preps", true, CONTROL),
