@@ -194,7 +194,7 @@ fn misuse_is_an_error() {
     let twice = run(&store, false, |tape, ids| tape.gather_rows(&tape.param(ids[0])?, &[1, 1]));
     assert!(twice.unwrap_err().to_string().contains("twice"));
     let outside = run(&store, false, |tape, ids| tape.gather_rows(&tape.param(ids[0])?, &[4]));
-    assert!(outside.unwrap_err().to_string().contains("id 4"));
+    assert!(outside.unwrap_err().to_string().contains("row 4 of 4"));
     let constant = run(&store, false, |_, _| Ok(Value::constant(frozen(&[4, 2], 1))));
     assert!(constant.unwrap_err().to_string().contains("does not depend"));
 }

@@ -8,6 +8,7 @@ use formats::{
 };
 use serde_json::json;
 
+use crate::layouts::{components, write_folder, write_single_file};
 use crate::support::{Tensors, component, data, ldm_model, save};
 
 fn open(path: &Path) -> Result<BaseModel, FormatError> {
@@ -298,29 +299,39 @@ fn v2_against_the_model_is_an_error_that_says_so() {
 }
 
 #[test]
-fn sdxl_is_recognised_and_refused() {
+fn sdxl_opens_as_a_file_and_as_a_folder_without_its_refiner() {
     let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("xl.safetensors");
+    let (file, dir) = (folder.path().join("xl.safetensors"), folder.path().join("model"));
+    write_single_file(&file, "sdxl");
+    write_folder(&dir, "sdxl");
+    for path in [&file, &dir] {
+        let model = open(path).unwrap();
+        assert_eq!(model.family, Family::Sdxl);
+        let second = model.text_encoder_2.as_deref().unwrap();
+        for (component, weights) in [
+            ("unet", model.unet.as_ref()),
+            ("text_encoder", model.text_encoder.as_ref()),
+            ("text_encoder_2", second),
+            ("vae", model.vae.as_ref()),
+        ] {
+            let expected = components("sdxl").remove(component).unwrap();
+            let what = format!("{component} of {}", path.display());
+            assert_eq!(weights.names(), expected.keys().cloned().collect::<Vec<_>>(), "{what}");
+            for (name, shape) in expected {
+                assert_eq!(weights.shape(&name), Some(shape), "{what}: {name}");
+            }
+        }
+    }
+    fs::remove_dir_all(dir.join("text_encoder")).unwrap();
+    let text = text_of(open(&dir));
+    assert!(text.contains("it is the refiner of SDXL") && text.contains("\nhint: "), "{text}");
     let tensor = OwnedTensor::from_f32(&[2, 2], &[0.0; 4], Dtype::F16).unwrap();
-    let name = "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight";
-    let mut tensors = Tensors::from([(name.to_owned(), tensor.clone())]);
-    tensors.insert("model.diffusion_model.input_blocks.0.0.weight".into(), tensor.clone());
-    save(&file, &tensors);
+    let name = "conditioner.embedders.0.model.transformer.resblocks.0.ln_1.weight";
+    let mut refiner = Tensors::from([(name.to_owned(), tensor.clone())]);
+    refiner.insert("model.diffusion_model.input_blocks.0.0.weight".into(), tensor);
+    save(&file, &refiner);
     let text = text_of(open(&file));
-    assert!(text.starts_with("SDXL is not supported yet") && text.contains(name), "{text}");
-
-    let dir = copy_of("parity", folder.path());
-    fs::create_dir(dir.join("text_encoder_2")).unwrap();
-    assert!(text_of(open(&dir)).starts_with("SDXL is not supported yet"));
-    fs::remove_dir(dir.join("text_encoder_2")).unwrap();
-    let index = json!({"_class_name": "StableDiffusionXLPipeline"});
-    fs::write(dir.join("model_index.json"), index.to_string()).unwrap();
-    assert!(text_of(open(&dir)).starts_with("SDXL is not supported yet"));
-    fs::remove_file(dir.join("model_index.json")).unwrap();
-    let mut unet = component("parity", "unet");
-    unet.insert("add_embedding.linear_1.weight".into(), tensor);
-    save(&dir.join("unet/diffusion_pytorch_model.safetensors"), &unet);
-    assert!(text_of(open(&dir)).starts_with("SDXL is not supported yet"));
+    assert!(text.contains("it is the refiner of SDXL") && text.contains(name), "{text}");
 }
 
 #[test]
