@@ -31,9 +31,10 @@ fn one_and_two_ranks_train_the_same_lora_under_sd_scripts_names() {
     assert_eq!(one.metadata["ss_base_model_version"], "sdxl_base_v1-0");
     assert!(one.metadata["modelspec.architecture"].starts_with("stable-diffusion-xl-v1-base"));
     let learnt = |prefix: &str| {
-        let ups = one.tensors.iter().filter(|(key, _)| {
-            key.starts_with(prefix) && key.ends_with("lora_up.weight")
-        });
+        let ups = one
+            .tensors
+            .iter()
+            .filter(|(key, _)| key.starts_with(prefix) && key.ends_with("lora_up.weight"));
         ups.filter(|(_, up)| up.to_f32().iter().any(|x| *x != 0.)).count()
     };
     // The last layer of the first encoder is not run.

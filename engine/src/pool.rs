@@ -3,12 +3,16 @@
 //! A fresh multi-megabyte allocation costs a page fault every 4 KiB, more than the arithmetic of a
 //! normalisation. Buffers therefore come from, and go back to, a free list keyed by element type
 //! and size class. A recycled buffer holds stale but initialised numbers: kernels overwrite it whole.
+//!
+//! Idle buffers never make a process larger than its tensors were at their most: before a fresh buffer
+//! would, idle ones go back to the system.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::bf16;
+use half::vec::HalfBitsVecExt as _;
 
 /// Below this many bytes the system allocator is as good.
 const POOLED_FROM: usize = 16 << 10;
@@ -53,17 +57,29 @@ pub fn release_pool() {
 /// An element type that the pool keeps lists of.
 pub(crate) trait Pooled: Copy + Default + Send + 'static {
     fn lists() -> &'static Mutex<BTreeMap<usize, Vec<Vec<Self>>>>;
+
+    /// A fresh buffer of zeros, whose pages the system makes when they are written.
+    fn zeros(len: usize) -> Vec<Self>;
 }
 
 impl Pooled for f32 {
     fn lists() -> &'static Mutex<BTreeMap<usize, Vec<Vec<f32>>>> {
         &F32
     }
+
+    fn zeros(len: usize) -> Vec<f32> {
+        vec![0.; len]
+    }
 }
 
 impl Pooled for bf16 {
     fn lists() -> &'static Mutex<BTreeMap<usize, Vec<Vec<bf16>>>> {
         &BF16
+    }
+
+    fn zeros(len: usize) -> Vec<bf16> {
+        // Of `bf16` itself the library would write every element.
+        vec![0_u16; len].reinterpret_into()
     }
 }
 
@@ -88,7 +104,40 @@ pub(crate) fn take<T: Pooled>(len: usize) -> Vec<T> {
             return buffer;
         }
     }
-    vec![T::default(); len]
+    make_room(live);
+    T::zeros(len)
+}
+
+/// Frees idle buffers, the largest first, as long as they and `live` bytes in use are more than were
+/// ever in use together.
+fn make_room(live: usize) {
+    let over = || live + IDLE.load(Ordering::Relaxed) > PEAK.load(Ordering::Relaxed);
+    while over() && (drop_largest::<f32>() | drop_largest::<bf16>()) {}
+}
+
+/// Frees the largest idle buffer of a type; false if there is none.
+fn drop_largest<T: Pooled>() -> bool {
+    let mut lists = lock(T::lists());
+    let Some(mut entry) = lists.last_entry() else { return false };
+    let buffer = entry.get_mut().pop();
+    if entry.get().is_empty() {
+        entry.remove();
+    }
+    drop(lists);
+    if let Some(buffer) = &buffer {
+        IDLE.fetch_sub(buffer.capacity() * size_of::<T>(), Ordering::Relaxed);
+    }
+    true
+}
+
+/// Makes the C library give every large buffer back to the system when it is freed. Left to itself it
+/// raises the size from which it does so to 32 MiB, and keeps what lies below in its heap.
+pub fn return_freed_buffers() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: the call changes a number of the allocator under its lock.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
+    }
 }
 
 /// Takes a buffer back.
@@ -113,6 +162,18 @@ mod tests {
         let second = take::<f32>(123_457);
         assert_eq!(second.as_ptr(), address);
         give(second);
+    }
+
+    #[test]
+    fn idle_buffers_leave_room_for_what_is_in_use() {
+        // Other tests take and give at the same time, so sizes are large beside theirs.
+        let large = take::<f32>(64 << 20);
+        give(large);
+        let most = pool_stats().peak;
+        let other = take::<bf16>(100 << 20);
+        let PoolStats { live, idle, .. } = pool_stats();
+        assert!(live + idle < most + (32 << 20), "{live} + {idle} > {most}");
+        give(other);
     }
 
     #[test]

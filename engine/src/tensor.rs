@@ -11,6 +11,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, InplaceOp1, Layout, Storage as CandleStorage, StorageRef};
 use half::bf16;
 
+use crate::cpu::round;
 use crate::cuda::{Address, Card, CardBuffer, transfer};
 use crate::pool::{self, Pooled};
 use crate::{Device, EngineError, Result};
@@ -226,7 +227,7 @@ impl Tensor {
             }
             DType::BF16 => {
                 let mut out = pool::take::<bf16>(data.len());
-                out.iter_mut().zip(data).for_each(|(o, x)| *o = bf16::from_f32(*x));
+                round(&mut out, data);
                 Ok(Self::from_pooled(shape, out))
             }
             other => Err(EngineError::not_on_cpu("from_f32", other)),

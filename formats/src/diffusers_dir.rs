@@ -365,6 +365,12 @@ impl TensorFile for ShardedFile {
         file.view(name)
     }
 
+    fn release(&self, name: &str) {
+        if let Some(file) = self.tensors.get(name) {
+            file.release(name);
+        }
+    }
+
     fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }

@@ -99,6 +99,12 @@ impl TensorFile for SafetensorsFile {
         })
     }
 
+    fn release(&self, name: &str) {
+        if let Some(entry) = self.tensors.get(name) {
+            self.map.release(entry.start..entry.end);
+        }
+    }
+
     fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }

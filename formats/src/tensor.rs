@@ -171,6 +171,10 @@ pub trait Weights: Send + Sync {
     /// [`FormatError::MissingTensor`] naming tensor and file.
     fn get(&self, name: &str) -> Result<TensorView<'_>, FormatError>;
 
+    /// Says that `name` was read and will hardly be read again: its pages need not stay in this
+    /// process. Weights that are no part of a file have nothing to do.
+    fn release(&self, _name: &str) {}
+
     /// A tensor's shape without touching its data, `None` when there is no such tensor.
     fn shape(&self, name: &str) -> Option<Vec<usize>>;
 

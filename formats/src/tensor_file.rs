@@ -26,6 +26,9 @@ pub trait TensorFile: Send + Sync {
     /// shows.
     fn view(&self, name: &str) -> Result<TensorView<'_>, FormatError>;
 
+    /// Says that the data of `name` was read: its pages need not stay in this process.
+    fn release(&self, name: &str);
+
     /// Key-value texts beside the tensors; empty where the format has none.
     fn metadata(&self) -> &BTreeMap<String, String>;
 

@@ -8,12 +8,12 @@
 //! For a card that only records, tensors have no data and no byte of the file is touched.
 
 use std::cell::{Cell, RefCell};
+use std::ops::Range;
 
 use engine::{
     Adapter, Conv2d, ConvGeometry, DType, Device, Embedding, GroupNorm, LayerNorm, Linear, Tensor,
 };
 use formats::{TensorView, Weights, extend_f32};
-use rayon::prelude::*;
 
 use crate::{ModelError, Result};
 
@@ -80,17 +80,6 @@ pub(crate) struct Reader<'w> {
     dtype: DType,
     /// What the weights of linear layers and convolutions are kept in.
     stored: Cell<DType>,
-    scratch: RefCell<Scratch>,
-}
-
-/// Room for one tensor as f32, kept from tensor to tensor: fresh pages cost more than the
-/// conversion.
-#[derive(Default)]
-struct Scratch {
-    /// In the order of the file.
-    file: Vec<f32>,
-    /// In the order of the engine, where that is another.
-    engine: Vec<f32>,
 }
 
 /// Channels and window of a convolution to be read.
@@ -119,7 +108,7 @@ impl<'w> Reader<'w> {
     }
 
     fn from_source(source: Source<'w>, device: Device, dtype: DType) -> Self {
-        Self { source, device, dtype, stored: Cell::new(dtype), scratch: RefCell::default() }
+        Self { source, device, dtype, stored: Cell::new(dtype) }
     }
 
     /// Where the weights go.
@@ -166,10 +155,20 @@ impl<'w> Reader<'w> {
                 return Ok(Tensor::zeros(self.device, shape, dtype)?);
             }
         };
-        let mut scratch = self.scratch.borrow_mut();
-        convert(&view, &mut scratch.file);
         let shape = &view.shape[..view.shape.len().min(2)];
-        Ok(Tensor::from_f32(self.device, shape, &scratch.file, dtype)?)
+        let tensor = Tensor::from_rows(self.device, shape, dtype, |rows, room, out| {
+            read_rows(&view, rows, room);
+            out.copy_from_slice(room);
+        })?;
+        self.release(name);
+        Ok(tensor)
+    }
+
+    /// Says that a tensor was read.
+    fn release(&self, name: &str) {
+        if let Source::Weights(weights) = &self.source {
+            weights.release(name);
+        }
     }
 
     /// Reads a kernel `[out,in,height,width]` into `[out,height,width,in]`.
@@ -185,11 +184,13 @@ impl<'w> Reader<'w> {
                 return Ok(Tensor::zeros(self.device, &[out, height, width, input], dtype)?);
             }
         };
-        let Scratch { file, engine } = &mut *self.scratch.borrow_mut();
-        convert(&view, file);
-        engine.resize(file.len(), 0.);
-        move_inner_axis_last(file, engine, input, height * width);
-        Ok(Tensor::from_f32(self.device, &[out, height, width, input], engine, dtype)?)
+        let shape = [out, height, width, input];
+        let tensor = Tensor::from_rows(self.device, &shape, dtype, |rows, room, out| {
+            read_rows(&view, rows, room);
+            move_inner_axis_last(room, out, input, height * width);
+        })?;
+        self.release(name);
+        Ok(tensor)
     }
 
     /// A tensor of one of `shapes`; its shape alone where nothing is computed with it. A listing
@@ -315,19 +316,11 @@ impl<'w> Reader<'w> {
     }
 }
 
-/// The elements of a file's tensor as f32, on all threads.
-fn convert(view: &TensorView, out: &mut Vec<f32>) {
-    const CHUNK: usize = 1 << 16;
-    let width = view.dtype.size();
-    out.resize(view.len(), 0.);
-    out.par_chunks_mut(CHUNK).zip(view.data.par_chunks(CHUNK * width)).for_each_init(
-        Vec::new,
-        |part: &mut Vec<f32>, (to, from)| {
-            part.clear();
-            extend_f32(view.dtype, from, part);
-            to.copy_from_slice(part);
-        },
-    );
+/// Some rows of a file's tensor as f32.
+fn read_rows(view: &TensorView, rows: Range<usize>, out: &mut Vec<f32>) {
+    let row = view.data.len() / view.shape.first().copied().unwrap_or(1).max(1);
+    out.clear();
+    extend_f32(view.dtype, &view.data[rows.start * row..rows.end * row], out);
 }
 
 /// `[rows,inner,window]` to `[rows,window,inner]`: OIHW to OHWI.
@@ -341,15 +334,13 @@ fn move_inner_axis_last(data: &[f32], out: &mut [f32], inner: usize, window: usi
     if inner * window == 0 {
         return;
     }
-    out.par_chunks_mut(inner * window).zip(data.par_chunks(inner * window)).for_each(
-        |(to, from)| {
-            for (pixel, to) in to.chunks_mut(inner).enumerate() {
-                for (channel, to) in to.iter_mut().enumerate() {
-                    *to = from[channel * window + pixel];
-                }
+    for (to, from) in out.chunks_mut(inner * window).zip(data.chunks(inner * window)) {
+        for (pixel, to) in to.chunks_mut(inner).enumerate() {
+            for (channel, to) in to.iter_mut().enumerate() {
+                *to = from[channel * window + pixel];
             }
-        },
-    );
+        }
+    }
 }
 
 /// `[rows,window,inner]` to `[rows,inner,window]`: OHWI to OIHW.

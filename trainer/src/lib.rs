@@ -16,6 +16,7 @@ pub mod draws;
 pub mod ema;
 pub mod encoded;
 pub mod gradients;
+pub mod host_plan;
 pub mod inputs;
 mod keeping;
 pub mod latents;

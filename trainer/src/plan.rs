@@ -11,8 +11,9 @@ use crate::base::Base;
 use crate::card_plan::CardPlan;
 use crate::checkpoint::Saving;
 use crate::dataset::{DatasetGroup, Sampler};
-use crate::memory::{Estimate, LargestBatch, estimate, show_bytes};
-use crate::network::{PreparedNetwork, trains};
+use crate::host_plan::HostPlan;
+use crate::memory::show_bytes;
+use crate::network::PreparedNetwork;
 use crate::optimizer::Choice;
 use crate::options::Options;
 use crate::rng::{Purpose, stream};
@@ -138,7 +139,7 @@ pub fn describe(
     options: &Options,
     plan: &Plan,
     group: &DatasetGroup,
-    (base, card): (&Base, Option<&CardPlan>),
+    (base, card, host): (&Base, Option<&CardPlan>, Option<&HostPlan>),
     prepared: &PreparedNetwork,
 ) -> Vec<(String, String)> {
     let mut lines: Vec<(String, String)> = Vec::new();
@@ -195,29 +196,14 @@ pub fn describe(
         }
         None => {
             add("arithmetic", format!("{precision} on {}", base.device));
-            add(
-                "memory",
-                describe_memory(&estimate_memory(options, (group, plan), base, prepared)),
-            );
+            if let Some(host) = host {
+                add("memory", host.describe());
+            }
         }
     }
     add("seed", plan.seed.to_string());
     add("output", plan.saving.path(crate::checkpoint::SavePoint::Last).display().to_string());
     lines
-}
-
-fn describe_memory(memory: &Estimate) -> String {
-    format!(
-        "about {} a rank: weights {}, training state {}, activations {}{}",
-        show_bytes(memory.total()),
-        show_bytes(memory.weights),
-        show_bytes(memory.trainable),
-        show_bytes(memory.activations),
-        match memory.samples {
-            0 => String::new(),
-            bytes => format!(", between steps samples {}", show_bytes(bytes)),
-        }
-    )
 }
 
 /// What a rank takes beside its card: values of the network, and room to bring the largest tensor
@@ -238,39 +224,4 @@ fn describe_main_memory(base: &Base, prepared: &PreparedNetwork) -> String {
         show_bytes(values),
         show_bytes(room)
     )
-}
-
-/// What a rank of this run will take.
-pub fn estimate_memory(
-    options: &Options,
-    (group, plan): (&DatasetGroup, &Plan),
-    base: &Base,
-    prepared: &PreparedNetwork,
-) -> Estimate {
-    let elements = |weights: &dyn formats::Weights| -> usize {
-        let shapes = weights.names().into_iter().filter_map(|name| weights.shape(&name));
-        shapes.map(|shape| shape.iter().product::<usize>()).sum()
-    };
-    let frozen = base.parts().map(|(_, weights)| elements(weights)).sum();
-    let largest = group
-        .datasets
-        .iter()
-        .flat_map(|dataset| {
-            let samples = plan.world.at_once(dataset.plan.options.batch_size);
-            dataset.buckets.iter().map(move |bucket| {
-                (samples, bucket.size.0 as usize / 8 * (bucket.size.1 as usize / 8))
-            })
-        })
-        .max_by_key(|(samples, pixels)| samples * pixels)
-        .unwrap_or((1, 1));
-    let tokens = options.max_token_length.unwrap_or(75) + 2;
-    let batch = LargestBatch { samples: largest.0, latent_pixels: largest.1, tokens };
-    let step = estimate(
-        (&base.unet, &base.text_encoder),
-        (frozen, prepared.training_bytes),
-        batch,
-        base.dtype,
-        (options.gradient_checkpointing, trains(options, Part::TextEncoder)),
-    );
-    Estimate { samples: plan.sample_bytes, ..step }
 }

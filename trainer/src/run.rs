@@ -12,7 +12,7 @@ use models::lora::LoraNetwork;
 
 use crate::base::Base;
 use crate::card::LossScale;
-use crate::card_plan::{CardPlan, Target, plan_run};
+use crate::card_plan::{Target, plan_run};
 use crate::checkpoint::{Saving, check_writable};
 use crate::console;
 use crate::data_plan::{dataset_defaults, dataset_input, missing_masks};
@@ -24,6 +24,7 @@ use crate::debug_dataset::print_batches;
 use crate::device;
 use crate::ema::{Ema, average_path};
 use crate::encoded::{Encoded, constant_captions};
+use crate::host_plan::HostPlan;
 use crate::latents::{VaeEncoder, vae_fingerprint};
 use crate::lease::{self, Lease};
 use crate::logs;
@@ -35,7 +36,7 @@ use crate::noising::Noising;
 use crate::objective::Objective;
 use crate::optimizer::{Build, Optimize, TensorForm};
 use crate::options::{Options, Parsed};
-use crate::plan::{Plan, choose_seed, describe, estimate_memory};
+use crate::plan::{Plan, choose_seed, describe};
 use crate::precision::{round_weights, weights_type};
 use crate::progress::format_summary;
 use crate::reproducible;
@@ -64,8 +65,8 @@ pub struct Run {
     held_out: Option<DatasetGroup>,
     prepared: PreparedNetwork,
     plan: Plan,
-    /// What was planned for the card.
-    card: Option<CardPlan>,
+    /// What was planned for main memory, where the CPU computes.
+    host: Option<HostPlan>,
     /// Sample pictures, where they are asked for.
     samples: Option<SamplePlan>,
     /// The plan for people.
@@ -80,6 +81,7 @@ pub struct Run {
 impl Run {
     /// A run that is resolved, told and checked. What fails here is a wrong configuration.
     pub fn prepare(parsed: &Parsed, env: &Env) -> Result<Self> {
+        engine::return_freed_buffers();
         let run = Self::resolve(parsed, env)?;
         console::note(&run.summary);
         for note in &run.prepared.notes {
@@ -158,7 +160,15 @@ impl Run {
             (None, Some(samples)) => plan.sample_bytes = bytes_on_cpu(samples, &base)?,
             (None, None) => {}
         }
-        let mut rows = describe(&options, &plan, &group, (&base, card.as_ref()), &prepared);
+        let host = match &card {
+            Some(_) => None,
+            None => {
+                let groups = (&group, held_out.as_ref(), world);
+                Some(HostPlan::new(&options, &base, groups, (&plan, &prepared))?)
+            }
+        };
+        let told = (&base, card.as_ref(), host.as_ref());
+        let mut rows = describe(&options, &plan, &group, told, &prepared);
         if let Some(samples) = &samples {
             let text = samples.describe(&sample_folder(&plan.saving.output_dir));
             rows.push(("samples".to_owned(), text));
@@ -176,7 +186,7 @@ impl Run {
             held_out,
             prepared,
             plan,
-            card,
+            host,
             samples,
             summary,
             memory,
@@ -200,11 +210,11 @@ impl Run {
         if let Some(samples) = &self.samples {
             samples.check_lengths(&base.tokenizers()?.first)?;
         }
-        if self.card.is_none() {
-            let need = estimate_memory(options, (&self.group, plan), base, &self.prepared).total();
+        if let Some(host) = &self.host {
             let hint = "lower the batch size or the resolution, or set \
                         `gradient_checkpointing`, `mixed_precision = \"bf16\"`";
-            refuse_beyond_memory("the ranks of this machine", need * self.local_ranks, hint)?;
+            let need = host.total() * self.local_ranks;
+            refuse_beyond_memory("the ranks of this machine", need, hint)?;
         }
         if comm.rank() == 0 && !options.dry_run {
             check_writable(&plan.saving.output_dir)?;
@@ -322,11 +332,13 @@ impl Run {
             .map(|lease| prepare_saver((&options, &base), lease, &plan, &prepared, groups))
             .transpose()?;
         let monitor = Monitor::new(&options, &plan, &group, &comm)?;
+        engine::release_pool();
         let mut models = load_models(&base, &comm)?;
         engine::release_pool();
         let weights_type = weights_type(&options);
         let params = prepare_params(&prepared, &base, weights_type)?;
         let network = prepared.network;
+        drop(prepared.values);
         models.install(&network)?;
         let has_latents = latents.is_some();
         let (parts, loading) = loader_parts(&options, env, &base, (group, latents), &plan)?;
@@ -392,14 +404,18 @@ impl Run {
             Some(samples) => samples.keep_vae(base),
             None => drop(base),
         }
-        trainer.run(&mut loader).inspect(|_| say_peak())
+        trainer.run(&mut loader).inspect(|_| say_peak(self.host.as_ref()))
     }
 }
 
-fn say_peak() {
-    if let Some(peak) = peak_resident() {
-        console::note(&format!("peak memory of rank 0: {}", show_bytes(peak)));
-    }
+/// The most that this rank took, beside what was planned.
+fn say_peak(host: Option<&HostPlan>) {
+    let Some(peak) = peak_resident() else { return };
+    let planned = host.map_or(String::new(), |host| {
+        let ratio = peak as f64 / host.total() as f64;
+        format!(", planned: {} (x {ratio:.2})", show_bytes(host.total()))
+    });
+    console::note(&format!("peak memory of rank 0: {}{planned}", show_bytes(peak)));
 }
 
 /// The values of the network where they are trained, rounded to `dtype` if they are to be of it.

@@ -64,6 +64,11 @@ vectorized! {
     }
 }
 
+/// Rounds numbers to bf16, to the nearest, ties to even.
+pub(crate) fn round(out: &mut [half::bf16], x: &[f32]) {
+    round_into(out, x);
+}
+
 /// Another element type.
 pub(super) fn cast(x: &Tensor, dtype: DType) -> Result<Tensor> {
     match (x.dtype(), dtype) {

@@ -17,6 +17,7 @@ mod optimizer;
 mod simd;
 mod transcendental;
 
+pub(crate) use elementwise::round;
 pub(crate) use optimizer::Factors;
 
 use crate::backend::{

@@ -163,6 +163,12 @@ impl Weights for Component {
         Ok(view)
     }
 
+    fn release(&self, name: &str) {
+        if let Some(slot) = self.slots.get(name) {
+            self.file.release(&slot.key);
+        }
+    }
+
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
         let slot = self.slots.get(name)?;
         let mut shape = self.file.shape(&slot.key)?.to_vec();

@@ -102,6 +102,12 @@ impl TensorFile for PickleFile {
         Ok(TensorView { dtype: entry.dtype, shape: entry.shape.clone(), data })
     }
 
+    fn release(&self, name: &str) {
+        if let Some(entry) = self.tensors.get(name) {
+            self.map.release(entry.range.clone());
+        }
+    }
+
     fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }

@@ -134,6 +134,10 @@ impl Weights for MergedWeights<'_> {
         self.weights.shape(name)
     }
 
+    fn release(&self, name: &str) {
+        self.weights.release(name);
+    }
+
     fn get(&self, name: &str) -> std::result::Result<TensorView<'_>, FormatError> {
         let view = self.weights.get(name)?;
         let Some(updates) = self.merge.updates.get(&(self.part, name.to_owned())) else {

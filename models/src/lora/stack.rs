@@ -181,6 +181,10 @@ impl Weights for StackedWeights<'_> {
         self.weights.shape(name)
     }
 
+    fn release(&self, name: &str) {
+        self.weights.release(name);
+    }
+
     fn get(&self, name: &str) -> std::result::Result<TensorView<'_>, FormatError> {
         let view = self.weights.get(name)?;
         let Some((layer, tensor)) = name.rsplit_once('.') else { return Ok(view) };

@@ -17,7 +17,7 @@ use engine::cuda::driver::{CardFacts, WORKSPACE};
 
 pub use self::choose::{Wishes, choose};
 pub use self::measure::{Parts, Recording, Resident, StepShape, Subject};
-pub use self::run::{Target, plan_run};
+pub use self::run::{Target, Work, plan_run};
 use crate::memory::show_bytes;
 use crate::options::Options;
 use crate::samples::PictureBytes;

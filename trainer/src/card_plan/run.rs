@@ -53,6 +53,66 @@ impl Target {
     }
 }
 
+/// What a run does on a rank, as far as memory depends on it.
+pub struct Work<'a> {
+    /// Models and what is trained.
+    pub subject: Subject<'a>,
+    /// Shapes of all batches.
+    pub shapes: Vec<StepShape>,
+    /// `[batch,height,width]` of the images that the VAE encodes at most at a time.
+    pub images: [usize; 3],
+    /// Whether that is over before the training.
+    pub caching: bool,
+}
+
+impl<'a> Work<'a> {
+    /// The work of a run on a device of the kind of `device`.
+    pub fn of(
+        options: &Options,
+        base: &'a Base,
+        (group, held_out, world): (&DatasetGroup, Option<&DatasetGroup>, World),
+        prepared: &'a PreparedNetwork,
+        device: Device,
+    ) -> Result<Self> {
+        let untrained = !prepared.network.has_text_modules();
+        let constant =
+            [Some(group), held_out].into_iter().flatten().all(|g| constant_captions(g).is_some());
+        let files = &base.files;
+        let subject = Subject {
+            parts: Parts {
+                unet: (&base.unet, &*files.unet),
+                text_encoder: (&base.text_encoder, &*files.text_encoder),
+                text_encoder_2: base.text_encoder_2.as_ref().zip(files.text_encoder_2.as_deref()),
+                vae: (&base.vae, &*files.vae),
+            },
+            network: &prepared.network,
+            values: &prepared.values,
+            dtype: compute_type(options, device),
+            vae_dtype: vae_type(options, device),
+            clip_skip: options.clip_skip,
+            encoded: untrained && constant && device != Device::Cpu,
+            weighted: options.weighted_captions,
+            masked: options.alpha_mask || options.masked_loss,
+        };
+        let micro_batches = |size: usize| match held_out {
+            // A validation takes whole batches, whatever a rank's share of one is.
+            Some(_) => [world.micro_batches(size), vec![size.max(1)]].concat(),
+            None => world.micro_batches(size),
+        };
+        let shapes = step_shapes(options, group, &micro_batches)?;
+        let caching = options.cache_latents || options.cache_latents_to_disk;
+        let together = match (caching, options.reproducible) {
+            (true, false) => Some(options.vae_batch_size.max(1)),
+            (true, true) => Some(1),
+            (false, _) => None,
+        };
+        let image = |s: &StepShape| [together.unwrap_or(s.batch), s.height * 8, s.width * 8];
+        let images = shapes.iter().map(image).max_by_key(|image| image.iter().product::<usize>());
+        let images = images.context("there is no image to plan for")?;
+        Ok(Self { subject, shapes, images, caching })
+    }
+}
+
 /// Plans the memory of a run on `target`.
 pub fn plan_run(
     options: &Options,
@@ -62,41 +122,9 @@ pub fn plan_run(
     target: &Target,
 ) -> Result<CardPlan> {
     // Only whether it is a card decides.
-    let device = Device::Card(0);
-    let untrained = !prepared.network.has_text_modules();
-    let constant =
-        [Some(group), held_out].into_iter().flatten().all(|g| constant_captions(g).is_some());
-    let files = &base.files;
-    let subject = Subject {
-        parts: Parts {
-            unet: (&base.unet, &*files.unet),
-            text_encoder: (&base.text_encoder, &*files.text_encoder),
-            text_encoder_2: base.text_encoder_2.as_ref().zip(files.text_encoder_2.as_deref()),
-            vae: (&base.vae, &*files.vae),
-        },
-        network: &prepared.network,
-        values: &prepared.values,
-        dtype: compute_type(options, device),
-        vae_dtype: vae_type(options, device),
-        clip_skip: options.clip_skip,
-        encoded: untrained && constant,
-        weighted: options.weighted_captions,
-        masked: options.alpha_mask || options.masked_loss,
-    };
-    let micro_batches = |size: usize| match held_out {
-        // A validation takes whole batches, whatever a rank's share of one is.
-        Some(_) => [world.micro_batches(size), vec![size.max(1)]].concat(),
-        None => world.micro_batches(size),
-    };
-    let shapes = step_shapes(options, group, &micro_batches)?;
-    let caching = options.cache_latents || options.cache_latents_to_disk;
-    let together = match (caching, options.reproducible) {
-        (true, false) => Some(options.vae_batch_size.max(1)),
-        (true, true) => Some(1),
-        (false, _) => None,
-    };
-    let image = |s: &StepShape| [together.unwrap_or(s.batch), s.height * 8, s.width * 8];
-    let images = shapes.iter().map(image).max_by_key(|image| image.iter().product::<usize>());
+    let groups = (group, held_out, world);
+    let Work { subject, shapes, images, caching } =
+        Work::of(options, base, groups, prepared, Device::Card(0))?;
     let optimizer = options.choose_optimizer()?;
     let eight_bit = match ADAMW.contains(&optimizer.name) {
         true => {
@@ -112,7 +140,7 @@ pub fn plan_run(
         optimizer: &optimizer,
         eight_bit: eight_bit.as_ref(),
         shapes: &shapes,
-        images: (images.context("there is no image to plan for")?, caching),
+        images: (images, caching),
     };
     let mut plan = choose(subject, &wishes, &target.facts, target.limit)?;
     if let Some(samples) = samples {
