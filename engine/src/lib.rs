@@ -31,6 +31,6 @@ pub use ops::{
     GroupNorm, LayerNorm, Linear, LowRankAdapter, Magnitude, NestedAdapter, Update,
 };
 pub use params::{ParamId, ParamStore};
-pub use pool::{PoolStats, pool_stats, release_pool, return_freed_buffers};
+pub use pool::{PoolStats, pool_stats, release_pool, reset_pool_peak, return_freed_buffers};
 pub use tape::{Checkpointing, Tape, Value};
 pub use tensor::{DType, Tensor};

@@ -54,6 +54,11 @@ pub fn release_pool() {
     IDLE.fetch_sub(idle, Ordering::Relaxed);
 }
 
+/// Forgets the largest `live`, for a measurement from now on.
+pub fn reset_pool_peak() {
+    PEAK.store(LIVE.load(Ordering::Relaxed), Ordering::Relaxed);
+}
+
 /// An element type that the pool keeps lists of.
 pub(crate) trait Pooled: Copy + Default + Send + 'static {
     fn lists() -> &'static Mutex<BTreeMap<usize, Vec<Vec<Self>>>>;

@@ -1,6 +1,8 @@
 //! Times how long a base model takes to load beside reading its files, first from the disk, then from
 //! the system's file cache; and what loading takes in memory beyond the weights.
 
+#![expect(clippy::print_stdout, reason = "the result is data")]
+
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsRawFd;
