@@ -20,6 +20,7 @@
 //! - `sdxl`: its training, files and pictures on a small model
 //! - `selftest`: agreement with the PyTorch reference, and that a changed reference is noticed
 //! - `shapes`: what a generated picture shows, by plain arithmetic
+//! - `text_cache`: captions encoded once, in memory and on disk, train the same LoRA to the bit
 //! - `tiny_sd`: the small model's pictures, and what the quickstart's LoRA does to them
 //! - `tools`: the offline tools as commands, beside sd-scripts' results
 //! - `validation`: it changes nothing and is the same on any number of ranks; logs
@@ -46,6 +47,7 @@ mod samples;
 mod sdxl;
 mod selftest;
 mod shapes;
+mod text_cache;
 mod tiny_sd;
 mod tools;
 mod validation;

@@ -16,6 +16,8 @@ use models::{
     second_text_preset,
 };
 
+use crate::console;
+use crate::family::check_family;
 use crate::options::Options;
 use crate::precision::{compute_type, vae_type};
 
@@ -59,8 +61,21 @@ impl Base {
         };
         let files = open_base_model(name, &open)?;
         let mut base = Self::from_files(files, compute_type(options, device))?;
-        (base.device, base.vae_dtype) = (device, vae_type(options, device));
+        let family = base.files.family;
+        (base.device, base.vae_dtype) = (device, vae_type(options, device, family));
         base.store(options);
+        Ok(base)
+    }
+
+    /// [`Base::open`], compared with the options, with the files of `base_weights`; says what there is
+    /// to say about it.
+    pub fn prepare(options: &Options, device: Device) -> Result<Self> {
+        let mut base = Self::open(options, device)?;
+        let known = check_family(options, &base)?;
+        let merged = base.merge_base_weights(options)?;
+        for note in base.files.notes.iter().chain(&merged).chain(&known) {
+            console::note(note);
+        }
         Ok(base)
     }
 

@@ -9,7 +9,7 @@ use collectives::exit_code;
 
 use crate::console;
 use crate::data_plan::{dataset_defaults, dataset_input};
-use crate::dataset::{ClipTokenizer, DatasetGroup, plan_datasets};
+use crate::dataset::{ClipTokenizer, DatasetGroup, caption, plan_datasets};
 use crate::options::{Options, Parsed, find_option, lint};
 use crate::samples::SamplePlan;
 
@@ -166,6 +166,11 @@ fn check_data(parsed: &Parsed, findings: &mut Findings) {
         Err(fault) => findings.problems.push(format!("{fault:#}")),
         Ok(group) => {
             findings.warnings.extend(group.warnings.iter().cloned());
+            if options.cache_text_encoder_outputs
+                && let Err(fault) = caption::check_cacheable(&group)
+            {
+                findings.problems.push(fault.to_string());
+            }
             let images: usize = group.datasets.iter().map(|dataset| dataset.images.len()).sum();
             let is_reg = |dataset: &crate::dataset::group::Dataset| {
                 dataset.plan.subsets.iter().any(|subset| subset.is_reg())

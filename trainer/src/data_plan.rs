@@ -6,6 +6,9 @@ use crate::dataset::{DatasetDefaults, DatasetGroup, DatasetInput, DatasetOptions
 use crate::options::{Options, Parsed};
 use pictures::Interpolation;
 
+/// Sides of SDXL's pictures are multiples of this, as in sd-scripts.
+const SDXL_MULTIPLE: u32 = 32;
+
 /// Where the datasets of a run are described.
 pub fn dataset_input(parsed: &Parsed) -> Result<DatasetInput> {
     let options = &parsed.options;
@@ -90,8 +93,12 @@ pub fn dataset_defaults(options: &Options) -> Result<DatasetDefaults> {
     };
     let masked_loss = options.masked_loss;
     let allow_unknown = options.allow_unknown;
-    let silent = DatasetDefaults::default();
-    Ok(DatasetDefaults { dataset, subset, masked_loss, allow_unknown, ..silent })
+    // SDXL's U-Net halves its latents once less.
+    let size_multiple = match options.sdxl {
+        true => SDXL_MULTIPLE,
+        false => DatasetDefaults::default().size_multiple,
+    };
+    Ok(DatasetDefaults { dataset, subset, masked_loss, allow_unknown, size_multiple })
 }
 
 /// What to say where `masked_loss` finds nothing to mask with; sd-scripts trains on in silence.

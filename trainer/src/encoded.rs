@@ -1,70 +1,32 @@
-//! Captions encoded once, before the training, so that the text encoder can leave the card.
+//! Captions encoded once, before the training, so that the text encoders can leave the memory.
 //!
 //! That is possible where the text encoder is not trained and each image always has the same caption.
-//! The hidden states are kept in main memory, in the type of the arithmetic: nothing is lost, as the
-//! U-Net reads them in that type.
+//! The hidden states are kept in the type of the arithmetic: nothing is lost, as the U-Net reads them
+//! in that type. Where they lie is said in [`crate::text_cache`].
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use engine::{DType, Device, Ids, Tape, Tensor};
-use half::{bf16, f16};
+use formats::safetensors_file::SafetensorsFile;
+use formats::{Dtype, TensorFile, bytes_from_f32, extend_f32};
 use models::{TextEncoders, TextOutput, token_factors};
 
+use crate::base::Base;
 use crate::dataset::caption::{CaptionMoment, caption_at, is_constant};
-use crate::dataset::{DatasetGroup, LoaderOptions, LoaderParts};
-use crate::inputs::{EncodedPrompts, Prompts, SecondPrompts, Text};
+use crate::dataset::{DatasetError, DatasetGroup, Tokens};
+use crate::inputs::{CHUNK, EncodedPrompts, Prompts, SecondPrompts, Text};
 use crate::rng::{Purpose, stream};
 use crate::step::encode_text;
-
-/// Captions that go through the text encoder together.
-const TOGETHER: usize = 16;
+use crate::text_cache::file;
 
 /// Ids and the bits of the weights of a caption.
-type Key = (Vec<u32>, Vec<u32>);
+pub type Key = (Vec<u32>, Vec<u32>);
 
-/// Hidden states of captions.
-pub struct Encoded {
-    rows: HashMap<Key, Row>,
-    /// Tokens and width of each.
-    shape: [usize; 2],
-    /// Width of SDXL's pooled output, which lies behind the hidden states.
-    pooled: Option<usize>,
-}
-
-enum Row {
-    Single(Vec<f32>),
-    Bfloat(Vec<bf16>),
-    Half(Vec<f16>),
-}
-
-impl Row {
-    fn new(dtype: DType, values: &[f32]) -> Self {
-        match dtype {
-            DType::BF16 => Self::Bfloat(values.iter().map(|x| bf16::from_f32(*x)).collect()),
-            DType::F16 => Self::Half(values.iter().map(|x| f16::from_f32(*x)).collect()),
-            _ => Self::Single(values.to_vec()),
-        }
-    }
-
-    fn extend(&self, out: &mut Vec<f32>) {
-        match self {
-            Self::Single(values) => out.extend_from_slice(values),
-            Self::Bfloat(values) => out.extend(values.iter().map(|x| x.to_f32())),
-            Self::Half(values) => out.extend(values.iter().map(|x| x.to_f32())),
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        match self {
-            Self::Single(values) => values.len() * 4,
-            Self::Bfloat(values) => values.len() * 2,
-            Self::Half(values) => values.len() * 2,
-        }
-    }
-}
-
-/// The captions of all images of a group; `None` if one can differ from use to use.
+/// The captions of all images of a group, in the order of datasets and images; `None` if one can
+/// differ from use to use.
 pub fn constant_captions(group: &DatasetGroup) -> Option<Vec<String>> {
     let moment = CaptionMoment { epoch: 0, step: 0, max_train_steps: 1 };
     let mut captions = Vec::new();
@@ -81,12 +43,13 @@ pub fn constant_captions(group: &DatasetGroup) -> Option<Vec<String>> {
     Some(captions)
 }
 
-fn key(ids: &[u32], weights: Option<&[f32]>) -> Key {
+/// The key of a caption's tokens.
+pub fn key(ids: &[u32], weights: Option<&[f32]>) -> Key {
     let bits = |weights: &[f32]| weights.iter().map(|weight| weight.to_bits()).collect();
     (ids.to_vec(), weights.map(bits).unwrap_or_default())
 }
 
-/// Ids and weights of `prompts`, one entry for each sample.
+/// The keys of `prompts`, one for each sample.
 fn keys(prompts: &Prompts, samples: usize) -> Vec<Key> {
     let each = (prompts.ids.len() / samples.max(1)).max(1);
     let ids = prompts.ids.chunks(each).enumerate();
@@ -94,95 +57,194 @@ fn keys(prompts: &Prompts, samples: usize) -> Vec<Key> {
     ids.map(|(i, ids)| key(ids, weights.map(|all| &all[i * each..(i + 1) * each]))).collect()
 }
 
-impl Encoded {
-    /// Encodes `captions`, as the loader of these parts and options gives them. Calls `live` now
-    /// and then.
-    pub fn new(
-        reader: (&TextEncoders, Option<usize>),
-        (parts, options): (&LoaderParts, &LoaderOptions),
-        captions: &[String],
-        live: &dyn Fn(),
-    ) -> Result<Self> {
-        let chunks = options.token_length.chunks();
-        let mut left: Vec<(Key, Option<Vec<u32>>)> = Vec::new();
-        let mut known = HashSet::new();
-        for caption in captions {
-            let tokens = parts.tokens(caption, options)?;
-            let key = key(&tokens.ids, tokens.weights.as_deref());
-            if known.insert(key.clone()) {
-                left.push((key, tokens.ids_2));
-            }
+/// What the text encoders say of one caption: hidden states, behind them SDXL's pooled output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Form {
+    /// Rows of the hidden states.
+    pub tokens: usize,
+    /// Their width.
+    pub width: usize,
+    /// Width of SDXL's pooled output.
+    pub pooled: Option<usize>,
+    /// Type of the numbers.
+    pub dtype: Dtype,
+}
+
+impl Form {
+    /// Of the text encoders of `base`, for captions of so many chunks.
+    pub fn new(base: &Base, chunks: usize) -> Self {
+        let second = base.text_encoder_2.as_ref();
+        Self {
+            // Only the outermost begin and end of joined chunks are kept.
+            tokens: chunks * (CHUNK - 2) + 2,
+            width: base.text_encoder.width + second.map_or(0, |second| second.width),
+            pooled: base.pooled_width(),
+            dtype: match base.dtype {
+                DType::BF16 => Dtype::BF16,
+                DType::F16 => Dtype::F16,
+                _ => Dtype::F32,
+            },
         }
-        let pooled = reader.0.pooled_width();
-        let mut encoded = Self { rows: HashMap::new(), shape: [0, 0], pooled };
-        for some in left.chunks(TOGETHER) {
-            encoded.add(reader, chunks, some)?;
-            live();
-        }
-        Ok(encoded)
     }
 
-    fn add(
-        &mut self,
-        (text_encoder, clip_skip): (&TextEncoders, Option<usize>),
-        chunks: usize,
-        captions: &[(Key, Option<Vec<u32>>)],
-    ) -> Result<()> {
-        let device: Device = text_encoder.device();
-        let ids: Vec<u32> = captions.iter().flat_map(|((ids, _), _)| ids).copied().collect();
-        let weights: Vec<f32> = captions
-            .iter()
-            .flat_map(|((_, bits), _)| bits)
-            .map(|bits| f32::from_bits(*bits))
-            .collect();
-        let factors = match weights.is_empty() {
-            true => None,
-            false => {
-                let factors = token_factors(&weights, captions.len(), chunks)?;
-                Some(Tensor::from_f32(device, &[factors.len()], &factors, DType::F32)?)
+    /// Numbers of a caption.
+    pub fn len(&self) -> usize {
+        self.tokens * self.width + self.pooled.unwrap_or(0)
+    }
+
+    /// Whether there is nothing.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes of a caption.
+    pub fn bytes(&self) -> usize {
+        self.len() * self.dtype.size()
+    }
+}
+
+/// Where the bytes of a caption are.
+pub enum Row {
+    /// In memory of this rank.
+    Memory(Vec<u8>),
+    /// One of the rows of a mapped file that the ranks of this host share.
+    Shared(Arc<SafetensorsFile>, usize),
+    /// In a file of its own beside an image; read when it is needed.
+    Beside(PathBuf),
+}
+
+/// Name of the tensor of [`Row::Shared`], `[rows, bytes]`.
+pub const ROWS: &str = "rows";
+
+/// What the text encoders say of captions.
+pub struct Encoded {
+    rows: HashMap<Key, Row>,
+    form: Form,
+}
+
+impl Encoded {
+    /// Of these rows.
+    pub fn new(rows: HashMap<Key, Row>, form: Form) -> Self {
+        Self { rows, form }
+    }
+
+    /// What the text encoders said of the prompts of `samples` samples.
+    ///
+    /// # Errors
+    /// A caption that is not there; a file that went bad or away since the run began.
+    pub fn look_up(&self, prompts: &Prompts, samples: usize) -> Result<EncodedPrompts> {
+        let Form { tokens, width, pooled, .. } = self.form;
+        let (mut hidden, mut others) = (Vec::with_capacity(samples * tokens * width), Vec::new());
+        let mut numbers = Vec::with_capacity(self.form.len());
+        for key in keys(prompts, samples) {
+            let row = self.rows.get(&key).context("a caption was not encoded in advance")?;
+            numbers.clear();
+            self.read(row, &mut numbers)?;
+            ensure!(numbers.len() == self.form.len(), "an encoded caption has the wrong length");
+            hidden.extend_from_slice(&numbers[..tokens * width]);
+            others.extend_from_slice(&numbers[tokens * width..]);
+        }
+        let pooled = pooled.map(|width| (vec![samples, width], others));
+        Ok(EncodedPrompts { context: (vec![samples, tokens, width], hidden), pooled })
+    }
+
+    fn read(&self, row: &Row, out: &mut Vec<f32>) -> Result<()> {
+        let dtype = self.form.dtype;
+        match row {
+            Row::Memory(bytes) => extend_f32(dtype, bytes, out),
+            Row::Shared(file, index) => {
+                let each = self.form.bytes();
+                let view = file.view(ROWS)?;
+                let bytes = view.data.get(index * each..(index + 1) * each);
+                extend_f32(dtype, bytes.context("a shared caption is missing")?, out);
             }
-        };
-        let second = self.pooled.map(|pooled| SecondPrompts {
-            ids: captions.iter().flat_map(|(_, ids)| ids.iter().flatten()).copied().collect(),
-            pooled,
-            sizes: Vec::new(),
-        });
-        let prompts = Prompts { ids, weights: None, chunks, second };
-        let ids = prompts.text_ids(&Ids::new(device, &prompts.id_list()?)?)?;
-        let text = Text::Tokens { ids, factors };
-        let TextOutput { context, pooled } =
-            encode_text(&Tape::inference(None), Some(text_encoder), clip_skip, &text)?;
-        self.shape = [context.shape()[1], context.shape()[2]];
-        let (dtype, each) = (context.tensor().dtype(), self.shape[0] * self.shape[1]);
-        let values = context.tensor().to_vec_f32()?;
-        let pooled = pooled.map(|pooled| pooled.tensor().to_vec_f32()).transpose()?;
-        for (index, (key, _)) in captions.iter().enumerate() {
-            let mut row = values[index * each..(index + 1) * each].to_vec();
-            if let (Some(pooled), Some(width)) = (&pooled, self.pooled) {
-                row.extend(&pooled[index * width..(index + 1) * width]);
-            }
-            self.rows.insert(key.clone(), Row::new(dtype, &row));
+            Row::Beside(path) => match file::read(path, &self.form) {
+                Ok(bytes) => extend_f32(dtype, &bytes, out),
+                Err(problem) => bail!(
+                    "the cached text encoder output `{}` cannot be used: {problem}\nhint: remove \
+                     it and start again, it is made anew",
+                    path.display()
+                ),
+            },
         }
         Ok(())
     }
 
-    /// What the text encoders said of the prompts of `samples` samples.
-    pub fn look_up(&self, prompts: &Prompts, samples: usize) -> Result<EncodedPrompts> {
-        let [tokens, width] = self.shape;
-        let each = tokens * width;
-        let (mut values, mut pooled) = (Vec::with_capacity(samples * each), Vec::new());
-        for key in keys(prompts, samples) {
-            let row = self.rows.get(&key).context("a caption was not encoded in advance")?;
-            row.extend(&mut values);
-            let hidden = values.len() - self.pooled.unwrap_or(0);
-            pooled.extend(values.drain(hidden..));
-        }
-        let pooled = self.pooled.map(|width| (vec![samples, width], pooled));
-        Ok(EncodedPrompts { context: (vec![samples, tokens, width], values), pooled })
-    }
-
-    /// Captions, and bytes of main memory that they take.
+    /// Captions, and bytes that they take.
     pub fn size(&self) -> (usize, usize) {
-        (self.rows.len(), self.rows.values().map(Row::bytes).sum())
+        (self.rows.len(), self.rows.len() * self.form.bytes())
     }
+}
+
+/// A caption as the text encoders read it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Caption {
+    /// As it is written.
+    pub text: String,
+    /// Its tokens.
+    pub tokens: Tokens,
+}
+
+impl Caption {
+    /// What it is found by.
+    pub fn key(&self) -> Key {
+        key(&self.tokens.ids, self.tokens.weights.as_deref())
+    }
+}
+
+/// What the text encoders say of `captions`: the bytes of each. A caption's numbers do not depend on
+/// those it is encoded with.
+pub fn encode_captions(
+    (encoders, clip_skip): (&TextEncoders, Option<usize>),
+    captions: &[&Caption],
+    form: &Form,
+) -> Result<Vec<Vec<u8>>> {
+    let device: Device = encoders.device();
+    let mut ids = Vec::new();
+    let (mut ids_2, mut weights) = (Vec::new(), Vec::new());
+    for Caption { tokens, .. } in captions {
+        ids.extend_from_slice(&tokens.ids);
+        ids_2.extend(tokens.ids_2.iter().flatten());
+        weights.extend(tokens.weights.iter().flatten());
+    }
+    let chunks = ids.len() / (CHUNK * captions.len()).max(1);
+    let factors = match weights.is_empty() {
+        true => None,
+        false => {
+            let factors = token_factors(&weights, captions.len(), chunks)?;
+            Some(Tensor::from_f32(device, &[factors.len()], &factors, DType::F32)?)
+        }
+    };
+    let second = form.pooled.map(|pooled| SecondPrompts { ids: ids_2, pooled, sizes: Vec::new() });
+    let prompts = Prompts { ids, weights: None, chunks, second };
+    let ids = prompts.text_ids(&Ids::new(device, &prompts.id_list()?)?)?;
+    let text = Text::Tokens { ids, factors };
+    let TextOutput { context, pooled } =
+        encode_text(&Tape::inference(None), Some(encoders), clip_skip, &text)?;
+    let shape = context.shape();
+    ensure!(
+        shape == [captions.len(), form.tokens, form.width],
+        "the text encoders gave the shape {shape:?}, not: {:?}",
+        [captions.len(), form.tokens, form.width]
+    );
+    let hidden = context.tensor().to_vec_f32()?;
+    let pooled = pooled.map(|pooled| pooled.tensor().to_vec_f32()).transpose()?;
+    let (each, width) = (form.tokens * form.width, form.pooled.unwrap_or(0));
+    let mut rows = Vec::with_capacity(captions.len());
+    for index in 0..captions.len() {
+        let mut row = hidden[index * each..(index + 1) * each].to_vec();
+        if let Some(pooled) = &pooled {
+            row.extend(&pooled[index * width..(index + 1) * width]);
+        }
+        if let Some(caption) = row.iter().any(|x| !x.is_finite()).then(|| &captions[index].text) {
+            let problem = format!(
+                "the text encoders' output is not finite for the caption: `{caption}`\nhint: \
+                 `mixed_precision = \"bf16\"` or `\"no\"` has the range that this model needs, or \
+                 its file is damaged"
+            );
+            return Err(DatasetError::TextOutputs(problem).into());
+        }
+        rows.push(bytes_from_f32(&row, form.dtype)?);
+    }
+    Ok(rows)
 }

@@ -15,6 +15,7 @@ use crate::network::PreparedNetwork;
 use crate::optimizer;
 use crate::options::Options;
 use crate::plan::Plan;
+use crate::text_cache::bytes_in_memory;
 use crate::world::World;
 
 /// Bytes by purpose.
@@ -22,7 +23,7 @@ use crate::world::World;
 pub struct HostPlan {
     /// The program, its lists of images, and files' headers.
     pub program: usize,
-    /// Frozen weights in the type of the arithmetic.
+    /// Frozen weights in the type of the arithmetic, and captions that were encoded in advance.
     pub weights: usize,
     /// LoRA weights, gradients and optimizer state.
     pub trainable: usize,
@@ -56,7 +57,8 @@ impl HostPlan {
         }
         let (encoding, vae) = recording.encode_images(work.images)?;
         let values: usize = prepared.values.iter().map(|values| values.len() * 4).sum();
-        let weights = recording.resident.unet + recording.resident.text_encoder;
+        let texts = if subject.encoded { bytes_in_memory(options, base, groups.0) } else { 0 };
+        let weights = recording.resident.unet + recording.resident.text_encoder + texts;
         Ok(Self {
             // The values become the trained weights.
             program: resident().unwrap_or(0).saturating_sub(values),

@@ -1,5 +1,7 @@
 //! The VAE's side of the latents: makes moments of images, for the cache or for a batch.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::{Context, Result};
 use engine::{DType, Device, Tensor};
 use models::Vae;
@@ -15,12 +17,19 @@ pub const MOMENTS: usize = 8;
 pub struct VaeEncoder {
     vae: Vae,
     device: Device,
+    dtype: DType,
+    /// Its file or folder.
+    path: PathBuf,
 }
 
 impl VaeEncoder {
     /// Loads the VAE of the base model.
     pub fn load(base: &Base) -> Result<Self> {
-        Ok(Self { vae: base.load_vae()?, device: base.device })
+        let path = match &base.files.vae_identity {
+            Some(own) => own.path.clone(),
+            None => base.files.path.clone(),
+        };
+        Ok(Self { vae: base.load_vae()?, device: base.device, dtype: base.vae_dtype, path })
     }
 
     /// The VAE itself.
@@ -37,6 +46,23 @@ impl LatentEncoder for VaeEncoder {
         let pixels = moments.mean.chunks(channels).zip(moments.logvar.chunks(channels));
         Ok(pixels.flat_map(|(mean, logvar)| mean.iter().chain(logvar)).copied().collect())
     }
+
+    fn blame(&self) -> String {
+        blame(&self.path, self.dtype)
+    }
+}
+
+/// What to say where a VAE gives values that are no numbers.
+fn blame(path: &Path, dtype: DType) -> String {
+    let advice = match dtype {
+        DType::F32 => "its file is damaged or holds too large weights: name another one as `vae`",
+        _ => {
+            "set `no_half_vae = true`, which computes it in float32, or name another one as `vae` \
+             that is made for half precision"
+        }
+    };
+    let precision = type_name(dtype);
+    format!("what the VAE gives in {precision} is not finite: {}\nhint: {advice}", path.display())
 }
 
 /// How a type is named in the fingerprint of a cache.
@@ -61,4 +87,17 @@ pub fn vae_fingerprint(base: &Base) -> Result<String> {
     }
     let digest: String = hasher.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect();
     Ok(format!("{digest}-{}", type_name(base.vae_dtype)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_that_are_no_numbers_are_blamed_with_what_helps() {
+        let half = blame(Path::new("xl.safetensors"), DType::F16);
+        assert!(half.contains("in f16 is not finite: xl.safetensors\nhint: set `no_half_vae"));
+        let single = blame(Path::new("xl.safetensors"), DType::F32);
+        assert!(!single.contains("no_half_vae") && single.contains("`vae`"), "{single}");
+    }
 }

@@ -98,10 +98,11 @@ impl Noising {
             }
             latents[before..].iter().all(|x: &f32| x.is_finite()).then_some(()).with_context(
                 || {
-                    format!(
-                        "the latents are not finite: {}\nhint: the image or the VAE is damaged",
-                        sample.image_path.display()
-                    )
+                    let why = match &self.vae {
+                        Some(vae) => vae.borrow().blame(),
+                        None => "its cached file is damaged\nhint: remove it".to_owned(),
+                    };
+                    format!("the latents of `{}`: {why}", sample.image_path.display())
                 },
             )?;
         }

@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use engine::{DType, Device, ParamStore};
+use formats::Family;
 use half::{bf16, f16};
 
 use crate::options::{MixedPrecision, Options};
@@ -16,11 +17,14 @@ pub fn compute_type(options: &Options, device: Device) -> DType {
 }
 
 /// Type of the VAE's arithmetic: f32 on the CPU and with `no_half_vae`, else that of the others, as
-/// in sd-scripts.
-pub fn vae_type(options: &Options, device: Device) -> DType {
-    match device {
-        Device::Card(_) if !options.no_half_vae => compute_type(options, device),
-        _ => DType::F32,
+/// in sd-scripts. SDXL's own VAE exceeds the range of f16 and is computed in f32 there; one that the
+/// user gives (`vae`) is taken to be made for f16.
+pub fn vae_type(options: &Options, device: Device, family: Family) -> DType {
+    match (device, compute_type(options, device)) {
+        (Device::Cpu, _) => DType::F32,
+        _ if options.no_half_vae => DType::F32,
+        (_, DType::F16) if family == Family::Sdxl && options.vae.is_none() => DType::F32,
+        (_, dtype) => dtype,
     }
 }
 
@@ -67,8 +71,20 @@ mod tests {
         let options = Options { mixed_precision: MixedPrecision::Fp16, ..Options::default() };
         assert_eq!(compute_type(&options, Device::Cpu), DType::F32);
         assert_eq!(compute_type(&options, Device::Card(0)), DType::F16);
-        assert_eq!(vae_type(&options, Device::Card(0)), DType::F16);
+        assert_eq!(vae_type(&options, Device::Card(0), Family::Sd1), DType::F16);
         let plain = Options { no_half_vae: true, ..options };
-        assert_eq!(vae_type(&plain, Device::Card(0)), DType::F32);
+        assert_eq!(vae_type(&plain, Device::Card(0), Family::Sd1), DType::F32);
+    }
+
+    #[test]
+    fn the_vae_of_sdxl_is_not_computed_in_fp16() {
+        let half = Options { mixed_precision: MixedPrecision::Fp16, ..Options::default() };
+        let bfloat = Options { mixed_precision: MixedPrecision::Bf16, ..Options::default() };
+        let own = Options { vae: Some("fixed.safetensors".into()), ..half.clone() };
+        let card = Device::Card(0);
+        assert_eq!(vae_type(&half, card, Family::Sdxl), DType::F32);
+        assert_eq!(vae_type(&own, card, Family::Sdxl), DType::F16);
+        assert_eq!(vae_type(&bfloat, card, Family::Sdxl), DType::BF16);
+        assert_eq!(vae_type(&half, Device::Cpu, Family::Sdxl), DType::F32);
     }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use collectives::{Comm, Env, Phase};
 use engine::{DType, Device, ParamStore};
+use models::Unet;
 use models::lora::LoraNetwork;
 
 use crate::base::Base;
@@ -18,12 +19,11 @@ use crate::console;
 use crate::data_plan::{dataset_defaults, dataset_input, missing_masks};
 use crate::dataset::{
     CacheOptions, CachePlace, DatasetGroup, FixedBatches, LatentStore, Loader, LoaderOptions,
-    LoaderParts, Sampler, TokenLength, cache_latents, plan_datasets, worker_count,
+    LoaderParts, Sampler, TokenLength, cache_latents, caption, plan_datasets, worker_count,
 };
 use crate::debug_dataset::print_batches;
 use crate::device;
 use crate::ema::{Ema, average_path};
-use crate::encoded::{Encoded, constant_captions};
 use crate::host_plan::HostPlan;
 use crate::latents::{VaeEncoder, vae_fingerprint};
 use crate::lease::{self, Lease};
@@ -45,6 +45,7 @@ use crate::saver::{DatasetNumbers, Saver};
 use crate::snapshot::Memory;
 use crate::state::{self, Keeper, Resume, RunFacts, Sources, Start, run_facts};
 use crate::step::Models;
+use crate::text_cache::{self, Encoders, TextCache};
 use crate::train::{Ending, Trainer};
 use crate::validation::Validation;
 use crate::watch::Watch;
@@ -104,9 +105,7 @@ impl Run {
         }
         let datasets = plan_datasets(&dataset_input(parsed)?, &dataset_defaults(&options)?)?;
         let (group, held_out) = DatasetGroup::open_split(datasets, options.strict_data)?;
-        if options.cache_latents {
-            group.check_latents_cacheable()?;
-        }
+        check_cacheable(&options, &group, held_out.as_ref())?;
         for warning in group.warnings.iter().chain(&missing_masks(&options, &group)) {
             console::warn(warning);
         }
@@ -115,11 +114,7 @@ impl Run {
             Err(_) if options.dry_run && options.vram_limit.is_some() => Device::Cpu,
             device => device?,
         };
-        let mut base = Base::open(&options, device)?;
-        let merged = base.merge_base_weights(&options)?;
-        for note in base.files.notes.iter().chain(&merged) {
-            console::note(note);
-        }
+        let mut base = Base::prepare(&options, device)?;
         let comm = Comm::connect(env).context("connect the ranks")?;
         comm.enter_phase(Phase::Loading);
         let memory = Memory::open(env)?;
@@ -173,6 +168,9 @@ impl Run {
             let text = samples.describe(&sample_folder(&plan.saving.output_dir));
             rows.push(("samples".to_owned(), text));
         }
+        if let Some(text) = text_cache::describe(&options, &base, &group) {
+            rows.push(("captions".to_owned(), text));
+        }
         let rows: Vec<(&str, String)> = rows.iter().map(|(k, v)| (k.as_str(), v.clone())).collect();
         let summary = format_summary("plan", &rows);
         let facts = run_facts(&options, &plan, &base, &prepared.network, &group)?;
@@ -201,7 +199,7 @@ impl Run {
         let Self { options, comm, base, plan, .. } = self;
         Schedule::new(options, plan.steps)?;
         let layers = base.text_encoder.layers;
-        if options.clip_skip.is_some_and(|skip| skip > layers) {
+        if base.text_encoder_2.is_none() && options.clip_skip.is_some_and(|skip| skip > layers) {
             anyhow::bail!(
                 "`clip_skip` leaves no layer of the text encoder's {layers}: {}",
                 options.clip_skip.unwrap_or_default()
@@ -289,6 +287,22 @@ fn claim_names(options: &Options, env: &Env) -> Result<()> {
     Ok(())
 }
 
+/// Whether what is to be cached is the same each time.
+fn check_cacheable(
+    options: &Options,
+    group: &DatasetGroup,
+    held_out: Option<&DatasetGroup>,
+) -> Result<()> {
+    if options.cache_latents {
+        group.check_latents_cacheable()?;
+    }
+    if options.cache_text_encoder_outputs {
+        caption::check_cacheable(group)?;
+        held_out.map_or(Ok(()), caption::check_cacheable)?;
+    }
+    Ok(())
+}
+
 /// Ranks that chose a seed each would train different things.
 fn agree_on_seed(options: &Options, resume: Option<&Resume>, comm: &Comm) -> Result<u64> {
     if let Some(seed) = options.seed.or(resume.and_then(Resume::seed)) {
@@ -311,6 +325,9 @@ impl Run {
         };
         let groups: Vec<DatasetGroup> = [group].into_iter().chain(held_out).collect();
         comm.enter_phase(Phase::Caching);
+        let reads_alike = !prepared.network.has_text_modules();
+        let texts = reads_alike.then(|| TextCache::find((&options, &base), &groups, &comm));
+        let texts = texts.transpose()?.flatten();
         let mut cached = cache(&options, (&comm, env), &base, groups)?.into_iter();
         comm.enter_phase(Phase::Loading);
         release_idle(&base);
@@ -332,14 +349,6 @@ impl Run {
             .map(|lease| prepare_saver((&options, &base), lease, &plan, &prepared, groups))
             .transpose()?;
         let monitor = Monitor::new(&options, &plan, &group, &comm)?;
-        engine::release_pool();
-        let mut models = load_models(&base, &comm)?;
-        engine::release_pool();
-        let weights_type = weights_type(&options);
-        let params = prepare_params(&prepared, &base, weights_type)?;
-        let network = prepared.network;
-        drop(prepared.values);
-        models.install(&network)?;
         let has_latents = latents.is_some();
         let (parts, loading) = loader_parts(&options, env, &base, (group, latents), &plan)?;
         let loading = LoaderOptions {
@@ -347,18 +356,21 @@ impl Run {
             first_step: start.data_of(start.step) as u64,
             ..loading
         };
-        let reads_alike = !network.has_text_modules();
+        let mut encoders = Encoders::of(&base);
         let samples = self
             .samples
             .map(|plan| Samples::new(plan, (&options, &base), &parts.tokenizers))
-            .map(|samples| samples?.encoded(&comm, models.text_encoder.as_ref(), reads_alike))
+            .map(|samples| samples?.encoded(&comm, &mut encoders, reads_alike))
             .transpose()?;
-        let held_group = held_out.as_ref().map(|(group, _)| group);
-        let read = (&parts, &loading);
-        let encoded = match reads_alike {
-            true => encode_captions((&options, &comm, &base), &mut models, read, held_group)?,
-            false => None,
-        };
+        let encoded = texts.map(|texts| texts.encode(&mut encoders, &comm, env)).transpose()?;
+        // What read the captions is gone before the U-Net comes.
+        let text_encoder = encoders.kept(encoded.is_none())?;
+        let mut models = Models { text_encoder, unet: load_unet(&base, &comm)? };
+        let weights_type = weights_type(&options);
+        let params = prepare_params(&prepared, &base, weights_type)?;
+        let network = prepared.network;
+        drop(prepared.values);
+        models.install(&network)?;
         let mut loader = Loader::start(parts, loading)?;
         let validation = held_out
             .map(|held_out| prepare_validation(&options, env, &base, held_out, &plan))
@@ -446,50 +458,20 @@ fn prepare_saver(
     Saver::new((options, lease), plan, base, prepared, &numbers)
 }
 
-fn load_models(base: &Base, comm: &Comm) -> Result<Models> {
-    comm.live();
-    let text_encoder = Some(base.load_text_encoder()?);
+fn load_unet(base: &Base, comm: &Comm) -> Result<Unet> {
+    release_idle(base);
     comm.live();
     let unet = base.load_unet()?;
     comm.live();
-    Ok(Models { text_encoder, unet })
+    engine::release_pool();
+    Ok(unet)
 }
 
-/// On a card, all captions encoded, if each image has one that stays the same; the text encoder is
-/// gone then.
-fn encode_captions(
-    (options, comm, base): (&Options, &Comm, &Base),
-    models: &mut Models,
-    (parts, loading): (&LoaderParts, &LoaderOptions),
-    held_out: Option<&DatasetGroup>,
-) -> Result<Option<Encoded>> {
-    if base.device.card().is_none() {
-        return Ok(None);
-    }
-    let Some(text_encoder) = &models.text_encoder else { return Ok(None) };
-    let Some(mut captions) = constant_captions(&parts.group) else { return Ok(None) };
-    if let Some(group) = held_out {
-        match constant_captions(group) {
-            Some(more) => captions.extend(more),
-            None => return Ok(None),
-        }
-    }
-    let reader = (text_encoder, options.clip_skip);
-    let encoded = Encoded::new(reader, (parts, loading), &captions, &|| comm.live())?;
-    let (count, bytes) = encoded.size();
-    console::note(&format!(
-        "{count} captions are encoded ({} of main memory); the text encoder leaves the card",
-        show_bytes(bytes)
-    ));
-    models.text_encoder = None;
-    release_idle(base);
-    Ok(Some(encoded))
-}
-
-/// Memory of models that are gone goes back to the card.
+/// Memory of models that are gone goes back, to the card or the system.
 fn release_idle(base: &Base) {
-    if let Some(card) = base.device.card() {
-        card.release_idle();
+    match base.device.card() {
+        Some(card) => card.release_idle(),
+        None => engine::release_pool(),
     }
 }
 

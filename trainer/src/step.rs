@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use engine::{Checkpointing, Draws, EngineError, ParamId, ParamStore, Tape, Tensor, Value};
 use models::lora::LoraNetwork;
 use models::{TextEncoders, TextOutput, Unet, UnetInput};
@@ -20,8 +20,10 @@ pub struct Models {
 impl Models {
     /// Puts the adapters of `network` into the layers.
     pub fn install(&mut self, network: &LoraNetwork) -> Result<()> {
-        let text_encoder = self.text_encoder.as_mut().context("the text encoder is gone")?;
-        Ok(network.install_all(text_encoder, &mut self.unet, 1.)?)
+        match &mut self.text_encoder {
+            Some(text_encoder) => Ok(network.install_all(text_encoder, &mut self.unet, 1.)?),
+            None => Ok(network.install_unet(&mut self.unet, 1.)?),
+        }
     }
 }
 

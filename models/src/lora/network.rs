@@ -211,7 +211,12 @@ impl LoraNetwork {
         unet: &mut Unet,
         multiplier: f32,
     ) -> Result<()> {
-        self.install_in((text_encoder, None), unet, multiplier)
+        self.install_in((Some(text_encoder), None), unet, multiplier)
+    }
+
+    /// The same where the text encoders are gone: the network must have no modules for them.
+    pub fn install_unet(&self, unet: &mut Unet, multiplier: f32) -> Result<()> {
+        self.install_in((None, None), unet, multiplier)
     }
 
     /// The same for a model with one text encoder or two.
@@ -221,12 +226,12 @@ impl LoraNetwork {
         unet: &mut Unet,
         multiplier: f32,
     ) -> Result<()> {
-        self.install_in((&mut texts.first, texts.second.as_mut()), unet, multiplier)
+        self.install_in((Some(&mut texts.first), texts.second.as_mut()), unet, multiplier)
     }
 
     fn install_in(
         &self,
-        (text_encoder, second): (&mut ClipTextModel, Option<&mut ClipTextModel>),
+        (text_encoder, second): (Option<&mut ClipTextModel>, Option<&mut ClipTextModel>),
         unet: &mut Unet,
         multiplier: f32,
     ) -> Result<()> {
@@ -236,7 +241,9 @@ impl LoraNetwork {
             adapters.insert((module.target.part, module.target.path.clone()), adapter);
         }
         let mut take = |part, path: &str| adapters.remove(&(part, path.to_owned()));
-        text_encoder.visit_slots(&mut |path, slot| *slot = take(Part::TextEncoder, path));
+        if let Some(text_encoder) = text_encoder {
+            text_encoder.visit_slots(&mut |path, slot| *slot = take(Part::TextEncoder, path));
+        }
         if let Some(second) = second {
             second.visit_slots(&mut |path, slot| *slot = take(Part::TextEncoder2, path));
         }

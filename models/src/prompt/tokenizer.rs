@@ -137,6 +137,18 @@ impl ClipTokenizer {
         finish(&path.display().to_string(), tokenizer, &pad)
     }
 
+    /// Everything that it does, as text: two tokenizers with the same text give the same ids.
+    ///
+    /// # Errors
+    /// None that a caption could cause; the library's failures come through.
+    pub fn definition(&self) -> Result<String, PromptError> {
+        let text = self.tokenizer.to_string(false).map_err(|error| PromptError {
+            place: self.place.clone(),
+            problem: error.to_string(),
+        })?;
+        Ok(format!("{} {} {} {text}", self.begin, self.end, self.pad))
+    }
+
     /// Id of the begin token.
     pub fn begin_id(&self) -> u32 {
         self.begin

@@ -13,6 +13,7 @@ use crate::network::PreparedNetwork;
 use crate::options::Options;
 use crate::precision::{compute_type, vae_type};
 use crate::samples::{SamplePlan, picture_bytes};
+use crate::text_cache::is_wanted;
 use crate::world::World;
 
 /// Names of AdamW whose state can be kept in 8 bits instead.
@@ -88,9 +89,9 @@ impl<'a> Work<'a> {
             network: &prepared.network,
             values: &prepared.values,
             dtype: compute_type(options, device),
-            vae_dtype: vae_type(options, device),
+            vae_dtype: vae_type(options, device, files.family),
             clip_skip: options.clip_skip,
-            encoded: untrained && constant && device != Device::Cpu,
+            encoded: untrained && constant && is_wanted(options, device),
             weighted: options.weighted_captions,
             masked: options.alpha_mask || options.masked_loss,
         };

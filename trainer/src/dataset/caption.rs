@@ -1,7 +1,9 @@
 //! What becomes of a caption when its sample is used: prefix and suffix, dropout, alternatives,
 //! shuffling. Follows sd-scripts step by step; all choices come from the sample's own stream.
 
-use super::config::SubsetOptions;
+use super::config::{SubsetOptions, SubsetSource};
+use super::error::DatasetError;
+use super::group::DatasetGroup;
 use crate::rng::Rng;
 
 /// When a sample is used, for the options that depend on it.
@@ -17,10 +19,45 @@ pub struct CaptionMoment {
 
 /// Whether the captions of a subset are the same each time.
 pub fn is_constant(options: &SubsetOptions) -> bool {
-    !options.enable_wildcard
-        && options.caption_dropout_rate == 0.
-        && options.caption_dropout_every_n_epochs == 0
-        && !changes_tags(options)
+    changing_option(options).is_none()
+}
+
+/// The first option that makes the captions of a subset differ from use to use.
+fn changing_option(options: &SubsetOptions) -> Option<&'static str> {
+    let all = [
+        ("shuffle_caption", options.shuffle_caption),
+        ("caption_dropout_rate", options.caption_dropout_rate > 0.),
+        ("caption_dropout_every_n_epochs", options.caption_dropout_every_n_epochs > 0),
+        ("caption_tag_dropout_rate", options.caption_tag_dropout_rate > 0.),
+        ("token_warmup_step", options.token_warmup_step > 0.),
+        ("enable_wildcard", options.enable_wildcard),
+    ];
+    all.into_iter().find(|(_, changes)| *changes).map(|(name, _)| name)
+}
+
+/// Whether captions can be encoded once (`cache_text_encoder_outputs`).
+///
+/// # Errors
+/// Names the first subset and option that are in the way.
+pub fn check_cacheable(group: &DatasetGroup) -> Result<(), DatasetError> {
+    for (number, dataset) in group.datasets.iter().enumerate() {
+        for (subset, plan) in dataset.plan.subsets.iter().enumerate() {
+            let Some(option) = changing_option(&plan.options) else { continue };
+            let place = match &plan.source {
+                SubsetSource::DreamBooth { image_dir, .. } => image_dir,
+                SubsetSource::FineTuning { metadata_file, .. } => metadata_file,
+            };
+            return Err(DatasetError::Config {
+                path: place.clone(),
+                table: format!("dataset {}, subset {}", number + 1, subset + 1),
+                problem: format!("`cache_text_encoder_outputs` does not go with `{option}`"),
+                advice: format!(
+                    "remove one of the two; `{option}` gives other captions from use to use"
+                ),
+            });
+        }
+    }
+    Ok(())
 }
 
 fn changes_tags(options: &SubsetOptions) -> bool {

@@ -119,7 +119,7 @@ pub enum DatasetError {
         problem: String,
     },
     /// A cached file is missing, damaged, or for something else.
-    #[error("the latent cache file `{}` cannot be used: {problem}", path.display())]
+    #[error("the cache file `{}` cannot be used: {problem}", path.display())]
     CacheFile {
         /// The cache file.
         path: PathBuf,
@@ -137,12 +137,20 @@ pub enum DatasetError {
     /// The ranks could not talk.
     #[error("the ranks cannot share the work of caching latents: {0}")]
     Exchange(String),
-    /// Asked to stop while latents were being cached.
+    /// Cached text encoder outputs that are not for this run, or outputs that cannot be cached.
+    #[error("{0}")]
+    TextOutputs(String),
+    /// Asked to stop while something was being cached.
     #[error(
-        "stopped on request while caching latents\nhint: with `cache_latents_to_disk` the next run \
-         goes on where this one ended"
+        "stopped on request while caching {what}\nhint: with `{option}` the next run goes on where \
+         this one ended"
     )]
-    Stopped,
+    Stopped {
+        /// What was cached.
+        what: &'static str,
+        /// The option that keeps what was done.
+        option: &'static str,
+    },
     /// A data loading thread ended in a way that is a fault of this program.
     #[error("a data loading thread failed on batch {batch} of epoch {epoch}: {message}")]
     Worker {

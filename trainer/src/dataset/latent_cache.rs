@@ -34,6 +34,9 @@ pub trait LatentEncoder {
     /// # Errors
     /// Whatever the encoder finds wrong; it ends the run.
     fn encode(&mut self, images: &[f32], shape: [usize; 4]) -> anyhow::Result<Vec<f32>>;
+
+    /// What to say of values that are no numbers: whose they are, and on a line of its own what helps.
+    fn blame(&self) -> String;
 }
 
 /// Where the cache lies and how long.
@@ -149,7 +152,7 @@ fn cache_together(
     let mut created = Ok(());
     for folder in items.iter().filter_map(|item| item.file.parent()).collect::<BTreeSet<_>>() {
         if created.is_ok() {
-            created = create_folder(folder, comm.rank() == 0);
+            created = create_folder(folder, "cache_latents", comm.rank() == 0);
         }
     }
     let missing = find_missing(&group, &items, comm, &options, created)?;
@@ -170,13 +173,14 @@ fn cache_together(
     Ok((group, LatentStore { held: loaded? }))
 }
 
-/// Makes a cache folder; rank 0 also clears away what killed runs left half written in it.
-fn create_folder(folder: &Path, clear: bool) -> Result<(), DatasetError> {
+/// Makes a cache folder of `option`; rank 0 also clears away what killed runs left half written in
+/// it.
+pub(crate) fn create_folder(folder: &Path, option: &str, clear: bool) -> Result<(), DatasetError> {
     std::fs::create_dir_all(folder).map_err(|error| DatasetError::CacheFile {
         path: folder.to_owned(),
         problem: format!(
-            "the folder cannot be created: {error}\nhint: `cache_latents` without \
-             `cache_latents_to_disk` needs no place beside the images"
+            "the folder cannot be created: {error}\nhint: `{option}` without `{option}_to_disk` \
+             needs no place beside the images"
         ),
     })?;
     if clear {
@@ -404,7 +408,7 @@ fn encode_missing(
             return Ok(unusable);
         }
         if stop {
-            return Err(DatasetError::Stopped);
+            return Err(DatasetError::Stopped { what: "latents", option: "cache_latents_to_disk" });
         }
     }
 }
@@ -507,9 +511,7 @@ fn encode(
     let mut out = Vec::with_capacity(pictures.len());
     for ((index, _), moments) in pictures.iter().zip(all.chunks_exact(each)) {
         if moments.iter().any(|value| !value.is_finite()) {
-            let problem = "the VAE's output is not finite\nhint: another VAE (`vae = ...`) or a \
-                           higher precision may help";
-            return Err(failure(*index, problem.into()));
+            return Err(failure(*index, encoder.blame()));
         }
         out.push(moments.to_vec());
     }

@@ -41,12 +41,8 @@ impl LoaderParts {
     /// # Errors
     /// As [`ClipTokenizer::encode`].
     pub fn tokens(&self, caption: &str, options: &LoaderOptions) -> Result<Tokens, DatasetError> {
-        let (ids, weights) = read_caption(&self.tokenizers.first, caption, options)?;
-        let ids_2 = match &self.tokenizers.second {
-            Some(tokenizer) => Some(read_caption(tokenizer, caption, options)?.0),
-            None => None,
-        };
-        Ok(Tokens { ids, ids_2, weights })
+        let reading = (options.token_length, options.weighted_captions);
+        Tokens::of(&self.tokenizers, caption, reading)
     }
 }
 
@@ -61,13 +57,31 @@ pub struct Tokens {
     pub weights: Option<Vec<f32>>,
 }
 
+impl Tokens {
+    /// The tokens of a caption, `reading` being its length and whether brackets are weights.
+    ///
+    /// # Errors
+    /// As [`ClipTokenizer::encode`].
+    pub fn of(
+        tokenizers: &Tokenizers,
+        caption: &str,
+        reading: (TokenLength, bool),
+    ) -> Result<Self, DatasetError> {
+        let (ids, weights) = read_caption(&tokenizers.first, caption, reading)?;
+        let ids_2 = match &tokenizers.second {
+            Some(tokenizer) => Some(read_caption(tokenizer, caption, reading)?.0),
+            None => None,
+        };
+        Ok(Self { ids, ids_2, weights })
+    }
+}
+
 fn read_caption(
     tokenizer: &ClipTokenizer,
     caption: &str,
-    options: &LoaderOptions,
+    (length, weighted_captions): (TokenLength, bool),
 ) -> Result<(Vec<u32>, Option<Vec<f32>>), DatasetError> {
-    let length = options.token_length;
-    if !options.weighted_captions {
+    if !weighted_captions {
         let ids = tokenizer.input_ids(caption, length)?;
         return Ok((ids.into_iter().flatten().collect(), None));
     }

@@ -29,6 +29,6 @@ pub use error::DatasetError;
 pub use fixed::FixedBatches;
 pub use group::DatasetGroup;
 pub use latent_cache::{CacheOptions, CachePlace, LatentEncoder, LatentStore, cache_latents};
-pub use loader::{Batch, Loader, LoaderOptions, LoaderParts, SampleMeta, worker_count};
+pub use loader::{Batch, Loader, LoaderOptions, LoaderParts, SampleMeta, Tokens, worker_count};
 pub use models::prompt::{ClipTokenizer, TokenLength};
 pub use order::{GlobalBatch, SampleKey, Sampler};

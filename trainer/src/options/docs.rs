@@ -11,9 +11,9 @@ const INTRODUCTION: &str = "\
 Written from the option table of the program; do not edit. `lorarun train --help markdown` prints it;
 `UPDATE_DOCS=1 cargo test -p trainer --lib options::docs` writes this file anew.
 
-Names, defaults and meanings are those of sd-scripts' `train_network.py` (0.10.1), where it has the
-option. Each may stand in the config file as `name = value`, or on the command line as
-`--name value`, which wins.
+Names, defaults and meanings are those of sd-scripts' `train_network.py` and `sdxl_train_network.py`
+(0.10.1), where they have the option. Each may stand in the config file as `name = value`, or on the
+command line as `--name value`, which wins.
 
 - **used**: it does what the text says.
 - **no effect**: accepted, so that configs of sd-scripts run unchanged; the reason says why there is

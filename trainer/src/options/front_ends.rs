@@ -27,7 +27,8 @@ use Meaning::{Argument, Ignored, Named, Unread};
 
 const GUI: Meaning = Ignored("they are settings of the front end itself");
 const SAMPLES: Meaning = Ignored("they are settings of sample pictures");
-const SDXL: Meaning = Ignored("they are options of the SDXL trainer");
+const FULL_TRAINING: Meaning =
+    Ignored("they are options of sd-scripts' trainer of whole models, not of LoRA");
 const OTHER_MODELS: Meaning = Ignored("they are options for other kinds of models");
 const RANKS: &str =
     "how many ranks run is said before `train`: `lorarun --num_processes N train ...`";
@@ -65,7 +66,6 @@ const KEYS: &[(&[&str], Meaning)] = &[
     (&["network_args_custom"], Argument("network_args", "")),
     (&["optimizer_args_custom"], Argument("optimizer_args", "")),
     // LoRA Easy Training Scripts
-    (&["sdxl"], Ignored("the kind of model is read from its file")),
     (&["train_mode", "tag_occurrence", "tag_file_location", "fa"], GUI),
     (&["warmup_ratio"], Named("lr_warmup_steps")),
     // Options of the dataset description that land in the training file.
@@ -111,7 +111,6 @@ const KEYS: &[(&[&str], Meaning)] = &[
             "lowvram",
             "medvram",
             "use_cpu",
-            "disable_mmap_load_safetensors",
             "diffusers_xformers",
             "use_flash_attn",
             "use_sage_attn",
@@ -132,9 +131,14 @@ const KEYS: &[(&[&str], Meaning)] = &[
         Unread("here it is `save_model_as = \"safetensors\"`, which is the default"),
     ),
     (&["learning_rate_te"], Unread("here it is `text_encoder_lr`")),
-    (&["learning_rate_te1", "learning_rate_te2", "learning_rate_te3", "block_lr"], SDXL),
-    (&["cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"], SDXL),
-    (&["fused_optimizer_groups", "skip_latents_validity_check"], SDXL),
+    (
+        &["learning_rate_te1", "learning_rate_te2"],
+        Unread(
+            "here it is `text_encoder_lr = [1e-5, 1e-5]`, the first text encoder's and the second's",
+        ),
+    ),
+    (&["skip_latents_validity_check"], Named("skip_cache_check")),
+    (&["learning_rate_te3", "block_lr", "fused_optimizer_groups"], FULL_TRAINING),
     (
         &[
             "ae",
@@ -181,7 +185,6 @@ const KEYS: &[(&[&str], Meaning)] = &[
             "t5xxl_dtype",
             "t5xxl_max_token_length",
             "text_encoder",
-            "text_encoder_batch_size",
             "text_encoder_cpu",
             "timestep_sampling",
             "train_t5xxl",

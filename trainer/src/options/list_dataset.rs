@@ -63,9 +63,19 @@ macro_rules! dataset_options {
         cache_latents_to_disk: bool = false, Supported;
         /// Images encoded at once while caching. Default 1.
         vae_batch_size: usize = 1, Supported;
-        /// Trust cached files without looking inside.
-        skip_cache_check: bool = false,
-            NoEffect("cached files are keyed by content and settings, so checking them costs next to nothing");
+        /// Read every caption once before training and keep what the text encoders say: then the text
+        /// encoders go, and the U-Net has the memory for itself. Needs `--network_train_unet_only`,
+        /// and captions that stay the same: no shuffling, no dropout, no wildcards.
+        cache_text_encoder_outputs: bool = false, Supported;
+        /// Keep it on disk, a file for each image, so that the next run loads no text encoder. Turns
+        /// `--cache_text_encoder_outputs` on. Files of another tokenizer, text encoder or caption
+        /// stop the run.
+        cache_text_encoder_outputs_to_disk: bool = false, Supported;
+        /// Captions that are read together while caching. Default 16.
+        text_encoder_batch_size: Option<usize> = None, Supported;
+        /// Trust cached files without looking inside. Checking costs next to nothing; without it text
+        /// encoder outputs of another model or of other captions are trained with.
+        skip_cache_check: bool = false, Supported;
         /// Keep captions and image sizes in a file for a faster start.
         cache_info: bool = false, NoEffect("only the header of each image is read at the start, which is fast");
         /// Print what the steps of the first epochs would see (image, size, crop, caption) instead

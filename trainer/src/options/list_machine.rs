@@ -19,6 +19,8 @@ macro_rules! performance_options {
         dynamo_backend: DynamoBackend = DynamoBackend::Inductor, NoEffect("there is no PyTorch to compile for");
         /// Load the model without a copy in main memory.
         lowram: bool = false, NoEffect("the base model is memory-mapped, never copied as a whole");
+        /// Read the model's file as a whole instead of mapping it.
+        disable_mmap_load_safetensors: bool = false, NoEffect("the base model is memory-mapped, never copied as a whole");
         /// Keep caches of the graphics memory.
         highvram: bool = false, NoEffect("memory is pooled by this program itself");
         /// Minutes a rank waits for the others.

@@ -44,6 +44,9 @@ macro_rules! model_options {
         /// The base model is Stable Diffusion 2.x. It is recognised from the file as well; saying
         /// the wrong thing here stops the run instead of training a useless LoRA.
         v2: bool = false, Supported;
+        /// The base model is SDXL. It is recognised from the file as well; `true` with another model
+        /// stops the run.
+        sdxl: bool = false, Supported;
         /// The base model predicts v (velocity) instead of the noise, as SD 2.x 768-v does. Wrong
         /// use gives a loss that looks fine and images that are broken.
         v_parameterization: bool = false, Supported;
@@ -53,7 +56,8 @@ macro_rules! model_options {
         tokenizer_cache_dir: Option<PathBuf> = None,
             NoEffect("the tokenizer comes with the model folder or with the program, nothing is downloaded for it");
         /// Take the text encoder's output N layers before its last one (1 = last layer). Use what
-        /// you use when generating: 2 is usual for anime models. Default: the last layer.
+        /// you use when generating: 2 is usual for anime models. Default: the last layer. SDXL is
+        /// always read before the last layer, whatever is said here.
         clip_skip: Option<usize> = None, Supported;
         /// Longest caption in tokens: 150 or 225, in windows of 75 each. Default: 75; what is
         /// longer is cut off without being seen.

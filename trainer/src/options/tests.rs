@@ -5,18 +5,23 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::Path;
 
-/// Options that the reference does not have.
+/// Options that the reference does not have, or has in its SDXL trainer alone.
 const OWN: &[&str] = &[
     "allow_batch_change",
     "allow_unknown",
+    "cache_text_encoder_outputs",
+    "cache_text_encoder_outputs_to_disk",
     "config_check",
     "device",
+    "disable_mmap_load_safetensors",
     "dry_run",
     "ema_decay",
     "max_skipped_steps",
     "no_cuda_graph",
     "reproducible",
+    "sdxl",
     "strict_data",
+    "text_encoder_batch_size",
     "threads",
     "vram_limit",
 ];

@@ -30,7 +30,6 @@ use collectives::{Comm, Phase, signals};
 use engine::ParamStore;
 use formats::atomic::{remove_leftovers, write_atomic_if};
 use formats::model_spec::civil_time;
-use models::TextEncoders;
 use models::pipeline::Predictor;
 use models::prompt::Tokenizers;
 
@@ -42,6 +41,7 @@ use crate::options::Options;
 use crate::rng::{Purpose, stream};
 use crate::saver::Saver;
 use crate::step::Models;
+use crate::text_cache::Encoders;
 use crate::train::{Trainer, Work};
 
 pub use memory::{PictureBytes, bytes_on_cpu, picture_bytes};
@@ -125,17 +125,16 @@ impl Samples {
     pub fn encoded(
         mut self,
         comm: &Comm,
-        encoder: Option<&TextEncoders>,
+        encoders: &mut Encoders<'_>,
         reads_alike: bool,
     ) -> Result<Self> {
         if !reads_alike {
             return Ok(self);
         }
-        let encoder = encoder.context("the text encoder is gone")?;
         let mut encoded = BTreeMap::new();
         for prompt in self.plan.prompts.iter().skip(comm.rank()).step_by(comm.world_size()) {
             let reader = (&*self.tokenizers, self.clip_skip);
-            encoded.insert(prompt.number, encode(reader, (encoder, None), prompt)?);
+            encoded.insert(prompt.number, encode(reader, (encoders.get()?, None), prompt)?);
             comm.live();
         }
         self.encoded = Some(encoded);

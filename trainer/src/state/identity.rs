@@ -19,7 +19,7 @@ const HASHED_BYTES: usize = 4096;
 
 /// Options that are compared more exactly elsewhere, or only say where things lie and how fast they
 /// go.
-const PRIVATE: [&str; 23] = [
+const PRIVATE: [&str; 27] = [
     "seed",
     "pretrained_model_name_or_path",
     "network_weights",
@@ -35,12 +35,16 @@ const PRIVATE: [&str; 23] = [
     "in_json",
     "cache_latents",
     "cache_latents_to_disk",
+    "cache_text_encoder_outputs",
+    "cache_text_encoder_outputs_to_disk",
+    "text_encoder_batch_size",
     "skip_cache_check",
     "vae_batch_size",
     "max_data_loader_n_workers",
     "persistent_data_loader_workers",
     "strict_data",
     "tokenizer_cache_dir",
+    "sdxl",
     "device",
     "threads",
 ];

@@ -467,7 +467,10 @@ fn check_resolution(
         return Err(origin.config(
             name,
             format!("`bucket_reso_steps` is not a multiple of {multiple}: {steps}"),
-            format!("this model needs pictures whose sides are multiples of {multiple}"),
+            format!(
+                "this model needs pictures whose sides are multiples of {multiple}; SDXL, of 32: say \
+                 `sdxl = true`"
+            ),
         ));
     }
     let rounded_min = options.min_bucket_reso - options.min_bucket_reso % steps;

@@ -38,6 +38,12 @@ impl Check<'_> {
                 "remove one of the two",
             );
         }
+        self.forbid(
+            o.cache_text_encoder_outputs && !o.network_train_unet_only,
+            "cache_text_encoder_outputs",
+            "keeps what the text encoders say before training, so they cannot be trained",
+            "add `network_train_unet_only`, or train the text encoders without the cache",
+        );
         if o.min_bucket_reso > o.max_bucket_reso {
             let fault = format!(
                 "is above `max_bucket_reso`: `{}` > `{}`",

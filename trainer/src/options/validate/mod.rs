@@ -80,6 +80,12 @@ fn complete(options: &mut Options, notes: &mut Vec<String>) -> Result<()> {
         options.cache_latents = true;
         notes.push("`cache_latents_to_disk` turns `cache_latents` on".to_owned());
     }
+    if options.cache_text_encoder_outputs_to_disk && !options.cache_text_encoder_outputs {
+        options.cache_text_encoder_outputs = true;
+        notes.push(
+            "`cache_text_encoder_outputs_to_disk` turns `cache_text_encoder_outputs` on".to_owned(),
+        );
+    }
     if let (Some(low), Some(high)) = (options.min_timestep, options.max_timestep)
         && low == high
         && high < 1000

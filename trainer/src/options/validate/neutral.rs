@@ -10,6 +10,7 @@ pub(super) fn unset_neutral(options: &mut Options, notes: &mut Vec<String>) {
     let counts = [
         &mut options.clip_skip,
         &mut options.max_token_length,
+        &mut options.text_encoder_batch_size,
         &mut options.max_train_epochs,
         &mut options.max_timestep,
         &mut options.save_every_n_epochs,
