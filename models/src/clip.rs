@@ -229,6 +229,22 @@ impl ClipTextModel {
         self.run(tape, ids, length, self.config.layers.saturating_sub(1))
     }
 
+    /// As [`Self::forward`], without the final layer norm: what gen_img reads of SDXL, `clip_skip` 2
+    /// unless it is told otherwise.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn skipping<'m>(
+        &'m self,
+        tape: &Tape<'m>,
+        ids: &Ids,
+        length: usize,
+        clip_skip: usize,
+    ) -> EngineResult<Value> {
+        let used = self.used_layers(Some(clip_skip))?;
+        self.run(tape, ids, length, used)
+    }
+
     /// The pooled output `[prompts, config.pooled]`: last layer, final layer norm and projection of
     /// what [`Self::penultimate`] gave, at the rows of `ends` ([`end_rows`]).
     ///

@@ -5,7 +5,6 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use engine::{DType, Device};
 use formats::Weights;
-use formats::lora_file;
 use formats::{BaseModel, OpenOptions, open_base_model};
 use models::lora::{
     BaseMerge, Part, Target, sdxl_text_encoder_targets, text_encoder_targets, unet_targets,
@@ -18,6 +17,7 @@ use models::{
 
 use crate::console;
 use crate::family::check_family;
+use crate::lora_input::read_lora;
 use crate::options::Options;
 use crate::precision::{compute_type, vae_type};
 
@@ -123,7 +123,7 @@ impl Base {
         for (index, name) in options.base_weights.iter().flatten().enumerate() {
             let multiplier = multipliers.get(index).copied().unwrap_or(1.);
             let context = || format!("cannot merge the file of `base_weights`: {name}");
-            let file = lora_file::read(Path::new(name)).with_context(context)?;
+            let file = read_lora(Path::new(name), self.files.family).with_context(context)?;
             let report =
                 self.merge.add(&file.tensors, multiplier as f32, &targets).with_context(context)?;
             let merged = report.merged;

@@ -23,6 +23,7 @@ mod keeping;
 pub mod latents;
 pub mod lease;
 pub mod logs;
+pub mod lora_input;
 pub mod loss_history;
 pub mod lr;
 pub mod memory;

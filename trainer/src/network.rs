@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail};
 use engine::{Device, ParamStore};
-use formats::{Weights, lora_file};
+use formats::{Family, Weights};
 use models::lora::{
     BlockLayout, FileRanks, LoraNetwork, MergedWeights, NormReport, ParamGroup, Part, Rank,
     RankRule, RootRanks, Target, UniformRanks, name_key, outer_targets, unet_targets,
@@ -12,6 +12,7 @@ use models::lora::{
 
 use crate::base::Base;
 use crate::logs::KeyNorms;
+use crate::lora_input::read_lora;
 use crate::memory::refuse_beyond_memory;
 use crate::optimizer::Choice;
 use crate::options::{NetworkArgs, Options};
@@ -44,7 +45,9 @@ impl PreparedNetwork {
     /// Chooses modules and ranks, and draws or reads their values.
     pub fn new(options: &Options, base: &Base, seed: u64) -> Result<Self> {
         let weights = match &options.network_weights {
-            Some(path) => Some(lora_file::read(path).context("cannot read `network_weights`")?),
+            Some(path) => {
+                Some(read_lora(path, base.files.family).context("cannot use `network_weights`")?)
+            }
             None => None,
         };
         let mut targets: Vec<Target> = Vec::new();
@@ -55,7 +58,8 @@ impl PreparedNetwork {
         let preset = options.read_preset_ranks(&args);
         if trains(options, Part::Unet) {
             targets.extend(unet_targets(&*base.files.unet));
-            if preset.is_some() {
+            // LyCORIS knows the outer layers by names that SDXL does not have.
+            if preset.is_some() && base.files.family != Family::Sdxl {
                 targets.extend(outer_targets(&*base.files.unet));
             }
         }
@@ -73,7 +77,11 @@ impl PreparedNetwork {
                 Some(preset) => Box::new(preset),
                 None => Box::new(UniformRanks {
                     linear: Rank::new(options.network_rank(), alpha as f32),
-                    conv: args.conv_dim.map(|dim| Rank::new(dim, args.conv_alpha as f32)),
+                    // sd-scripts' DyLoRA has one alpha for all layers.
+                    conv: args.conv_dim.map(|dim| match options.is_dylora() {
+                        true => Rank::new(dim, alpha as f32),
+                        false => Rank::new(dim, args.conv_alpha as f32),
+                    }),
                 }),
             },
         };

@@ -6,6 +6,7 @@
 
 mod alphas;
 mod dotted;
+mod kohya;
 mod names;
 mod parts;
 mod sdxl_unet;

@@ -22,6 +22,10 @@ pub struct PromptLine {
     pub prompt: String,
     /// `--n`: what it does not show.
     pub negative: Option<String>,
+    /// `--p2`: what SDXL's second text encoder reads in place of the prompt.
+    pub prompt_2: Option<String>,
+    /// `--n2`: the same for what the picture does not show.
+    pub negative_2: Option<String>,
     /// `--w`: columns, a multiple of 8, at least 64.
     pub width: Option<usize>,
     /// `--h`: rows, likewise.

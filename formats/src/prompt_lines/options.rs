@@ -20,6 +20,10 @@ pub(super) enum Meaning {
     Scale,
     Strength,
     Negative,
+    /// Of SDXL's second text encoder.
+    Prompt2,
+    /// Likewise.
+    Negative2,
     Sampler,
     Multipliers,
     FileName,
@@ -34,8 +38,8 @@ pub(super) enum Meaning {
 }
 
 use Meaning::{
-    Crop, FileName, Height, Ignored, Multipliers, Negative, Original, OriginalNegative, Refused,
-    Sampler, Scale, Seeds, Steps, Strength, Width,
+    Crop, FileName, Height, Ignored, Multipliers, Negative, Negative2, Original, OriginalNegative,
+    Prompt2, Refused, Sampler, Scale, Seeds, Steps, Strength, Width,
 };
 
 /// An option of a prompt.
@@ -63,7 +67,7 @@ const FLUX: Meaning = Ignored("it belongs to models with a flow, not to Stable D
 const SHRINK: Meaning = Refused("Deep Shrink is not there");
 const GRADUAL: Meaning = Refused("Gradual Latent is not there");
 
-const ROWS: [Row; 34] = [
+const ROWS: [Row; 36] = [
     row("w", "width", &["wide"], Width),
     row("h", "height", &["high"], Height),
     row("s", "sample_steps", &["steps", "num_steps"], Steps),
@@ -71,6 +75,8 @@ const ROWS: [Row; 34] = [
     row("l", "scale", &["cfg", "cfg_scale"], Scale),
     row("t", "strength", &["denoise", "denoising"], Strength),
     row("n", "negative_prompt", &["neg", "np"], Negative),
+    row("p2", "prompt_2", &["prompt2"], Prompt2),
+    row("n2", "negative_prompt_2", &["negative_prompt2", "np2"], Negative2),
     row("ss", "sample_sampler", &["sampler"], Sampler),
     row("am", "network_mul", &["mul", "multiplier", "multipliers"], Multipliers),
     row("f", "file_name", &["filename", "file"], FileName),
@@ -169,6 +175,8 @@ pub(super) fn set(
         Scale => line.scale = Some(reader.finite("be a number")?),
         Strength => line.strength = Some(reader.strength()?),
         Negative => line.negative = Some(value.to_owned()),
+        Prompt2 => line.prompt_2 = Some(value.to_owned()),
+        Negative2 => line.negative_2 = Some(value.to_owned()),
         Sampler => line.sampler = Some(reader.text("be the name of a sampler")?),
         Multipliers => line.multipliers = reader.numbers()?,
         FileName => line.file_name = Some(reader.file_name()?),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::picture::{decode_by, encode};
 use super::resize::{Filter, resize};
+use super::text::Prompt;
 use super::{
     Denoising, Embedding, Picture, Pipeline, PipelineError, Predictor, Progress, Request, Subject,
     TextReader, TorchNoise, Watch,
@@ -101,7 +102,13 @@ impl Pipeline {
                 clip_skip: request.clip_skip,
                 most_chunks: request.most_chunks,
             };
-            let prompts = [request.prompt.as_str(), request.negative_prompt.as_str()];
+            let prompts = [
+                Prompt { first: &request.prompt, second: request.prompt_2.as_deref() },
+                Prompt {
+                    first: &request.negative_prompt,
+                    second: request.negative_prompt_2.as_deref(),
+                },
+            ];
             let [prompt, negative] = self.texts.read(&reader, prompts)?;
             let job = Job { place, request, prompt, negative };
             let alike = |group: &&mut Vec<Job>| {

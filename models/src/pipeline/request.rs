@@ -41,6 +41,10 @@ pub struct Request {
     pub prompt: String,
     /// What it does not show.
     pub negative_prompt: String,
+    /// Of SDXL, what its second text encoder reads; `None` is `prompt`.
+    pub prompt_2: Option<String>,
+    /// Of SDXL, the same for what it does not show; `None` is `negative_prompt`.
+    pub negative_prompt_2: Option<String>,
     /// Columns, a multiple of 8.
     pub width: usize,
     /// Rows, a multiple of 8.
@@ -54,7 +58,7 @@ pub struct Request {
     pub options: SamplerOptions,
     /// Weight of the prompt over the negative prompt.
     pub guidance_scale: f32,
-    /// Layers of the text encoder to leave out, as sd-scripts counts.
+    /// Layers of the text encoder to leave out, as sd-scripts counts: `None` is 1, of SDXL 2.
     pub clip_skip: Option<usize>,
     /// Chunks of 75 tokens that a prompt may have.
     pub most_chunks: usize,
@@ -103,6 +107,8 @@ impl Default for Request {
         Self {
             prompt: String::new(),
             negative_prompt: String::new(),
+            prompt_2: None,
+            negative_prompt_2: None,
             width: 512,
             height: 512,
             seed: 0,
@@ -143,15 +149,20 @@ impl Default for HighresFix {
 
 impl HighresFix {
     /// The request of the first stage.
-    pub(super) fn first(&self, request: &Request) -> Request {
-        let scaled = |side: usize| {
-            let side = (side as f64 * self.scale + 0.5) as usize;
-            side - side % 32
+    pub fn first(&self, request: &Request) -> Request {
+        let rounded = |side: usize| (side as f64 * self.scale + 0.5) as usize;
+        let scaled = |side: usize| rounded(side) - rounded(side) % 32;
+        let told = |sides: [Option<usize>; 2]| sides.map(|side| side.map(rounded));
+        let smaller = |hints: SizeHints| SizeHints {
+            original: told(hints.original),
+            original_negative: told(hints.original_negative),
+            crop: hints.crop.map(rounded),
         };
         let mut first = Request {
             width: scaled(request.width),
             height: scaled(request.height),
             strength: self.strength.unwrap_or(request.strength),
+            size_ids: request.size_ids.map(smaller),
             highres_fix: None,
             ..request.clone()
         };

@@ -14,6 +14,9 @@ use crate::{TextEncoders, end_rows};
 /// Tokens of a chunk without begin and end.
 const INNER: usize = CHUNK - 2;
 
+/// SDXL's hidden states are those before the last layer.
+const SDXL_SKIP: usize = 2;
+
 /// Who reads prompts.
 #[derive(Clone, Copy)]
 pub struct TextReader<'m> {
@@ -23,8 +26,8 @@ pub struct TextReader<'m> {
     pub encoders: &'m TextEncoders,
     /// Values of the adapters in `encoders`, if they have any.
     pub params: Option<&'m ParamStore>,
-    /// Layers to leave out at the end, counted as sd-scripts does: `None` and 1 leave out none. SDXL's
-    /// hidden states are always those before the last layer.
+    /// Layers to leave out at the end, counted as sd-scripts does: 1 leaves out none. `None` is 1; of
+    /// SDXL, whose hidden states go without the final layer norm, it is 2.
     pub clip_skip: Option<usize>,
     /// A prompt may have this many chunks (`--max_embeddings_multiples`).
     pub most_chunks: usize,
@@ -48,6 +51,19 @@ impl Embedding {
     }
 }
 
+/// A prompt, and what SDXL's second text encoder reads in its place.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Prompt<'p> {
+    pub first: &'p str,
+    pub second: Option<&'p str>,
+}
+
+impl<'p> From<&'p str> for Prompt<'p> {
+    fn from(first: &'p str) -> Self {
+        Prompt { first, second: None }
+    }
+}
+
 /// Tokens of a prompt and the weight of each.
 struct Tokens {
     ids: Vec<u32>,
@@ -60,28 +76,38 @@ impl TextReader<'_> {
     /// # Errors
     /// A prompt of more tokens than `most_chunks` hold: nothing is cut off silently.
     pub fn read(&self, prompts: &[&str]) -> Result<Vec<Embedding>, PipelineError> {
-        let chunks = self.chunks(prompts)?;
-        prompts.iter().map(|prompt| self.read_as(prompt, chunks)).collect()
+        let prompts: Vec<Prompt<'_>> = prompts.iter().map(|prompt| Prompt::from(*prompt)).collect();
+        let chunks = self.chunks(&prompts)?;
+        prompts.iter().map(|prompt| self.read_as(*prompt, chunks)).collect()
     }
 
     /// Chunks that the longest of `prompts` needs.
     ///
     /// # Errors
     /// As [`TextReader::read`].
-    pub fn chunks(&self, prompts: &[&str]) -> Result<usize, PipelineError> {
-        prompts.iter().try_fold(1, |most, prompt| {
-            Ok(self.tokens(prompt)?.ids.len().div_ceil(INNER).max(most))
-        })
+    pub(super) fn chunks(&self, prompts: &[Prompt<'_>]) -> Result<usize, PipelineError> {
+        let texts = prompts.iter().flat_map(|prompt| [Some(prompt.first), prompt.second]);
+        texts
+            .flatten()
+            .try_fold(1, |most, text| Ok(self.tokens(text)?.ids.len().div_ceil(INNER).max(most)))
     }
 
     /// Hidden states of a prompt, filled up to so many chunks.
     ///
     /// # Errors
     /// As [`TextReader::read`].
-    pub fn read_as(&self, prompt: &str, chunks: usize) -> Result<Embedding, PipelineError> {
-        let tokens = self.tokens(prompt)?;
-        let needed = tokens.ids.len().div_ceil(INNER);
-        self.encode(&tokens, chunks.max(needed))
+    pub(super) fn read_as(
+        &self,
+        prompt: Prompt<'_>,
+        chunks: usize,
+    ) -> Result<Embedding, PipelineError> {
+        let chunks = chunks.max(self.chunks(&[prompt])?);
+        let first = self.tokens(prompt.first)?;
+        let second = prompt.second.map(|text| self.tokens(text)).transpose()?;
+        if let Some(params) = self.params {
+            params.refresh()?;
+        }
+        self.encode([&first, second.as_ref().unwrap_or(&first)], chunks)
     }
 
     fn tokens(&self, prompt: &str) -> Result<Tokens, PipelineError> {
@@ -103,43 +129,56 @@ impl TextReader<'_> {
         Ok(tokens)
     }
 
-    fn encode(&self, tokens: &Tokens, chunks: usize) -> Result<Embedding, PipelineError> {
-        let mut weights = Vec::with_capacity(CHUNK * chunks);
-        let mut of_body = tokens.weights.clone();
+    /// Hidden states of what the first text encoder reads and what SDXL's second does.
+    fn encode(&self, prompts: [&Tokens; 2], chunks: usize) -> Result<Embedding, PipelineError> {
+        let tape = Tape::inference(self.params);
+        let device = self.encoders.device();
+        let read = |hidden: &Value, tokens: &Tokens| -> Result<Vec<f32>, PipelineError> {
+            let mut rows = hidden.tensor().to_vec_f32()?;
+            weigh(&mut rows, &tokens.weights_of(chunks), hidden.shape()[2]);
+            Ok(rows)
+        };
+        let first = &self.encoders.first;
+        let ids = sequences(&self.tokenizers.first, &prompts[0].ids, chunks);
+        let ids = Ids::new(device, &ids)?;
+        let (Some(second), Some(tokenizer)) = (&self.encoders.second, &self.tokenizers.second)
+        else {
+            let hidden = first.forward(&tape, &ids, CHUNK, self.clip_skip)?;
+            let rows = read(&hidden, prompts[0])?;
+            return Ok(Embedding { rows, width: first.config().width, pooled: None });
+        };
+        let skip = self.clip_skip.unwrap_or(SDXL_SKIP);
+        let left = read(&first.skipping(&tape, &ids, CHUNK, skip)?, prompts[0])?;
+        let numbers = sequences(tokenizer, &prompts[1].ids, chunks);
+        let ids = Ids::new(device, &numbers)?;
+        let before_last = second.penultimate(&tape, &ids, CHUNK)?;
+        let ends = end_rows(&numbers, chunks, CHUNK);
+        let ends = RowChoice::constant(device, &ends, numbers.len())?;
+        let pooled = second.pooled(&tape, &before_last, &ends)?.tensor().to_vec_f32()?;
+        let hidden = match skip {
+            SDXL_SKIP => before_last,
+            _ => second.skipping(&tape, &ids, CHUNK, skip)?,
+        };
+        let (right, widths) =
+            (read(&hidden, prompts[1])?, [first.config().width, second.config().width]);
+        let both = left.chunks(widths[0]).zip(right.chunks(widths[1]));
+        let rows = both.flat_map(|(left, right)| left.iter().chain(right)).copied().collect();
+        Ok(Embedding { rows, width: widths[0] + widths[1], pooled: Some(pooled) })
+    }
+}
+
+impl Tokens {
+    /// The weight of each place of so many chunks.
+    fn weights_of(&self, chunks: usize) -> Vec<f32> {
+        let mut of_body = self.weights.clone();
         of_body.resize(INNER * chunks, 1.);
+        let mut weights = Vec::with_capacity(CHUNK * chunks);
         for part in of_body.chunks(INNER) {
             weights.push(1.);
             weights.extend(part);
             weights.push(1.);
         }
-        if let Some(params) = self.params {
-            params.refresh()?;
-        }
-        let tape = Tape::inference(self.params);
-        let device = self.encoders.device();
-        let ids = sequences(&self.tokenizers.first, &tokens.ids, chunks);
-        let first = &self.encoders.first;
-        let read = |hidden: Value| -> Result<Vec<f32>, PipelineError> {
-            let mut rows = hidden.tensor().to_vec_f32()?;
-            weigh(&mut rows, &weights, hidden.shape()[2]);
-            Ok(rows)
-        };
-        let ids = Ids::new(device, &ids)?;
-        let (Some(second), Some(tokenizer)) = (&self.encoders.second, &self.tokenizers.second)
-        else {
-            let rows = read(first.forward(&tape, &ids, CHUNK, self.clip_skip)?)?;
-            return Ok(Embedding { rows, width: first.config().width, pooled: None });
-        };
-        let left = read(first.penultimate(&tape, &ids, CHUNK)?)?;
-        let numbers = sequences(tokenizer, &tokens.ids, chunks);
-        let hidden = second.penultimate(&tape, &Ids::new(device, &numbers)?, CHUNK)?;
-        let ends = end_rows(&numbers, chunks, CHUNK);
-        let ends = RowChoice::constant(device, &ends, numbers.len())?;
-        let pooled = second.pooled(&tape, &hidden, &ends)?.tensor().to_vec_f32()?;
-        let (right, widths) = (read(hidden)?, [first.config().width, second.config().width]);
-        let both = left.chunks(widths[0]).zip(right.chunks(widths[1]));
-        let rows = both.flat_map(|(left, right)| left.iter().chain(right)).copied().collect();
-        Ok(Embedding { rows, width: widths[0] + widths[1], pooled: Some(pooled) })
+        weights
     }
 }
 

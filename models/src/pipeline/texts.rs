@@ -3,13 +3,15 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::text::Prompt;
 use super::{Embedding, PipelineError, TextReader};
 
 /// Prompts that are remembered; more than a prompt file has at a time, some 60 MB.
 const MOST: usize = 256;
 
-/// What an embedding depends on beside the text encoder: prompt, chunks, and layers left out.
-type Key = (String, usize, Option<usize>);
+/// What an embedding depends on beside the text encoder: the prompt, that of the second encoder,
+/// chunks, and layers left out.
+type Key = (String, Option<String>, usize, Option<usize>);
 
 /// The prompts of a pipeline.
 #[derive(Default)]
@@ -22,7 +24,7 @@ impl Texts {
     pub fn read(
         &self,
         reader: &TextReader<'_>,
-        prompts: [&str; 2],
+        prompts: [Prompt<'_>; 2],
     ) -> Result<[Arc<Embedding>; 2], PipelineError> {
         let chunks = reader.chunks(&prompts)?;
         let [prompt, negative] = prompts.map(|prompt| self.read_one(reader, prompt, chunks));
@@ -32,10 +34,11 @@ impl Texts {
     fn read_one(
         &self,
         reader: &TextReader<'_>,
-        prompt: &str,
+        prompt: Prompt<'_>,
         chunks: usize,
     ) -> Result<Arc<Embedding>, PipelineError> {
-        let key = (prompt.to_owned(), chunks, reader.clip_skip);
+        let second = prompt.second.map(str::to_owned);
+        let key = (prompt.first.to_owned(), second, chunks, reader.clip_skip);
         // Whoever panicked with the lock left whole entries behind.
         let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(embedding) = known().get(&key) {

@@ -9,11 +9,9 @@ use std::path::Path;
 
 use anyhow::bail;
 use clap::ValueEnum;
-use formats::adapter::{
-    AdapterFile, AdapterKind, AdapterModule, KronFactor, Naming, diffusers_path,
-};
+use formats::adapter::{AdapterFile, AdapterKind, Naming, diffusers_path};
 use formats::lora_file::{self, Metadata, SaveAs, Tensors};
-use formats::{Dtype, Family, OwnedTensor};
+use formats::{Family, OwnedTensor};
 use serde_json::{Map, Value, json};
 
 use crate::Usage;
@@ -57,7 +55,7 @@ pub(super) fn convert(
         Naming::Diffusers | Naming::Peft => Target::Kohya,
     });
     let (mut tensors, metadata) = match target {
-        Target::Kohya => to_kohya(file)?,
+        Target::Kohya => (file.kohya_tensors()?, kohya_metadata(file)),
         Target::Diffusers => to_diffusers(file)?,
     };
     for (name, tensor) in &tensors {
@@ -124,7 +122,7 @@ fn to_diffusers(file: &AdapterFile) -> anyhow::Result<(Tensors, Metadata)> {
         tensors.insert(format!("{name}.lora_A.weight"), tensor(file, down)?);
         tensors.insert(format!("{name}.lora_B.weight"), tensor(file, up)?);
         if let Some(key) = &module.dora_scale {
-            let Some(magnitudes) = magnitudes_of_outputs(file, module, key)? else {
+            let Some(magnitudes) = file.magnitudes_of_outputs(module, key)? else {
                 return Err(refuse("DoRA over a layer's inputs"));
             };
             let shape = match module.layer_shape(file).len() {
@@ -206,114 +204,6 @@ fn most_frequent<T: Ord + Copy>(values: impl Iterator<Item = T>) -> Option<T> {
     counts.into_iter().find(|(_, count)| *count == most).map(|(value, _)| value)
 }
 
-/// The magnitudes as `[out]`, `None` when they are those of the inputs.
-fn magnitudes_of_outputs(
-    file: &AdapterFile,
-    module: &AdapterModule,
-    key: &str,
-) -> anyhow::Result<Option<OwnedTensor>> {
-    let stored = tensor(file, key)?;
-    let out = module.layer_shape(file).first().copied().unwrap_or_default();
-    let of_inputs = stored.shape.len() > 1 && stored.shape[0] == 1 && {
-        // PEFT's convolutions have `[1, out, 1, 1]`, LyCORIS' inputs `[1, in, 1, 1]`.
-        key.ends_with(".dora_scale") && out != 1
-    };
-    let count: usize = stored.shape.iter().product();
-    if of_inputs || count != out {
-        return Ok(None);
-    }
-    Ok(Some(OwnedTensor { shape: vec![out], ..stored }))
-}
-
-/// sd-scripts' and LyCORIS' names, an alpha for each module that has a rank.
-fn to_kohya(file: &AdapterFile) -> anyhow::Result<(Tensors, Metadata)> {
-    let mut tensors = Tensors::new();
-    for module in &file.modules {
-        let name = &module.name;
-        for (ending, key) in kohya_endings(&module.kind) {
-            tensors.insert(format!("{name}.{ending}"), tensor(file, key)?);
-        }
-        let rank = module.rank(file);
-        if rank > 0 {
-            // In the type of the weights, as sd-scripts writes it, unless that would round it.
-            let alpha = module.scale(file) * rank as f32;
-            let key = module.keys().into_iter().next().unwrap_or_default();
-            let dtype = file.file.describe(key).map_or(Dtype::F32, |(dtype, _)| dtype);
-            let narrow = OwnedTensor::scalar(alpha, dtype).ok();
-            let exact = narrow.filter(|tensor| tensor.to_f32() == [alpha]);
-            let alpha = match exact {
-                Some(alpha) => alpha,
-                None => OwnedTensor::scalar(alpha, Dtype::F32)?,
-            };
-            tensors.insert(format!("{name}.alpha"), alpha);
-        } else if let AdapterKind::Kronecker { w1: KronFactor::Whole(key), .. } = &module.kind {
-            // LyCORIS scales no pair of whole factors; PEFT does.
-            let stored = tensor(file, key)?;
-            let scale = module.scale(file);
-            let values: Vec<f32> = stored.to_f32().iter().map(|value| value * scale).collect();
-            let scaled = OwnedTensor::from_f32(&stored.shape, &values, stored.dtype)?;
-            tensors.insert(format!("{name}.lokr_w1"), if scale == 1.0 { stored } else { scaled });
-        }
-        if let Some(key) = &module.dora_scale {
-            let magnitudes = match magnitudes_of_outputs(file, module, key)? {
-                None => tensor(file, key)?,
-                Some(magnitudes) => {
-                    let mut shape = vec![1; module.layer_shape(file).len().max(2)];
-                    shape[0] = magnitudes.shape[0];
-                    OwnedTensor { shape, ..magnitudes }
-                }
-            };
-            tensors.insert(format!("{name}.dora_scale"), magnitudes);
-        }
-        if let Some(key) = &module.bias {
-            tensors.insert(format!("{name}.diff_b"), tensor(file, key)?);
-        }
-    }
-    Ok((tensors, kohya_metadata(file)))
-}
-
-/// Endings of LyCORIS' keys and the keys in the file.
-fn kohya_endings(kind: &AdapterKind) -> Vec<(&'static str, &str)> {
-    fn some<'k>(list: &[(&'static str, Option<&'k String>)]) -> Vec<(&'static str, &'k str)> {
-        list.iter().filter_map(|(ending, key)| Some((*ending, key.as_ref()?.as_str()))).collect()
-    }
-    match kind {
-        AdapterKind::LowRank { down, up, mid } => some(&[
-            ("lora_down.weight", Some(down)),
-            ("lora_up.weight", Some(up)),
-            ("lora_mid.weight", mid.as_ref()),
-        ]),
-        AdapterKind::Hadamard { w1_a, w1_b, w2_a, w2_b, t1, t2 } => some(&[
-            ("hada_w1_a", Some(w1_a)),
-            ("hada_w1_b", Some(w1_b)),
-            ("hada_w2_a", Some(w2_a)),
-            ("hada_w2_b", Some(w2_b)),
-            ("hada_t1", t1.as_ref()),
-            ("hada_t2", t2.as_ref()),
-        ]),
-        AdapterKind::Kronecker { w1, w2, t2 } => {
-            let mut list = match w1 {
-                KronFactor::Whole(key) => some(&[("lokr_w1", Some(key))]),
-                KronFactor::Product(a, b) => {
-                    some(&[("lokr_w1_a", Some(a)), ("lokr_w1_b", Some(b))])
-                }
-            };
-            list.extend(match w2 {
-                KronFactor::Whole(key) => some(&[("lokr_w2", Some(key))]),
-                KronFactor::Product(a, b) => {
-                    some(&[("lokr_w2_a", Some(a)), ("lokr_w2_b", Some(b))])
-                }
-            });
-            list.extend(some(&[("lokr_t2", t2.as_ref())]));
-            list
-        }
-        AdapterKind::Full { diff } => vec![("diff", diff)],
-        AdapterKind::Norm { w_norm, b_norm } => {
-            some(&[("w_norm", w_norm.as_ref()), ("b_norm", b_norm.as_ref())])
-        }
-    }
-}
-
 /// The file's metadata with what WebUI wants to know of a LoRA, where it is missing.
 fn kohya_metadata(file: &AdapterFile) -> Metadata {
     let mut metadata = file.metadata.clone();
@@ -353,6 +243,9 @@ fn kohya_metadata(file: &AdapterFile) -> Metadata {
 #[cfg(test)]
 mod tests {
     use std::path::PathBuf;
+
+    use formats::Dtype;
+    use formats::adapter::{AdapterModule, KronFactor};
 
     use super::*;
 

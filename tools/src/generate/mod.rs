@@ -29,6 +29,7 @@ use std::path::{Path, PathBuf};
 
 use formats::atomic::write_atomic;
 use formats::prompt_lines::{PromptLine, parse_line, read_prompt_file};
+use formats::{Family, OpenOptions, open_base_model};
 use models::pipeline::{Picture, Request};
 use pictures::{Pixels, encode_png};
 
@@ -37,7 +38,7 @@ use crate::progress::tell;
 use networks::Networks;
 pub use options::Options;
 use outdir::Names;
-use plan::{Planner, Shot, first_stage_side};
+use plan::{Planner, SDXL_SIDE, Shot};
 use preview::Protocol;
 use record::Facts;
 use report::Report;
@@ -60,6 +61,9 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     let lines = read_lines(options)?;
     let count = lines.as_ref().map(Vec::len);
     let mut planner = Planner::new(options, &networks, &sources, count)?;
+    if options.model.sdxl || is_sdxl(options, ckpt) {
+        planner.default_side = SDXL_SIDE;
+    }
     let mut shots = match lines {
         Some(lines) => planner.all(lines)?,
         None => Vec::new(),
@@ -105,6 +109,15 @@ fn asked_model(options: &Options) -> Result<&str, Usage> {
         ),
         Some(ckpt) => Ok(ckpt),
     }
+}
+
+/// Whether the model tells that it is an SDXL, looked at only where a default depends on it. One that
+/// cannot be opened is told when it is loaded.
+fn is_sdxl(options: &Options, ckpt: &str) -> bool {
+    let (model, picture) = (&options.model, &options.picture);
+    let settled = model.v1 || model.v2 || picture.width.is_some() && picture.height.is_some();
+    let family = || open_base_model(ckpt, &OpenOptions::default()).map(|files| files.family);
+    !settled && family().is_ok_and(|family| family == Family::Sdxl)
 }
 
 /// What is accepted and does nothing, or something else than in the reference.
@@ -337,14 +350,5 @@ fn are_alike(one: &Shot, other: &Shot) -> bool {
 
 /// The smaller picture of `--highres_fix_scale` by itself.
 fn first_stage(request: &Request) -> Option<Request> {
-    let highres = request.highres_fix?;
-    let mut first = Request {
-        width: first_stage_side(request.width, highres.scale),
-        height: first_stage_side(request.height, highres.scale),
-        strength: highres.strength.unwrap_or(request.strength),
-        highres_fix: None,
-        ..request.clone()
-    };
-    first.options.steps = highres.steps;
-    Some(first)
+    Some(request.highres_fix?.first(request))
 }

@@ -12,7 +12,9 @@ Options of a prompt, on the command line and in files (they win over the options
   --w --h    size               --s   steps           --l   scale
   --d 1,2    seed of each       --n   what not        --ss  sampler
   --t        strength           --am 0.5,0.7  multiplier of each LoRA
-  --f NAME   name of the file   --ow --oh --nw --nh --cl --ct  sizes that SDXL is told
+  --f NAME   name of the file
+  Of SDXL:   --p2 --n2  prompts of its second text encoder
+             --ow --oh --nw --nh --cl --ct  sizes that it is told
   `(word:1.2)` weighs a word, `<lora:NAME:0.7>` sets the multiplier of the LoRA in NAME.safetensors.
 
 Examples:
@@ -67,8 +69,7 @@ pub(super) struct ModelOptions {
     /// The model is a Stable Diffusion 2.x; it tells so itself, this is only checked
     #[arg(long = "v2", conflicts_with = "sdxl")]
     pub v2: bool,
-    /// The model is Stable Diffusion XL; it tells so itself, this is checked, and pictures are 1024x1024
-    /// unless another size is given
+    /// The model is Stable Diffusion XL; it tells so itself, this is only checked
     #[arg(long = "sdxl")]
     pub sdxl: bool,
     /// The model predicts v, as Stable Diffusion 2.x at 768 pixels does; a diffusers folder tells so
@@ -100,6 +101,14 @@ pub(super) struct PromptOptions {
     /// What pictures do not show, for prompts without an `--n` of their own
     #[arg(long = "negative_prompt", value_name = "TEXT", default_value = "")]
     pub negative_prompt: String,
+    /// Of SDXL: what its second text encoder reads, for prompts without a `--p2` of their own
+    /// [default: the prompt]
+    #[arg(long = "prompt_2", value_name = "TEXT")]
+    pub prompt_2: Option<String>,
+    /// Of SDXL: what its second text encoder reads in place of the negative prompt, for prompts
+    /// without an `--n2` of their own [default: the negative prompt]
+    #[arg(long = "negative_prompt_2", value_name = "TEXT")]
+    pub negative_prompt_2: Option<String>,
     /// Pictures of each prompt
     #[arg(long = "images_per_prompt", value_name = "NUMBER", default_value_t = 1)]
     pub images_per_prompt: usize,
@@ -121,10 +130,10 @@ pub(super) struct PromptOptions {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Picture")]
 pub(super) struct PictureOptions {
-    /// Width in pixels, a multiple of 8 [default: 512, with `--sdxl` 1024]
+    /// Width in pixels, a multiple of 8 [default: 512, of SDXL 1024]
     #[arg(long = "W", value_name = "PIXELS")]
     pub width: Option<usize>,
-    /// Height in pixels, a multiple of 8 [default: 512, with `--sdxl` 1024]
+    /// Height in pixels, a multiple of 8 [default: 512, of SDXL 1024]
     #[arg(long = "H", value_name = "PIXELS")]
     pub height: Option<usize>,
     /// Steps of the sampler
@@ -143,7 +152,7 @@ pub(super) struct PictureOptions {
     /// DDIM is deterministic: only 0 can be meant
     #[arg(long = "ddim_eta", value_name = "NUMBER", default_value_t = 0., hide = true)]
     pub ddim_eta: f64,
-    /// Take the text encoder's Nth last layer: 1 is the last
+    /// Take the text encoder's Nth last layer: 1 is the last [default: 1, of SDXL 2]
     #[arg(long = "clip_skip", value_name = "NUMBER")]
     pub clip_skip: Option<usize>,
     /// A prompt may have 75 times so many tokens [default: 1]

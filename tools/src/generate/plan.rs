@@ -18,8 +18,9 @@ use crate::Usage;
 const IMAGE_MULTIPLE: usize = 32;
 /// The least side.
 const LEAST_SIDE: usize = 64;
+/// Sides where none are given.
 const DEFAULT_SIDE: usize = 512;
-const SDXL_SIDE: usize = 1024;
+pub(super) const SDXL_SIDE: usize = 1024;
 const DEFAULT_STRENGTH: f64 = 0.8;
 
 /// A picture to be made.
@@ -57,6 +58,8 @@ pub(super) struct Planner<'a> {
     seeds: Seeds,
     /// The seed of the only picture.
     only_seed: Option<u64>,
+    /// A side that nobody gives.
+    pub default_side: usize,
     /// Prompts taken so far, each as often as it has pictures.
     taken: usize,
     pub rows: Vec<Row>,
@@ -87,6 +90,7 @@ impl<'a> Planner<'a> {
             layout: Layout::new(options, networks)?,
             seeds: Seeds::new(asked.seed),
             only_seed: asked.seed.filter(|_| is_only),
+            default_side: DEFAULT_SIDE,
             taken: 0,
             rows: Vec::new(),
         })
@@ -212,7 +216,8 @@ impl<'a> Planner<'a> {
             Some(name) => name.parse().map_err(|error| format!("`--ss`: {error}"))?,
             None => self.sampler,
         };
-        let negative = line.negative.as_ref().unwrap_or(&self.options.prompts.negative_prompt);
+        let asked = &self.options.prompts;
+        let negative = line.negative.as_ref().unwrap_or(&asked.negative_prompt);
         let highres_fix = from.highres_fix_scale.map(|scale| HighresFix {
             scale,
             steps: from.highres_fix_steps,
@@ -224,6 +229,8 @@ impl<'a> Planner<'a> {
         let request = Request {
             prompt: prompt.to_owned(),
             negative_prompt: negative.clone(),
+            prompt_2: line.prompt_2.clone().or_else(|| asked.prompt_2.clone()),
+            negative_prompt_2: line.negative_2.clone().or_else(|| asked.negative_prompt_2.clone()),
             width,
             height,
             sampler,
@@ -262,8 +269,8 @@ impl<'a> Planner<'a> {
     fn size(&self, line: &PromptLine, source: Option<&Source>) -> Result<[usize; 2], String> {
         let (wide, high) = (self.options.picture.width, self.options.picture.height);
         let Some(source) = source.filter(|_| wide.is_none() || high.is_none()) else {
-            let side = if self.options.model.sdxl { SDXL_SIDE } else { DEFAULT_SIDE };
-            let or = |own: Option<usize>, all: Option<usize>| own.or(all).unwrap_or(side);
+            let or =
+                |own: Option<usize>, all: Option<usize>| own.or(all).unwrap_or(self.default_side);
             return Ok([or(line.width, wide), or(line.height, high)]);
         };
         let (width, height) = (source.picture.width, source.picture.height);

@@ -3,8 +3,8 @@
 
 use std::thread::JoinHandle;
 
-use formats::BaseModel;
 use formats::picture_text::PictureText;
+use formats::{BaseModel, Family};
 
 use super::networks::Networks;
 use super::plan::{Shot, first_stage_side};
@@ -21,6 +21,7 @@ type Hash = JoinHandle<Option<String>>;
 
 /// What is the same for all pictures of a run.
 pub(super) struct Facts {
+    is_sdxl: bool,
     model: String,
     model_hash: Result<Option<String>, Option<Hash>>,
     vae: Option<String>,
@@ -36,6 +37,7 @@ impl Facts {
             without.unwrap_or(name).to_owned()
         };
         Self {
+            is_sdxl: files.family == Family::Sdxl,
             model: stem(&files.name),
             model_hash: Err(Some(hash)),
             vae: files.vae_identity.as_ref().map(|vae| vae.name.clone()),
@@ -71,6 +73,32 @@ pub(super) fn texts(
     if !request.negative_prompt.is_empty() {
         texts.push(("negative-prompt", request.negative_prompt.clone()));
     }
+    if facts.is_sdxl {
+        texts.extend(told_of_sdxl(request));
+    }
+    texts
+}
+
+/// What SDXL alone is told: second prompts, and sizes as sd-scripts writes them.
+fn told_of_sdxl(request: &Request) -> Vec<(&'static str, String)> {
+    let second = [
+        ("prompt-2", request.prompt_2.clone()),
+        ("negative-prompt-2", request.negative_prompt_2.clone()),
+    ];
+    let mut texts: Vec<_> =
+        second.into_iter().filter_map(|(key, text)| Some((key, text?))).collect();
+    let hints = request.size_ids.unwrap_or_default();
+    let number = |side: Option<usize>| side.map_or("None".to_owned(), |side| side.to_string());
+    let own = [request.width, request.height];
+    let original = [0, 1].map(|side| hints.original[side].unwrap_or(own[side]).to_string());
+    texts.extend([
+        ("original-height", original[1].clone()),
+        ("original-width", original[0].clone()),
+        ("original-height-negative", number(hints.original_negative[1])),
+        ("original-width-negative", number(hints.original_negative[0])),
+        ("crop-top", hints.crop[1].to_string()),
+        ("crop-left", hints.crop[0].to_string()),
+    ]);
     texts
 }
 

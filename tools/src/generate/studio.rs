@@ -25,18 +25,15 @@ pub(super) struct Studio {
     applied: Vec<(LoraHandle, f32)>,
 }
 
-/// What `--sdxl` and `--v1` say, and sizes that the model has not learnt.
+/// What `--sdxl` and `--v1` say.
 fn check_family(family: Family, options: &Options) -> anyhow::Result<()> {
-    let (model, picture) = (&options.model, &options.picture);
+    let model = &options.model;
     if model.sdxl && family != Family::Sdxl || model.v1 && family != Family::Sd1 {
         let said = if model.sdxl { "--sdxl" } else { "--v1" };
         anyhow::bail!(
             "`{said}` does not fit the model, it is: {}\nhint: leave `{said}` out, the model tells",
             family.title()
         );
-    }
-    if family == Family::Sdxl && !model.sdxl && picture.width.or(picture.height).is_none() {
-        tell("pictures are 512x512; SDXL has learnt 1024x1024: `--sdxl` takes that");
     }
     Ok(())
 }
@@ -104,7 +101,9 @@ impl Studio {
     /// [`PipelineError::LongPrompt`].
     pub fn check_prompts(&self, shots: &[Shot]) -> Result<(), PipelineError> {
         for Shot { request, .. } in shots {
-            for prompt in [&request.prompt, &request.negative_prompt] {
+            let second = [&request.prompt_2, &request.negative_prompt_2];
+            let first = [&request.prompt, &request.negative_prompt];
+            for prompt in first.into_iter().chain(second.into_iter().flatten()) {
                 let mut tokens = 0;
                 for (part, _) in parse_weights(prompt) {
                     tokens += self.pipeline.tokenizers.first.encode(&part)?.len();

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use formats::prompt_lines::{PromptLine, PromptLineError, read_prompt_file};
+use formats::prompt_lines::{PromptLine, PromptLineError, ToldSizes, read_prompt_file};
 use models::prompt::{CHUNK, ClipTokenizer, parse_weights};
 use models::sampler::{Prediction, Sampler, SamplerError, SamplerKind, SamplerOptions};
 
@@ -185,6 +185,9 @@ fn idle(line: &PromptLine) -> Vec<String> {
         ("--am", !line.multipliers.is_empty(), "samples show the LoRA in training as it is"),
         ("--f", line.file_name.is_some(), "samples have names of their own"),
         ("--d", line.seeds.len() > 1, "each prompt is one picture, its first seed counts"),
+        ("--p2", line.prompt_2.is_some(), "all text encoders read the same prompt in samples"),
+        ("--n2", line.negative_2.is_some(), "all text encoders read the same prompt in samples"),
+        ("--ow", line.told != ToldSizes::default(), "SDXL is told a sample's own size"),
     ] {
         if given {
             notes.push(format!("`{name}` has no effect: {why}"));

@@ -71,6 +71,8 @@ pub fn encode(
     prompt: &SamplePrompt,
 ) -> Result<Encoded> {
     let most_chunks = MOST_CHUNKS;
+    // SDXL is trained with the states before the last layer, whatever the option says.
+    let clip_skip = clip_skip.filter(|_| encoders.second.is_none());
     let reader = TextReader { tokenizers, encoders, params, clip_skip, most_chunks };
     let mut read = reader.read(&[&prompt.negative, &prompt.prompt])?.into_iter();
     let mut next = || read.next().context("a prompt was not encoded");
