@@ -1,7 +1,19 @@
 //! SDXL from the config to files and pictures, on the small model in its layout: world sizes agree,
 //! its files have sd-scripts' names, samples are made, and what does not fit is refused.
+//!
+//! - `files`: LoRAs of every naming
+//! - `hostile`: bad input
+//! - `kinds`: every kind of network, ranks and rates by block
+//! - `names`: modules of the full-size model beside sd-scripts'
+//! - `pictures`: what changes them, beside diffusers', and the options of `generate`
+//! - `tools`: merge, extract, resize and the others
 
+mod files;
+mod hostile;
+mod kinds;
 mod names;
+mod pictures;
+mod tools;
 
 use crate::equality::distance;
 use crate::harness::{Scene, data, lorarun, quoted, text};

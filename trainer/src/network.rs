@@ -64,8 +64,8 @@ impl PreparedNetwork {
             }
         }
         let layout = BlockLayout::of(base.files.family);
-        // What was odd about the lists was said when the options were checked.
-        let rates = args.read_block_rates(layout, &mut Vec::new())?;
+        let mut notes = text_rate_notes(options, base.files.family);
+        let rates = args.read_block_rates(layout, &mut notes)?;
         let alpha = options.network_alpha;
         let blocks =
             args.read_block_ranks(layout, (options.network_rank(), alpha), rates.as_ref())?;
@@ -94,7 +94,6 @@ impl PreparedNetwork {
         let algorithm = options.read_algorithm(&args)?;
         let mut network = LoraNetwork::new(targets, &*rule, algorithm)?;
         network.dropouts = options.read_dropouts()?;
-        let mut notes = Vec::new();
         let left_out = all.saturating_sub(network.modules().len());
         if left_out > 0 && !options.dim_from_weights && preset.is_none() {
             notes.push(format!(
@@ -146,6 +145,17 @@ impl PreparedNetwork {
     pub fn parameters(&self, base: &Base) -> Result<ParamStore> {
         Ok(self.network.parameters(base.device, self.values.clone())?)
     }
+}
+
+/// Learning rates of text encoders that the model does not have.
+fn text_rate_notes(options: &Options, family: Family) -> Vec<String> {
+    let (encoders, have) = match family {
+        Family::Sd1 | Family::Sd2 => (1, "one text encoder, only the first counts"),
+        Family::Sdxl => (2, "two text encoders, only the first two count"),
+    };
+    let given = options.text_encoder_lr.as_ref().map_or(0, Vec::len);
+    let note = || format!("`text_encoder_lr` has {given} values: this model has {have}");
+    (given > encoders).then(note).into_iter().collect()
 }
 
 /// Bytes of so many trainable numbers with their gradients and the optimizer's state.

@@ -5,7 +5,7 @@
 Writes sdxl_changes.safetensors: for each case the mean colours [8,8,3] of 8x8 squares of the picture, and in the file's
 metadata how it was made. LoRAs are added to the weights here, by their definition; then diffusers loads the same files,
 and its pictures are compared. `c3lier` has numbers of a simple generator for each key, so that the test can make it too.
-`clip_skip` is sd-scripts' (diffusers counts from the layer before the last).
+`clip_skip` is sd-scripts' (diffusers counts from the layer before the last, and leaves the negative prompt as it is).
 """
 
 import json
@@ -32,13 +32,13 @@ from check_diffusers_load import both  # noqa: E402
 MODEL = DATA / "parity-sdxl" / "model"
 TABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 SIDE, CELL = 64, 8
-PLAIN = {"lora": None, "prompt_2": None, "negative_2": None, "clip_skip": None, "strength": None}
+PLAIN = {"lora": None, "prompt_2": None, "negative_2": None, "clip_skip": None, "strength": None, "scale": 3.0}
 CASES = [
     {**PLAIN},
     {**PLAIN, "lora": "lierla"},
     {**PLAIN, "lora": "c3lier"},
     {**PLAIN, "prompt_2": "night", "negative_2": "a pale drawing"},
-    {**PLAIN, "clip_skip": 3},
+    {**PLAIN, "clip_skip": 3, "scale": 1.0},
     {**PLAIN, "strength": 0.75},
 ]
 MASK = (1 << 64) - 1
@@ -121,7 +121,7 @@ def picture(pipe, case):
     made = pipe(
         "a red circle", negative_prompt="blurry", prompt_2=case["prompt_2"], negative_prompt_2=case["negative_2"],
         clip_skip=case["clip_skip"] and case["clip_skip"] - 2, original_size=(SIDE, SIDE), target_size=(SIDE, SIDE),
-        num_inference_steps=4, guidance_scale=3.0, generator=torch.Generator("cpu").manual_seed(3), output_type="pt", **more,
+        num_inference_steps=4, guidance_scale=case["scale"], generator=torch.Generator("cpu").manual_seed(3), output_type="pt", **more,
     ).images[0]
     return made.float()
 

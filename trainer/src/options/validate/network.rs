@@ -83,23 +83,22 @@ impl Check<'_> {
     fn block_lists(&mut self, args: &NetworkArgs, notes: &mut Vec<String>) {
         let o = self.options;
         let rank = (o.network_rank(), o.network_alpha);
-        let read = |layout, notes: &mut Vec<String>| {
-            let rates = args.read_block_rates(layout, notes)?;
+        let read = |layout| {
+            let rates = args.read_block_rates(layout, &mut Vec::new())?;
             args.read_block_ranks(layout, rank, rates.as_ref()).map(|_| rates)
         };
-        // The model, which is not open yet, tells the number of blocks: lists for SDXL may do.
-        let mut own = Vec::new();
-        let rates =
-            match (read(BlockLayout::Sd, &mut own), read(BlockLayout::Sdxl, &mut Vec::new())) {
-                (Ok(rates), _) => {
-                    notes.extend(own);
-                    rates
-                }
-                (Err(_), Ok(rates)) => rates,
-                (Err(fault), Err(_)) => {
-                    return self.problems.push(format!("in `network_args`: {fault}"));
-                }
-            };
+        // The model, which is not open yet, tells the number of blocks; what is odd about the lists is
+        // said when it is.
+        let rates = match (read(BlockLayout::Sd), read(BlockLayout::Sdxl)) {
+            (Ok(rates), _) | (Err(_), Ok(rates)) => rates,
+            (Err(fault), Err(other)) => {
+                let (fault, other) = (fault.to_string(), other.to_string());
+                return self.problems.push(match fault == other {
+                    true => format!("in `network_args`: {fault}"),
+                    false => format!("in `network_args`: {fault}; with SDXL {other}"),
+                });
+            }
+        };
         let lists = &args.block_ranks;
         if rates.is_none() && lists.dims.is_none() && !lists.is_empty() {
             notes.push(
