@@ -22,13 +22,15 @@ fn read(name: &str, text: &str) -> Result<Vec<PromptLine>, String> {
 fn all_options_of_a_line_are_read() {
     let line = parse_line(
         "a (red:1.2) ring, on a table --W 256 --h 512 --s 20 --d 5,6 --l 7.5 --t 0.6 \
-         --n blurred, two rings --SS k_euler_a --am 0.5,-0.7 --f ring.png --ow 64 --nh 32 --ct 8",
+         --n blurred, two rings --p2 night --n2 day --SS k_euler_a --am 0.5,-0.7 --f ring.png --ow 64 --nh 32 --ct 8",
         4,
     );
     let expected = PromptLine {
         line: 4,
         prompt: "a (red:1.2) ring, on a table".to_owned(),
         negative: Some("blurred, two rings".to_owned()),
+        prompt_2: Some("night".to_owned()),
+        negative_2: Some("day".to_owned()),
         width: Some(256),
         height: Some(512),
         steps: Some(20),
