@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""LoRA training steps of the full-size Stable Diffusion 1.5 U-Net in PyTorch on a GPU: what lorarun is measured against.
+"""LoRA training steps of the full-size Stable Diffusion 1.5 or SDXL U-Net in PyTorch on a GPU: what lorarun is measured against.
 
 diffusers' UNet2DConditionModel with random weights in bf16 and channels_last, LoRA in float32 on the transformer blocks put
 on by hand (as sd-scripts does it), autocast to bf16, scaled_dot_product_attention, fused AdamW, cached latents and text
@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_layers import add_lora
 from objective import Schedule
-from pytorch_step import UNET_CONFIG
+from pytorch_step import FAMILIES, conditions
 
 
 def matmul_rate():
@@ -46,9 +46,9 @@ def matmul_rate():
 
 
 class Run:
-    def __init__(self, batch_size, checkpointing, compiled, rank, resolution):
+    def __init__(self, family, batch_size, checkpointing, compiled, rank, resolution):
         with torch.device("cuda"):
-            unet = UNet2DConditionModel(**UNET_CONFIG).to(torch.bfloat16)
+            unet = UNet2DConditionModel(**FAMILIES[family]).to(torch.bfloat16)
         self.unet = unet.to(memory_format=torch.channels_last).requires_grad_(False)
         layers = add_lora(self.unet, None, rank, 1.0)
         for layer in layers.values():
@@ -64,7 +64,7 @@ class Run:
         self.signal, self.sigma = (c.cuda() for c in schedule.coefficients(torch.arange(1000)))
         side = resolution // 8
         self.latents = torch.randn(batch_size, 4, side, side, device="cuda")
-        self.states = torch.randn(batch_size, 77, 768, device="cuda", dtype=torch.bfloat16)
+        self.states, self.added = conditions(family, batch_size, resolution, torch.bfloat16, "cuda")
 
     def forward_backward(self):
         noise = torch.randn_like(self.latents)
@@ -72,7 +72,7 @@ class Run:
         noisy = self.signal[timesteps] * self.latents + self.sigma[timesteps] * noise
         noisy = noisy.to(torch.bfloat16, memory_format=torch.channels_last)
         with torch.autocast("cuda", dtype=torch.bfloat16):
-            prediction = self.model(noisy, timesteps, self.states).sample
+            prediction = self.model(noisy, timesteps, self.states, added_cond_kwargs=self.added).sample
         loss = torch.nn.functional.mse_loss(prediction.float(), noise)
         loss.backward()
         return loss
@@ -93,18 +93,20 @@ class Run:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=list(FAMILIES), default="sd1")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--resolution", type=int, help="default: 512, of SDXL 1024")
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
+    args.resolution = args.resolution or {"sd1": 512, "sdxl": 1024}[args.family]
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     rate = matmul_rate()
-    run = Run(args.batch_size, args.gradient_checkpointing, args.compile, args.rank, args.resolution)
+    run = Run(args.family, args.batch_size, args.gradient_checkpointing, args.compile, args.rank, args.resolution)
     # Recomputed blocks are no use to anybody: the share counts the plain step's arithmetic.
     flops = 0
     if not args.compile and not args.gradient_checkpointing:

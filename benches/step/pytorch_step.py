@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""One LoRA training step of the full-size Stable Diffusion 1.5 U-Net in PyTorch: what lorarun's step is measured against.
+"""One LoRA training step of the full-size Stable Diffusion 1.5 or SDXL U-Net in PyTorch: what lorarun's step is measured against.
 
 diffusers' UNet2DConditionModel with random weights, LoRA on the transformer blocks put on by hand (as sd-scripts does it),
 PyTorch's scaled_dot_product_attention, AdamW over the LoRA weights alone. A timed step is: noise and timestep, (text
@@ -37,6 +37,21 @@ UNET_CONFIG = {
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
+SDXL_CONFIG = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "layers_per_block": 2,
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+FAMILIES = {"sd1": UNET_CONFIG, "sdxl": SDXL_CONFIG}
 TEXT_CONFIG = {
     "vocab_size": 49408,
     "hidden_size": 768,
@@ -48,10 +63,10 @@ TEXT_CONFIG = {
 }
 
 
-def random_unet(dtype):
+def random_unet(dtype, config=UNET_CONFIG):
     """Made on the meta device and filled in place, so that no second copy of the weights shows in the peak."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**UNET_CONFIG)
+        unet = UNet2DConditionModel(**config)
     unet = unet.to(dtype).to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
@@ -76,11 +91,22 @@ def forget_peak():
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
+def conditions(family, batch_size, resolution, dtype, device="cpu"):
+    """Random text states, and what SDXL's U-Net is told beside them (pooled text, sizes)."""
+    width = FAMILIES[family]["cross_attention_dim"]
+    states = torch.randn(batch_size, 77, width, dtype=dtype, device=device)
+    if family != "sdxl":
+        return states, None
+    sizes = torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]], dtype=dtype, device=device)
+    pooled = torch.randn(batch_size, 1280, dtype=dtype, device=device)
+    return states, {"text_embeds": pooled, "time_ids": sizes.repeat(batch_size, 1)}
+
+
 class Run:
     def __init__(self, args):
         self.args = args
         self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-        self.unet = random_unet(self.dtype).requires_grad_(False)
+        self.unet = random_unet(self.dtype, FAMILIES[args.family]).requires_grad_(False)
         self.text = None
         if args.text_encoder:
             self.text = CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG)).to(self.dtype).requires_grad_(False)
@@ -101,7 +127,7 @@ class Run:
         side = args.resolution // 8
         self.latents = torch.randn(args.batch_size, 4, side, side)
         self.input_ids = torch.randint(0, 49000, (args.batch_size, 77))
-        self.states = torch.randn(args.batch_size, 77, 768, dtype=self.dtype)
+        self.states, self.added = conditions(args.family, args.batch_size, args.resolution, self.dtype)
 
     def autocast(self):
         if self.args.precision == "bf16":
@@ -115,7 +141,7 @@ class Run:
         noisy = signal * self.latents + sigma * noise
         with self.autocast():
             states = self.states if self.text is None else self.text(self.input_ids)[0]
-            prediction = self.unet(noisy.to(self.dtype), timesteps, states).sample
+            prediction = self.unet(noisy.to(self.dtype), timesteps, states, added_cond_kwargs=self.added).sample
         loss = torch.nn.functional.mse_loss(prediction.float(), noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -126,6 +152,7 @@ class Run:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=list(FAMILIES), default="sd1")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--text_encoder", action="store_true", help="train LoRA on the text encoder too")
@@ -136,6 +163,8 @@ def main():
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
+    if args.text_encoder and args.family != "sd1":
+        parser.error("--text_encoder is for SD1")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     diffusers.utils.logging.set_verbosity_error()

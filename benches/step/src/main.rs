@@ -1,4 +1,4 @@
-//! One training step of the full-size Stable Diffusion 1.5 U-Net on random weights, timed.
+//! One training step of the full-size Stable Diffusion 1.5 or SDXL U-Net on random weights, timed.
 //!
 //! The step is the product's own (`trainer::step`, gradients, clipping, AdamW). Options and the
 //! printed JSON are those of `pytorch_step.py` beside it, so that `run.sh` can put both side by side.
@@ -16,9 +16,9 @@ use models::lora::{
     Algorithm, Composition, Form, LoraNetwork, Part, Rank, Split, UniformRanks,
     text_encoder_targets, unet_targets,
 };
-use models::{ClipConfig, ClipTextModel, TextEncoders, Unet, UnetConfig};
+use models::{ClipConfig, ClipTextModel, SizeIds, TextEncoders, Unet, UnetConfig};
 use trainer::gradients::Gradients;
-use trainer::inputs::{MicroBatch, Prompts, StepInputs};
+use trainer::inputs::{EncodedPrompts, MicroBatch, Prompts, SecondPrompts, StepInputs};
 use trainer::memory::peak_resident;
 use trainer::objective::Objective;
 use trainer::optimizer::{AdamWSettings, Build, Recipe, StepInput, TensorForm, TensorStep};
@@ -29,6 +29,14 @@ use trainer::step::{Models, Setting, forward_backward};
 enum Precision {
     Fp32,
     Bf16,
+}
+
+/// Model that is trained.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Family {
+    Sd1,
+    /// The U-Net alone, beside cached outputs of the text encoders.
+    Sdxl,
 }
 
 /// Network of the trained layers.
@@ -57,6 +65,9 @@ impl Network {
 #[derive(Parser)]
 #[command(rename_all = "snake_case")]
 struct Args {
+    /// Model
+    #[arg(long, value_enum, default_value = "sd1")]
+    family: Family,
     /// Type of the arithmetic.
     #[arg(long, value_enum, default_value = "fp32")]
     precision: Precision,
@@ -127,6 +138,35 @@ impl Weights for RandomWeights {
     }
 }
 
+/// Width of what SDXL's second text encoder says of a whole prompt.
+const POOLED: usize = 1280;
+
+fn prompts(args: &Args) -> Prompts {
+    let ids: Vec<u32> =
+        (0..77).map(|i| if i == 0 { 49406 } else { 49407 - (i % 5) * 900 }).collect();
+    let ids = ids.repeat(args.batch_size);
+    let side = args.resolution as f32;
+    let size = SizeIds { original: [side; 2], crop: [0.; 2], target: [side; 2] };
+    let second = (args.family == Family::Sdxl).then(|| SecondPrompts {
+        ids: ids.clone(),
+        pooled: POOLED,
+        sizes: vec![size; args.batch_size],
+    });
+    Prompts { ids, weights: None, chunks: 1, second }
+}
+
+/// Made-up outputs of text encoders.
+fn encoded(args: &Args, unet: &UnetConfig) -> EncodedPrompts {
+    let waves = |shape: Vec<usize>| {
+        let count: usize = shape.iter().product();
+        (shape, (0..count).map(|i| (i as f32).sin()).collect())
+    };
+    EncodedPrompts {
+        context: waves(vec![args.batch_size, 77, unet.context_width]),
+        pooled: Some(waves(vec![args.batch_size, POOLED])),
+    }
+}
+
 fn main() -> Result<()> {
     let args = Args::parse();
     rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global()?;
@@ -134,15 +174,21 @@ fn main() -> Result<()> {
         Precision::Fp32 => DType::F32,
         Precision::Bf16 => DType::BF16,
     };
-    let (unet_config, text_config) = (UnetConfig::sd1(), ClipConfig::sd1());
+    let is_sdxl = args.family == Family::Sdxl;
+    anyhow::ensure!(!(is_sdxl && args.text_encoder), "`--text_encoder` is for SD1");
+    let unet_config = if is_sdxl { UnetConfig::sdxl() } else { UnetConfig::sd1() };
+    let text_config = ClipConfig::sd1();
     let unet_weights = RandomWeights::new(Unet::tensor_shapes(&unet_config)?);
     let text_weights = RandomWeights::new(ClipTextModel::tensor_shapes(&text_config)?);
     let loading = Instant::now();
     let mut models = Models {
-        text_encoder: Some(TextEncoders {
-            first: ClipTextModel::load(&text_weights, &text_config, Device::Cpu, dtype)?,
-            second: None,
-        }),
+        text_encoder: match args.family {
+            Family::Sdxl => None,
+            Family::Sd1 => Some(TextEncoders {
+                first: ClipTextModel::load(&text_weights, &text_config, Device::Cpu, dtype)?,
+                second: None,
+            }),
+        },
         unet: Unet::load(&unet_weights, &unet_config, Device::Cpu, dtype)?,
     };
     eprintln!("weights made in {:.1} s", loading.elapsed().as_secs_f64());
@@ -179,10 +225,7 @@ fn main() -> Result<()> {
     let objective = Objective::from_options(&Options::default())?;
     let side = args.resolution / 8;
     let shape = [args.batch_size, side, side, 4];
-    let ids: Vec<u32> =
-        (0..77).map(|i| if i == 0 { 49406 } else { 49407 - (i % 5) * 900 }).collect();
-    let prompts =
-        Prompts { ids: ids.repeat(args.batch_size), weights: None, chunks: 1, second: None };
+    let prompts = prompts(&args);
     let setting =
         Setting { clip_skip: None, checkpointing: args.gradient_checkpointing.into(), draws: None };
     let weights = vec![1. / args.batch_size as f32; args.batch_size];
@@ -197,7 +240,8 @@ fn main() -> Result<()> {
         let latents: Vec<f32> =
             objective.draw(2, step as u64, [args.batch_size * side, side, 4]).noise;
         let noised = objective.prepare(&latents, shape, &draws, &weights)?;
-        let micro = MicroBatch { noised, prompts: prompts.clone(), encoded: None };
+        let encoded = is_sdxl.then(|| encoded(&args, &unet_config));
+        let micro = MicroBatch { noised, prompts: prompts.clone(), encoded };
         let inputs = StepInputs::new(Device::Cpu, models.unet.config(), &micro)?;
         let mut gradients = Gradients::new(&params);
         let mut ready = |id: ParamId, g: engine::Tensor| gradients.add(id, &g);
@@ -214,7 +258,11 @@ fn main() -> Result<()> {
             seconds.push(took);
         }
     }
-    let mut sorted = seconds.clone();
+    report(&seconds, last_loss)
+}
+
+fn report(seconds: &[f64], last_loss: f32) -> Result<()> {
+    let mut sorted = seconds.to_vec();
     sorted.sort_by(f64::total_cmp);
     let median = sorted.get(sorted.len() / 2).context("no steps were timed")?;
     let gib = |bytes: usize| bytes as f64 / (1 << 30) as f64;
