@@ -358,11 +358,6 @@ fn sd2_lierla() {
 }
 
 #[test]
-fn sd2_c3lier() {
-    lora("parity-sd2", "c3lier");
-}
-
-#[test]
 fn lora_on_the_unet_alone_trains_the_unet_alone() {
     let mut fixture = Fixture::open("parity", DType::F32);
     let rule = UniformRanks { linear: Rank::new(2, 1.), conv: None };

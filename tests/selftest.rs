@@ -18,12 +18,15 @@ fn selftest(case: &Path, base: &Path, more: &[&str]) -> std::process::Output {
 
 #[test]
 fn every_reference_folder_holds_with_and_without_checkpointing() {
-    for base in ["parity", "parity-sd2"] {
-        for case in ["lierla", "c3lier"] {
-            for more in [&[][..], &["--gradient_checkpointing"]] {
-                let output = selftest(&data(base).join(case), &data(base), more);
-                assert!(output.status.success(), "{base}/{case} {more:?}: {}", text(&output));
-            }
+    for (base, case) in [
+        ("parity", "lierla"),
+        ("parity", "c3lier"),
+        ("parity-sd2", "lierla"),
+        ("parity-sdxl", "lierla"),
+    ] {
+        for more in [&[][..], &["--gradient_checkpointing"]] {
+            let output = selftest(&data(base).join(case), &data(base), more);
+            assert!(output.status.success(), "{base}/{case} {more:?}: {}", text(&output));
         }
     }
 }
