@@ -81,6 +81,7 @@ fn planned(base: &Base, network: &LoraNetwork, how: &Checkpointing) -> usize {
         vae_dtype: base.vae_dtype,
         clip_skip: None,
         encoded: false,
+        captions: [16, 1],
         weighted: false,
         masked: false,
     };

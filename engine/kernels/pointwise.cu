@@ -76,13 +76,10 @@ __device__ __forceinline__ i64 chunk_index()
     return (i64)blockIdx.x * blockDim.x + threadIdx.x;
 }
 
-// ---- Casts. Stored 8-bit numbers mean themselves times `scale`, a power of two.
-
-template <class T>
-constexpr bool IS_F8 = sizeof(T) == 1;
+// ---- Casts.
 
 template <class From, class To>
-__device__ __forceinline__ void cast(To* out, const From* x, i64 n, float scale)
+__device__ __forceinline__ void cast(To* out, const From* x, i64 n)
 {
     constexpr int N = CHUNK<From> < CHUNK<To> ? CHUNK<From> : CHUNK<To>;
     const i64 at = chunk_index() * N;
@@ -90,32 +87,68 @@ __device__ __forceinline__ void cast(To* out, const From* x, i64 n, float scale)
     const i64 left = n - at;
     float v[N];
     read<N>(v, x + at, left, left >= N && fits<N>(x));
+    write<N>(out + at, v, left, left >= N && fits<N>(out));
+}
+
+// Numbers in 8 bits mean themselves times the scale of their row, a power of two.
+
+template <class T>
+constexpr bool IS_F8 = sizeof(T) == 1;
+
+// From or to 8 bits, where the number at 0 is the one after `before` others in rows of `width`.
+template <class From, class To>
+__device__ __forceinline__ void cast_rows(To* out, const From* x, i64 n, const float* scales, i64 width,
+                                          i64 before)
+{
+    constexpr int N = CHUNK<From> < CHUNK<To> ? CHUNK<From> : CHUNK<To>;
+    const i64 at = chunk_index() * N;
+    if (at >= n) return;
+    const i64 left = n - at, place = before + at;
+    // A division of 64 bits costs as much as all the rest.
+    const bool short_place = before + n <= 0xffffffffll && width <= 0xffffffffll;
+    i64 row = short_place ? (i64)((u32)place / (u32)width) : place / width;
+    i64 row_end = (row + 1) * width - place;
+    float scale = scales[row];
+    float v[N];
+    read<N>(v, x + at, left, left >= N && fits<N>(x));
 #pragma unroll
     for (int k = 0; k < N; k++) {
+        if (k >= row_end && k < left) {
+            scale = scales[++row];
+            row_end += width;
+        }
         if constexpr (IS_F8<From>) v[k] *= scale;
-        // Divided: the inverse of a very small scale is not finite.
-        if constexpr (IS_F8<To>) v[k] /= scale;
+        else v[k] /= scale;
     }
     write<N>(out + at, v, left, left >= N && fits<N>(out));
 }
 
-// The largest magnitude of what a block sees; NaN is passed over.
+// The least power of two that brings `largest` within 448, which is 1.75 x 2^8.
+__device__ __forceinline__ float scale_for(float largest)
+{
+    const u32 bits = bits_of_f32(largest);
+    if (bits == 0 || !isfinite_f(largest)) return 1.f;
+    const int exponent = (int)(bits >> 23) + ((bits & 0x7fffffu) > 0x600000u ? 1 : 0) - 8;
+    return f32_of_bits((u32)(exponent < 1 ? 1 : exponent) << 23);
+}
+
+// A block for each row; NaN is passed over.
 template <class T>
-__device__ __forceinline__ void largest(float* out, const T* x, i64 n)
+__device__ __forceinline__ void find_scales(float* scales, const T* x, i64 width)
 {
     constexpr int N = CHUNK<T>;
     __shared__ float scratch[32];
-    const bool packed = fits<N>(x);
-    const i64 stride = (i64)gridDim.x * blockDim.x * N;
+    const T* row = x + blockIdx.x * width;
+    const bool packed = fits<N>(row);
     float most = 0.f;
-    for (i64 at = chunk_index() * N; at < n; at += stride) {
+    for (i64 at = (i64)threadIdx.x * N; at < width; at += (i64)blockDim.x * N) {
         float v[N];
-        read<N>(v, x + at, n - at, packed && n - at >= N);
+        read<N>(v, row + at, width - at, packed && width - at >= N);
 #pragma unroll
         for (int k = 0; k < N; k++) most = fmaxf(most, fabsf(v[k]));
     }
     most = block_max(most, scratch);
-    if (threadIdx.x == 0) out[blockIdx.x] = most;
+    if (threadIdx.x == 0) scales[blockIdx.x] = scale_for(most);
 }
 
 // ---- Functions of one element, with their slopes, for a result of type T.
@@ -438,32 +471,41 @@ __device__ __forceinline__ void sum_parts(T* out, const float* parts, i64 n, i64
         sum_parts(out, parts, n, width, splits);                                                    \
     }                                                                                               \
     REGISTER(sum_parts_##name)                                                                      \
-    extern "C" __global__ void largest_##name(float* out, const T* x, long long n)                  \
+    extern "C" __global__ void find_scales_##name(float* scales, const T* x, long long width)       \
     {                                                                                               \
-        largest(out, x, n);                                                                         \
+        find_scales(scales, x, width);                                                              \
     }                                                                                               \
-    REGISTER(largest_##name)
+    REGISTER(find_scales_##name)
 
 KERNELS(f32, float)
 KERNELS(bf16, bf16)
 KERNELS(f16, f16)
 
 #define CAST(from, From, to, To)                                                                    \
-    extern "C" __global__ void cast_##from##_##to(To* out, const From* x, long long n, float scale) \
+    extern "C" __global__ void cast_##from##_##to(To* out, const From* x, long long n)              \
     {                                                                                               \
-        cast(out, x, n, scale);                                                                     \
+        cast(out, x, n);                                                                            \
+    }                                                                                               \
+    REGISTER(cast_##from##_##to)
+
+#define CAST_ROWS(from, From, to, To)                                                               \
+    extern "C" __global__ void cast_##from##_##to(To* out, const From* x, long long n,              \
+                                                  const float* scales, long long width,             \
+                                                  long long before)                                 \
+    {                                                                                               \
+        cast_rows(out, x, n, scales, width, before);                                                \
     }                                                                                               \
     REGISTER(cast_##from##_##to)
 
 CAST(f32, float, bf16, bf16)
 CAST(f32, float, f16, f16)
-CAST(f32, float, f8, f8)
 CAST(bf16, bf16, f32, float)
 CAST(bf16, bf16, f16, f16)
-CAST(bf16, bf16, f8, f8)
 CAST(f16, f16, f32, float)
 CAST(f16, f16, bf16, bf16)
-CAST(f16, f16, f8, f8)
-CAST(f8, f8, f32, float)
-CAST(f8, f8, bf16, bf16)
-CAST(f8, f8, f16, f16)
+CAST_ROWS(f32, float, f8, f8)
+CAST_ROWS(bf16, bf16, f8, f8)
+CAST_ROWS(f16, f16, f8, f8)
+CAST_ROWS(f8, f8, f32, float)
+CAST_ROWS(f8, f8, bf16, bf16)
+CAST_ROWS(f8, f8, f16, f16)

@@ -25,8 +25,8 @@ pub enum DType {
     BF16,
     /// IEEE half precision, on cards alone: storage only.
     F16,
-    /// 8 bits with 4 of exponent (OCP E4M3) and one scale per tensor, on cards alone: storage of
-    /// frozen weights.
+    /// 8 bits with 4 of exponent (OCP E4M3) and one scale for each row (index of the outermost
+    /// axis), on cards alone: storage of frozen weights.
     F8,
     /// Row numbers, on cards alone.
     U32,
@@ -211,10 +211,11 @@ impl Tensor {
             Device::Cpu => return Self::host_from_f32(shape, data, dtype),
             Device::Card(index) => Card::of(index),
         };
-        let scale = transfer::scale_for(data, dtype);
-        let mut buffer = CardBuffer::new(card, data.len(), dtype)?;
-        buffer.scale = scale;
-        buffer.fill(&transfer::bytes_of(data, dtype, scale)?)?;
+        let buffer = CardBuffer::of_shape(card, shape, dtype)?;
+        match dtype {
+            DType::F8 => buffer.fill(&transfer::packed_bytes(data, shape))?,
+            _ => buffer.fill(&transfer::bytes_of(data, dtype)?)?,
+        }
         Ok(Self::on_card(buffer, shape))
     }
 
@@ -249,7 +250,7 @@ impl Tensor {
             (Device::Cpu, DType::BF16) => Ok(Self::from_pooled(shape, zeroed::<bf16>(len))),
             (Device::Cpu, other) => Err(EngineError::not_on_cpu("zeros", other)),
             (Device::Card(index), _) => {
-                let buffer = CardBuffer::new(Card::of(index), len, dtype)?;
+                let buffer = CardBuffer::of_shape(Card::of(index), shape, dtype)?;
                 buffer.zero()?;
                 Ok(Self::on_card(buffer, shape))
             }
@@ -262,7 +263,12 @@ impl Tensor {
             (Storage::Card(buffer), dtype) => {
                 let mut bytes = vec![0; self.len() * dtype.size()];
                 buffer.read(self.offset * dtype.size(), &mut bytes)?;
-                transfer::values_of(&bytes, dtype, buffer.scale)
+                let mut values = transfer::values_of(&bytes, dtype);
+                if dtype == DType::F8 {
+                    let scales = buffer.scales_of(self.offset..self.offset + self.len())?;
+                    values.iter_mut().zip(scales).for_each(|(x, scale)| *x *= scale);
+                }
+                Ok(values)
             }
             (Storage::Host(_), DType::BF16) => {
                 Ok(self.elements::<bf16>("to_vec_f32")?.iter().map(|x| x.to_f32()).collect())
@@ -295,11 +301,15 @@ impl Tensor {
         }
     }
 
-    /// What stored numbers are multiplied by when read; 1 but for [`DType::F8`].
-    pub(crate) fn stored_scale(&self) -> f32 {
+    /// Of a tensor in 8 bits: where its scales lie, how many numbers share one, and how many numbers
+    /// lie before this view.
+    pub(crate) fn scales(&self, op: &'static str) -> Result<(Address, usize, usize)> {
         match &*self.storage {
-            Storage::Card(buffer) => buffer.scale,
-            Storage::Host(_) => 1.,
+            Storage::Card(buffer) if self.dtype() == DType::F8 => {
+                let (address, count) = buffer.scales();
+                Ok((address, buffer.len().checked_div(count).unwrap_or(1), self.offset))
+            }
+            _ => Err(EngineError::Device { op, got: self.device }),
         }
     }
 

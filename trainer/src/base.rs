@@ -73,7 +73,8 @@ impl Base {
         let mut base = Self::open(options, device)?;
         let known = check_family(options, &base)?;
         let merged = base.merge_base_weights(options)?;
-        for note in base.files.notes.iter().chain(&merged).chain(&known) {
+        let stored = base.note_on_storage(options);
+        for note in base.files.notes.iter().chain(&merged).chain(&known).chain(&stored) {
             console::note(note);
         }
         Ok(base)
@@ -112,6 +113,22 @@ impl Base {
     pub fn store(&mut self, options: &Options) {
         let packed = options.fp8_base || options.fp8_base_unet;
         self.stored = if packed && self.device.card().is_some() { DType::F8 } else { self.dtype };
+    }
+
+    /// Says so where `fp8_base` has no effect; a plan for a card that is not there follows it.
+    pub fn note_on_storage(&self, options: &Options) -> Option<String> {
+        let planned = options.dry_run && options.vram_limit.is_some();
+        let asked = options.fp8_base || options.fp8_base_unet;
+        let ignored = asked && self.device.card().is_none() && !planned;
+        let name = match self.dtype {
+            DType::BF16 => "bf16",
+            _ => "float32",
+        };
+        ignored.then(|| {
+            format!(
+                "`fp8_base` is for cards: on the CPU the U-Net is kept as it is computed, in {name}"
+            )
+        })
     }
 
     /// Takes the files of `base_weights` into the base model; gives a line about each.

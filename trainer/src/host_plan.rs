@@ -8,7 +8,7 @@ use anyhow::Result;
 use engine::Device;
 
 use crate::base::Base;
-use crate::card_plan::{Recording, StepShape, Work, imagined_card};
+use crate::card_plan::{Recording, StepShape, VaeRecording, Work, imagined_card};
 use crate::dataset::DatasetGroup;
 use crate::memory::{resident, show_bytes};
 use crate::network::PreparedNetwork;
@@ -55,7 +55,8 @@ impl HostPlan {
             // The next batch waits.
             step = step.max(trace.peak() + 2 * inputs);
         }
-        let (encoding, vae) = recording.encode_images(work.images)?;
+        let vae = VaeRecording::new(subject.parts.vae, &card, subject.vae_dtype)?;
+        let (encoding, vae) = (vae.encode(work.images)?, vae.weights);
         let values: usize = prepared.values.iter().map(|values| values.len() * 4).sum();
         let texts = if subject.encoded { bytes_in_memory(options, base, groups.0) } else { 0 };
         let weights = recording.resident.unet + recording.resident.text_encoder + texts;

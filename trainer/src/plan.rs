@@ -43,6 +43,8 @@ pub struct Plan {
     pub stamp: Stamp,
     /// Bytes that a sample picture takes on the CPU beside the models.
     pub sample_bytes: usize,
+    /// Sample pictures are decoded in tiles.
+    pub tiled_samples: bool,
 }
 
 /// The time in a file's metadata.
@@ -111,13 +113,19 @@ impl Plan {
             checkpointing: options.gradient_checkpointing.into(),
             stamp: choose_stamp(options, group, base)?,
             sample_bytes: 0,
+            tiled_samples: false,
         })
     }
 
     /// The same run on what turned out to be there of its images.
     pub fn again(self, options: &Options, group: &DatasetGroup, base: &Base) -> Result<Self> {
         let counted = Self::new(options, group, base, self.seed, self.world)?;
-        Ok(Self { checkpointing: self.checkpointing, sample_bytes: self.sample_bytes, ..counted })
+        Ok(Self {
+            checkpointing: self.checkpointing,
+            sample_bytes: self.sample_bytes,
+            tiled_samples: self.tiled_samples,
+            ..counted
+        })
     }
 }
 

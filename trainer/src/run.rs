@@ -151,7 +151,10 @@ impl Run {
         }
         let mut plan = Plan::new(&options, &group, &base, seed, world)?;
         match (&card, &samples) {
-            (Some(card), _) => plan.checkpointing = card.chosen.checkpointing.clone(),
+            (Some(card), _) => {
+                plan.checkpointing = card.chosen.checkpointing.clone();
+                plan.tiled_samples = card.chosen.tiled_samples;
+            }
             (None, Some(samples)) => plan.sample_bytes = bytes_on_cpu(samples, &base)?,
             (None, None) => {}
         }
@@ -360,7 +363,9 @@ impl Run {
         let samples = self
             .samples
             .map(|plan| Samples::new(plan, (&options, &base), &parts.tokenizers))
-            .map(|samples| samples?.encoded(&comm, &mut encoders, reads_alike))
+            .map(|samples| {
+                samples?.tiled(plan.tiled_samples).encoded(&comm, &mut encoders, reads_alike)
+            })
             .transpose()?;
         let encoded = texts.map(|texts| texts.encode(&mut encoders, &comm, env)).transpose()?;
         // What read the captions is gone before the U-Net comes.

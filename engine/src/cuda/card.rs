@@ -1,10 +1,13 @@
 //! A card in use: its driver, its memory, and the buffers of tensors that live on it.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::driver::{Address, Arg, CardFacts, Driver, Graph, Launch, Stream};
+use super::elements::floats;
 use super::memory::{Block, CardMemory, Memory};
+use super::transfer::{scale_count, scales_offset, values_of};
 use crate::{DType, Device, EngineError, Result, Tensor};
 
 /// Cards opened by this process; they stay open until it ends.
@@ -113,12 +116,12 @@ impl Card {
 
     /// An uninitialised tensor.
     pub(super) fn empty(&'static self, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        let len = shape.iter().product::<usize>();
-        Ok(Tensor::on_card(CardBuffer::new(self, len, dtype)?, shape))
+        Ok(Tensor::on_card(CardBuffer::of_shape(self, shape, dtype)?, shape))
     }
 
-    /// A copy that nothing shares.
+    /// A copy that nothing shares; not of 8 bits, whose scales would stay behind.
     pub(super) fn copied(&'static self, x: &Tensor) -> Result<Tensor> {
+        floats(self, "copy", x)?;
         let out = self.empty(x.shape(), x.dtype())?;
         let (to, from) = (out.address("copy")?, x.address("copy")?);
         self.driver.copy(Stream::Compute, to, from, x.len() * x.dtype().size())?;
@@ -150,16 +153,50 @@ pub(crate) struct CardBuffer {
     block: Block,
     len: usize,
     dtype: DType,
-    /// What stored numbers are multiplied by when read; 1 but for 8-bit storage.
-    pub(crate) scale: f32,
+    /// Scales behind the numbers, one for each row of a tensor in 8 bits.
+    scales: usize,
 }
 
 impl CardBuffer {
+    /// For `len` numbers that have no scales.
     pub(crate) fn new(card: &'static Card, len: usize, dtype: DType) -> Result<Self> {
-        let block = card.memory().take(card.driver(), len * dtype.size())?;
-        let buffer = Self { card, block, len, dtype, scale: 1. };
-        card.driver.begin_tensor(buffer.address(), len * dtype.size())?;
+        Self::with_scales(card, len, dtype, 0)
+    }
+
+    /// For a tensor of `shape`, with its rows' scales if it is kept in 8 bits.
+    pub(crate) fn of_shape(card: &'static Card, shape: &[usize], dtype: DType) -> Result<Self> {
+        let scales = if dtype == DType::F8 { scale_count(shape) } else { 0 };
+        Self::with_scales(card, shape.iter().product(), dtype, scales)
+    }
+
+    fn with_scales(card: &'static Card, len: usize, dtype: DType, scales: usize) -> Result<Self> {
+        let bytes = bytes_taken(len, dtype, scales);
+        let block = card.memory().take(card.driver(), bytes)?;
+        let buffer = Self { card, block, len, dtype, scales };
+        card.driver.begin_tensor(buffer.address(), bytes)?;
         Ok(buffer)
+    }
+
+    /// Where the first scale lies, and how many there are.
+    pub(crate) fn scales(&self) -> (Address, usize) {
+        (self.address() + scales_offset(self.len) as Address, self.scales)
+    }
+
+    /// The scales of the rows that hold the numbers `range`, one for each number.
+    pub(crate) fn scales_of(&self, range: Range<usize>) -> Result<Vec<f32>> {
+        if range.is_empty() || self.scales == 0 {
+            return Ok(vec![1.; range.len()]);
+        }
+        let width = self.len / self.scales;
+        let rows = range.start / width..range.end.div_ceil(width);
+        let mut bytes = vec![0; rows.len() * 4];
+        self.read(scales_offset(self.len) + rows.start * 4, &mut bytes)?;
+        let scales = values_of(&bytes, DType::F32);
+        Ok(range.map(|at| scales[at / width - rows.start]).collect())
+    }
+
+    fn bytes(&self) -> usize {
+        bytes_taken(self.len, self.dtype, self.scales)
     }
 
     pub(crate) fn device(&self) -> Device {
@@ -185,7 +222,7 @@ impl CardBuffer {
     }
 
     pub(crate) fn zero(&self) -> Result<()> {
-        self.card.driver.zero(Stream::Compute, self.block.address, self.len * self.dtype.size())
+        self.card.driver.zero(Stream::Compute, self.block.address, self.bytes())
     }
 
     /// `bytes` from `offset` on, when all work before is done.
@@ -195,9 +232,16 @@ impl CardBuffer {
     }
 }
 
+fn bytes_taken(len: usize, dtype: DType, scales: usize) -> usize {
+    match scales {
+        0 => len * dtype.size(),
+        _ => scales_offset(len) + scales * DType::F32.size(),
+    }
+}
+
 impl Drop for CardBuffer {
     fn drop(&mut self) {
-        self.card.driver.end_tensor(self.block.address, self.len * self.dtype.size());
+        self.card.driver.end_tensor(self.block.address, self.bytes());
         self.card.take_back(&mut self.block);
     }
 }

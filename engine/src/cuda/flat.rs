@@ -398,5 +398,5 @@ fn bytes(buffer: &CardBuffer) -> Result<Vec<u8>> {
 }
 
 fn floats(buffer: &CardBuffer) -> Result<Vec<f32>> {
-    super::transfer::values_of(&bytes(buffer)?, DType::F32, 1.)
+    Ok(super::transfer::values_of(&bytes(buffer)?, DType::F32))
 }

@@ -1,11 +1,8 @@
 //! Casts, sums, products and activations, element by element.
 
-use super::card::{Card, CardBuffer};
-use super::driver::Arg;
-use super::elements::{
-    BLOCK, chunk, floats, int, long, packed, place, singles, start, start_blocks,
-};
-use super::transfer;
+use super::card::Card;
+use super::driver::{Address, Arg};
+use super::elements::{chunk, floats, int, long, packed, place, singles, start, start_blocks};
 use crate::backend::Activation;
 use crate::operands::{check_factors, check_gated, check_same, halved, images_of_rows};
 use crate::{DType, EngineError, Result, Tensor};
@@ -29,7 +26,7 @@ fn start_chunks(card: &'static Card, kernel: &str, x: &Tensor, args: &[Arg]) -> 
     start(card, (MODULE, &kernel_for(kernel, x)), threads, args)
 }
 
-/// Another element type; to 8 bits waits for the card, which says what scale the tensor needs.
+/// Another element type; to 8 bits with a scale for each row.
 pub(super) fn cast(card: &'static Card, x: &Tensor, dtype: DType) -> Result<Tensor> {
     const OP: &str = "cast";
     if x.dtype() == dtype {
@@ -40,31 +37,35 @@ pub(super) fn cast(card: &'static Card, x: &Tensor, dtype: DType) -> Result<Tens
         return Err(EngineError::DType { op: OP, expected: "floating-point elements", got });
     }
     let from = place(card, OP, x)?;
-    let mut scale = x.stored_scale();
-    let mut buffer = CardBuffer::new(card, x.len(), dtype)?;
-    if dtype == DType::F8 {
-        scale = transfer::scale_for(&largest(card, x)?, dtype);
-        buffer.scale = scale;
+    let out = card.empty(x.shape(), dtype)?;
+    let mut args = vec![Arg::Address(out.address(OP)?), Arg::Address(from), long(x.len())];
+    let scaled = match (dtype, x.dtype()) {
+        (DType::F8, _) => Some(find_scales(card, x, &out)?),
+        (_, DType::F8) => Some(x.scales(OP)?),
+        _ => None,
+    };
+    if let Some((scales, width, before)) = scaled {
+        args.extend([Arg::Address(scales), long(width), long(before)]);
     }
-    let out = Tensor::on_card(buffer, x.shape());
     let kernel = format!("{OP}_{}_{}", x.dtype().suffix(), dtype.suffix());
     let threads = x.len().div_ceil(chunk(x.dtype()).min(chunk(dtype)));
-    let args = [Arg::Address(out.address(OP)?), Arg::Address(from), long(x.len()), Arg::F32(scale)];
     start(card, (MODULE, &kernel), threads, &args)?;
     Ok(out)
 }
 
-/// The largest magnitudes of parts of `x`, on the host.
-fn largest(card: &'static Card, x: &Tensor) -> Result<Vec<f32>> {
+/// Writes the scale that each row of `x` needs to those of `out`; gives what [`Tensor::scales`] does.
+fn find_scales(card: &'static Card, x: &Tensor, out: &Tensor) -> Result<(Address, usize, usize)> {
     const OP: &str = "cast";
-    /// Each looks at as many chunks as it takes.
-    const BLOCKS: usize = 1024;
-    let from = floats(card, OP, x)?;
-    let blocks = x.len().div_ceil(chunk(x.dtype()) * BLOCK).min(BLOCKS);
-    let out = card.empty(&[blocks], DType::F32)?;
-    let args = [Arg::Address(out.address(OP)?), Arg::Address(from), long(x.len())];
-    start_blocks(card, (MODULE, &kernel_for("largest", x)), blocks, &args)?;
-    out.to_vec_f32()
+    let from = Arg::Address(floats(card, OP, x)?);
+    let (scales, width, before) = out.scales(OP)?;
+    let rows = x.len().checked_div(width).unwrap_or(0);
+    start_blocks(
+        card,
+        (MODULE, &kernel_for("find_scales", x)),
+        rows,
+        &[Arg::Address(scales), from, long(width)],
+    )?;
+    Ok((scales, width, before))
 }
 
 fn name(kind: Activation) -> &'static str {

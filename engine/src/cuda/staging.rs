@@ -51,6 +51,11 @@ impl Tensor {
             let got = format!("{:?} and {:?}", from.dtype(), self.dtype());
             return Err(EngineError::DType { op: "copy", expected: "equal types", got });
         }
+        if self.dtype() == DType::F8 {
+            // Their scales would stay behind.
+            let got = format!("{:?}", self.dtype());
+            return Err(EngineError::DType { op: "copy", expected: "no 8 bits", got });
+        }
         let bytes = self.len() * self.dtype().size();
         card.driver().copy(Stream::Compute, self.address("copy")?, from.address("copy")?, bytes)
     }
@@ -76,7 +81,7 @@ impl Tensor {
         match self.dtype() {
             DType::F32 => card.driver().upload(stream, to, bytemuck::cast_slice(data)),
             dtype => {
-                let bytes = transfer::bytes_of(data, dtype, self.stored_scale())?;
+                let bytes = transfer::bytes_of(data, dtype)?;
                 card.driver().upload(stream, to, &bytes)
             }
         }

@@ -11,6 +11,7 @@ mod loss;
 mod matmul;
 mod norm;
 mod optimizer;
+mod packed;
 mod pointwise;
 mod segment;
 
@@ -64,6 +65,7 @@ pub fn all() -> Vec<Check> {
         pointwise::checks,
         layout::checks,
         matmul::checks,
+        packed::checks,
         conv::checks,
         compose::checks,
         norm::checks,

@@ -81,11 +81,31 @@ fn values(tensors: &[Tensor]) -> Vec<Vec<f32>> {
 }
 
 #[test]
-fn eight_bits_need_the_host_and_say_so() {
+fn eight_bits_are_made_and_widened_without_the_host() {
     let device = emulator::open(MEMORY).unwrap();
-    let x = Tensor::from_f32(device, &[40], &noise(40, 1), DType::F32).unwrap();
-    let failed = device.card().unwrap().capture(|| x.to_dtype(DType::F8)).map(|_| ());
-    assert!(matches!(failed, Err(EngineError::NotCapturable(_))), "{failed:?}");
+    let card = device.card().unwrap();
+    let x = Tensor::from_f32(device, &[5, 8], &noise(40, 1), DType::F32).unwrap();
+    let work = || x.to_dtype(DType::F8)?.to_dtype(DType::BF16);
+    let (graph, got) = card.capture(work).unwrap();
+    for seed in [1, 2] {
+        // Scales are found anew by each replay.
+        let numbers: Vec<f32> = noise(40, seed).iter().map(|x| x * seed as f32 * 40.).collect();
+        x.refill(&numbers).unwrap();
+        card.driver().replay(graph).unwrap();
+        let want = Tensor::from_f32(device, &[5, 8], &numbers, DType::F8).unwrap();
+        assert_eq!(got.to_vec_f32().unwrap(), want.to_vec_f32().unwrap());
+    }
+    card.driver().drop_graph(graph);
+}
+
+#[test]
+fn eight_bits_cannot_be_refilled_or_copied_without_their_scales() {
+    let device = emulator::open(MEMORY).unwrap();
+    let x = Tensor::from_f32(device, &[5, 8], &noise(40, 1), DType::F8).unwrap();
+    let y = Tensor::from_f32(device, &[5, 8], &noise(40, 2), DType::F8).unwrap();
+    for wrong in [x.refill(&noise(40, 3)), x.copy_from(&y)] {
+        assert!(matches!(wrong, Err(EngineError::DType { .. })), "{wrong:?}");
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use super::picture::{decode_by, encode};
+use super::picture::{decode, encode};
 use super::resize::{Filter, resize};
 use super::text::Prompt;
 use super::{
@@ -160,7 +160,7 @@ impl Pipeline {
         let whole = Stage { like: Cow::Borrowed(request), starts, later: 0, masked: true };
         let Some(highres) = &request.highres_fix else {
             let latents = self.latents(jobs, whole, watch)?;
-            return decode_by(&self.vae, &latents, request.check()?, self.tiling);
+            return decode(&self.vae, &latents, request.check()?, self.tiling);
         };
         let first = highres.first(request);
         let (small, large) = (first.check()?, request.check()?);
@@ -173,14 +173,14 @@ impl Pipeline {
                 latents.chunks(each).map(enlarge).map(Start::Latents).collect()
             }
             false => {
-                let pictures = decode_by(&self.vae, &latents, small, self.tiling)?;
+                let pictures = decode(&self.vae, &latents, small, self.tiling)?;
                 pictures.into_iter().map(|small| Start::Picture(Cow::Owned(small))).collect()
             }
         };
         // As gen_img: another seed, and the mask has done its work.
         let second = Stage { like: Cow::Borrowed(request), starts, later: 1, masked: false };
         let latents = self.latents(jobs, second, watch)?;
-        decode_by(&self.vae, &latents, large, self.tiling)
+        decode(&self.vae, &latents, large, self.tiling)
     }
 
     /// Latents of all pictures of a stage, one behind the other.

@@ -47,13 +47,9 @@ impl Picture {
     }
 }
 
-/// Pictures of latents `[B,h,w,4]` as the U-Net knows them, `size` columns and rows of them.
-pub fn decode(vae: &Vae, latents: &[f32], size: [usize; 2]) -> Result<Vec<Picture>, PipelineError> {
-    decode_by(vae, latents, size, Tiling::Never)
-}
-
-/// As [`decode`], in tiles or whole.
-pub(super) fn decode_by(
+/// Pictures of latents `[B,h,w,4]` as the U-Net knows them, `size` columns and rows of them, in tiles
+/// or whole.
+pub fn decode(
     vae: &Vae,
     latents: &[f32],
     [width, height]: [usize; 2],

@@ -6,16 +6,19 @@
 use anyhow::{Context, Result};
 use engine::cuda::driver::CardFacts;
 use engine::cuda::flat::clip_factor;
-use engine::cuda::{Card, Trace, recorder};
-use engine::{Checkpointing, DType, Device, ElementLoss, ParamId, ParamStore, Tensor};
+use engine::cuda::recorder::{self, Counter};
+use engine::cuda::{Arena, Card, Trace};
+use engine::{Checkpointing, DType, Device, ElementLoss, Ids, ParamId, ParamStore, Tape, Tensor};
 use formats::Weights;
 use models::lora::LoraNetwork;
-use models::{ClipConfig, ClipTextModel, SizeIds, TextEncoders, Unet, UnetConfig, Vae, VaeConfig};
+use models::{
+    ClipConfig, ClipTextModel, SizeIds, TextEncoders, Tiling, Unet, UnetConfig, Vae, VaeConfig,
+};
 
-use crate::inputs::{CHUNK, EncodedPrompts, MicroBatch, Prompts, SecondPrompts, StepInputs};
+use crate::inputs::{CHUNK, EncodedPrompts, MicroBatch, Prompts, SecondPrompts, StepInputs, Text};
 use crate::objective::Noised;
 use crate::optimizer::{Build, Choice, Optimize, TensorForm, TensorStep};
-use crate::step::{Models, Setting, forward_backward};
+use crate::step::{Models, Setting, encode_text, forward_backward};
 
 /// The parts of a base model: sizes, and weights of which only shapes are asked for.
 #[derive(Clone, Copy)]
@@ -47,6 +50,8 @@ pub struct Subject<'a> {
     pub clip_skip: Option<usize>,
     /// Captions are encoded before the training, and the text encoder leaves the card.
     pub encoded: bool,
+    /// Captions that are encoded together then, and chunks of each.
+    pub captions: [usize; 2],
     /// Words have weights.
     pub weighted: bool,
     /// Pixels have weights.
@@ -103,6 +108,7 @@ pub struct Recording<'a> {
     subject: Subject<'a>,
     device: Device,
     card: &'static Card,
+    counter: Counter,
     models: Models,
     params: ParamStore,
     gradient: Tensor,
@@ -111,6 +117,8 @@ pub struct Recording<'a> {
     optimizer: Box<dyn Optimize>,
     /// What stays on the card.
     pub resident: Resident,
+    /// Most bytes while captions are encoded before the U-Net is there, where they are.
+    pub captions: Option<usize>,
 }
 
 /// Bytes on the card before and after.
@@ -135,7 +143,16 @@ impl<'a> Recording<'a> {
         optimizer: &Choice,
     ) -> Result<Self> {
         // What does not fit shall be known, too.
-        let device = recorder::open(facts.clone(), usize::MAX)?;
+        Self::on(recorder::open_counted(facts.clone(), usize::MAX)?, subject, stored, optimizer)
+    }
+
+    /// The same on a card that is open.
+    pub fn on(
+        (device, counter): (Device, Counter),
+        subject: Subject<'a>,
+        stored: DType,
+        optimizer: &Choice,
+    ) -> Result<Self> {
         let card = device.card().context("a recording card is a card")?;
         let mut meter = Meter(card, card.memory_stats().live);
         let mut resident = Resident::default();
@@ -146,12 +163,22 @@ impl<'a> Recording<'a> {
             second: subject.parts.text_encoder_2.map(load).transpose()?,
         };
         resident.text_encoder = meter.lap();
+        let mut text_encoder = Some(text_encoder);
+        let mut captions = None;
+        if subject.encoded {
+            // What reads the captions is gone before the U-Net comes.
+            let reading = read_captions(&subject, card, text_encoder.as_ref())?;
+            captions = Some(std::mem::take(&mut resident.text_encoder) + reading);
+            text_encoder = None;
+            card.release_idle();
+            meter = Meter(card, card.memory_stats().live);
+        }
         let (config, weights) = subject.parts.unet;
         let unet = Unet::load_stored(weights, config, device, (dtype, stored))?;
         resident.unet = meter.lap();
         let mut params = subject.network.parameters(device, subject.values.to_vec())?;
         resident.trained = meter.lap();
-        let mut models = Models { text_encoder: Some(text_encoder), unet };
+        let mut models = Models { text_encoder, unet };
         models.install(subject.network)?;
         params.keep_working(dtype, &subject.network.factors(1.))?;
         resident.working = meter.lap();
@@ -163,14 +190,11 @@ impl<'a> Recording<'a> {
         let build = Build { params: &params, forms: &forms, learning_rate: 1e-4 };
         let optimizer = optimizer.recipe.build(&build)?;
         resident.optimizer = meter.lap();
-        if subject.encoded {
-            models.text_encoder = None;
-            resident.text_encoder = 0;
-        }
         let mut recording = Self {
             subject,
             device,
             card,
+            counter,
             models,
             params,
             gradient,
@@ -178,6 +202,7 @@ impl<'a> Recording<'a> {
             inverse_scale,
             optimizer,
             resident,
+            captions,
         };
         recording.prepare_optimizer()?;
         Ok(recording)
@@ -240,6 +265,27 @@ impl<'a> Recording<'a> {
         Ok((trace, bytes))
     }
 
+    /// Floating-point operations of the products and convolutions of a step.
+    pub fn flops(&mut self, shape: StepShape, how: &Checkpointing) -> Result<f64> {
+        let before = self.counter.read().flops;
+        let inputs = self.inputs(shape)?;
+        self.give(&inputs, how)?;
+        Ok(self.counter.read().flops - before)
+    }
+
+    /// Two steps as a run takes them on its card: the inputs of two batches are there, the first takes
+    /// its memory as it comes, the second in one arena.
+    pub fn rehearse(&mut self, shape: StepShape, how: &Checkpointing) -> Result<()> {
+        let inputs = [self.inputs(shape)?, self.inputs(shape)?];
+        let card = self.card;
+        let (trace, ()) = card.trace(|| self.give(&inputs[0], how).map_err(into_engine_error))?;
+        card.release_idle();
+        let layout = trace.layout();
+        let arena = Arena::new(card, layout.total())?;
+        let second = || self.give(&inputs[1], how).map_err(into_engine_error);
+        Ok(card.within(&arena, &layout, second)?)
+    }
+
     /// The work of a step, in the order in which a card gets it.
     fn give(&mut self, inputs: &StepInputs, checkpointing: &Checkpointing) -> Result<()> {
         let (clip_skip, checkpointing) = (self.subject.clip_skip, checkpointing.clone());
@@ -255,20 +301,75 @@ impl<'a> Recording<'a> {
         }
         Ok(())
     }
+}
 
-    /// Most bytes that the VAE takes, weights included, to encode images `[batch,height,width]`; and
-    /// its weights alone.
-    pub fn encode_images(&self, [batch, height, width]: [usize; 3]) -> Result<(usize, usize)> {
-        let mut meter = Meter(self.card, self.card.memory_stats().live);
-        let (config, weights) = self.subject.parts.vae;
-        let vae = Vae::load(weights, config, self.device, self.subject.vae_dtype)?;
-        let resident = meter.lap();
-        let (device, shape) = (self.device, [batch, height, width, 3]);
-        let (trace, _) = self.card.trace(|| {
-            let images = Tensor::zeros(device, &shape, DType::F32)?;
-            vae.encode(&images)
-        })?;
-        Ok((resident + trace.peak(), resident))
+/// What the text encoders take for the captions that they read together, before the training.
+fn read_captions(
+    subject: &Subject<'_>,
+    card: &'static Card,
+    encoders: Option<&TextEncoders>,
+) -> Result<usize> {
+    let [together, chunks] = subject.captions;
+    let tokens = vec![0; together * chunks * CHUNK];
+    let pooled = subject.parts.text_encoder_2.and_then(|(config, _)| config.pooled);
+    let second =
+        pooled.map(|pooled| SecondPrompts { ids: tokens.clone(), pooled, sizes: Vec::new() });
+    let prompts = Prompts { ids: tokens, weights: None, chunks, second };
+    let (trace, _) = card.trace(|| {
+        let list = prompts.id_list().map_err(into_engine_error)?;
+        let ids = prompts.text_ids(&Ids::new(card.device(), &list)?);
+        let text = Text::Tokens { ids: ids.map_err(into_engine_error)?, factors: None };
+        encode_text(&Tape::inference(None), encoders, subject.clip_skip, &text)
+    })?;
+    Ok(trace.peak())
+}
+
+/// The VAE alone on a recording card.
+pub struct VaeRecording {
+    card: &'static Card,
+    vae: Vae,
+    /// Bytes of its weights.
+    pub weights: usize,
+}
+
+impl VaeRecording {
+    /// Loads it on a card like `facts`.
+    pub fn new(part: (&VaeConfig, &dyn Weights), facts: &CardFacts, dtype: DType) -> Result<Self> {
+        Self::on(recorder::open(facts.clone(), usize::MAX)?, part, dtype)
+    }
+
+    /// Loads it on a card that is open.
+    pub fn on(
+        device: Device,
+        (config, weights): (&VaeConfig, &dyn Weights),
+        dtype: DType,
+    ) -> Result<Self> {
+        let card = device.card().context("a recording card is a card")?;
+        let mut meter = Meter(card, card.memory_stats().live);
+        let vae = Vae::load(weights, config, device, dtype)?;
+        Ok(Self { card, vae, weights: meter.lap() })
+    }
+
+    /// Most bytes, weights included, while images `[batch,height,width]` are encoded.
+    pub fn encode(&self, [batch, height, width]: [usize; 3]) -> Result<usize> {
+        let shape = [batch, height, width, self.vae.config().image_channels];
+        self.peak(&shape, |images| self.vae.encode(images).map(drop))
+    }
+
+    /// Most bytes, weights included, while latents `[height,width]` of one picture are decoded.
+    pub fn decode(&self, [height, width]: [usize; 2], tiling: Tiling) -> Result<usize> {
+        let shape = [1, height, width, self.vae.config().latent_channels];
+        self.peak(&shape, |latents| self.vae.decode_by(latents, tiling).map(drop))
+    }
+
+    fn peak(
+        &self,
+        shape: &[usize],
+        run: impl FnOnce(&Tensor) -> engine::Result<()>,
+    ) -> Result<usize> {
+        let (trace, ()) =
+            self.card.trace(|| run(&Tensor::zeros(self.card.device(), shape, DType::F32)?))?;
+        Ok(self.weights + trace.peak())
     }
 }
 

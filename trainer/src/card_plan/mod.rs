@@ -1,22 +1,29 @@
 //! The memory of a card is planned: what a run takes is measured on a recording card, and only as
 //! much is given up as the limit asks for.
 //!
-//! In this order: nothing; blocks are checkpointed, those that keep most first; the optimizer's state
-//! in 8 bits, where it is AdamW's; the frozen U-Net in 8 bits. What cannot fit then is refused with
-//! numbers.
+//! In this order: nothing; blocks are checkpointed, those first that keep most for what it costs to
+//! compute them again; the optimizer's state in 8 bits, where it is AdamW's; the frozen U-Net in 8
+//! bits; both. What cannot fit then is refused with numbers. Checkpointing takes more time than the
+//! others, and yet comes first: it alone gives the same weights to the bit. Whoever wants the time
+//! back asks for `fp8_base`.
 
 mod choose;
 mod measure;
+mod refuse;
+mod rehearse;
 mod run;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_sdxl;
 
 use anyhow::{Result, bail};
 use engine::Checkpointing;
 use engine::cuda::driver::{CardFacts, WORKSPACE};
 
 pub use self::choose::{Wishes, choose};
-pub use self::measure::{Parts, Recording, Resident, StepShape, Subject};
+pub use self::measure::{Parts, Recording, Resident, StepShape, Subject, VaeRecording};
+pub use self::rehearse::Rehearsal;
 pub use self::run::{Target, Work, plan_run};
 use crate::memory::show_bytes;
 use crate::options::Options;
@@ -57,6 +64,10 @@ pub struct Chosen {
     pub eight_bit: bool,
     /// The frozen U-Net is kept in 8 bits.
     pub fp8: bool,
+    /// Images that the VAE encodes together before the training, where fewer than asked for.
+    pub vae_batch: Option<usize>,
+    /// Sample pictures are decoded in tiles.
+    pub tiled_samples: bool,
 }
 
 /// A run's use of its card.
@@ -68,6 +79,8 @@ pub struct CardPlan {
     pub rows: Vec<Row>,
     /// Most bytes while latents are cached, before the training; all else is not there yet.
     pub caching: Option<usize>,
+    /// Most bytes while captions are encoded, before the U-Net is there.
+    pub captions: Option<usize>,
     /// Most bytes while a sample picture is made, all that stays on the card included; the arena of
     /// the steps makes room.
     pub sampling: Option<usize>,
@@ -85,25 +98,33 @@ impl CardPlan {
 
     /// Most bytes at any time.
     pub fn peak(&self) -> usize {
-        let caching = self.caching.map_or(0, |bytes| bytes + OVERHEAD);
-        self.training().max(caching).max(self.sampling.unwrap_or(0))
+        let before = self.caching.into_iter().chain(self.captions).max();
+        let before = before.map_or(0, |bytes| bytes + OVERHEAD);
+        self.training().max(before).max(self.sampling.unwrap_or(0))
     }
 
-    /// Takes sample pictures into account; refuses those that do not fit.
+    /// Takes sample pictures into account: decoded in tiles where the whole does not fit; refuses
+    /// those that do not fit at all.
     pub fn add_samples(&mut self, picture: PictureBytes) -> Result<()> {
         let arena = self.rows.iter().filter(|row| row.name == ARENA).map(|row| row.bytes);
-        let needs = self.training() - arena.sum::<usize>() + picture.most();
+        let kept = self.training() - arena.sum::<usize>();
+        let (whole, tiled) = (kept + picture.most(), kept + picture.most_in_tiles());
         let [width, height] = picture.size;
-        if needs > self.limit {
+        if tiled > self.limit {
             bail!(
                 "to make a sample picture of {width}x{height} takes {} of the card with what the \
                  training keeps there, it may use: {}\nhint: make it smaller (`--w`, `--h` in \
                  `sample_prompts`), or make no samples",
-                show_bytes(needs),
+                show_bytes(tiled),
                 show_bytes(self.limit)
             );
         }
-        self.sampling = Some(needs);
+        self.chosen.tiled_samples = whole > self.limit;
+        if self.chosen.tiled_samples {
+            let limit = show_bytes(self.limit);
+            self.notes.push(format!("samples are decoded in tiles to fit {limit}"));
+        }
+        self.sampling = Some(if self.chosen.tiled_samples { tiled } else { whole });
         Ok(())
     }
 
@@ -120,6 +141,10 @@ impl CardPlan {
         }
         if let Some(caching) = self.caching {
             text += &format!("\nbefore that, to cache latents: {}", show_bytes(caching + OVERHEAD));
+        }
+        if let Some(captions) = self.captions {
+            let bytes = show_bytes(captions + OVERHEAD);
+            text += &format!("\nbefore that, to encode captions: {bytes}");
         }
         if let Some(sampling) = self.sampling {
             text += &format!("\nbetween steps, to make samples: {}", show_bytes(sampling));

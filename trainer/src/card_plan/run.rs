@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result};
 use collectives::Comm;
-use engine::Device;
 use engine::cuda::driver::CardFacts;
+use engine::{DType, Device};
 
 use super::{CardPlan, OVERHEAD, Parts, StepShape, Subject, Wishes, choose, imagined_card};
 use crate::base::Base;
@@ -13,7 +13,7 @@ use crate::network::PreparedNetwork;
 use crate::options::Options;
 use crate::precision::{compute_type, vae_type};
 use crate::samples::{SamplePlan, picture_bytes};
-use crate::text_cache::is_wanted;
+use crate::text_cache::{self, is_wanted};
 use crate::world::World;
 
 /// Names of AdamW whose state can be kept in 8 bits instead.
@@ -78,6 +78,10 @@ impl<'a> Work<'a> {
         let untrained = !prepared.network.has_text_modules();
         let constant =
             [Some(group), held_out].into_iter().flatten().all(|g| constant_captions(g).is_some());
+        let length = options.max_token_length.map(|length| length as u32);
+        let length = TokenLength::from_option(length);
+        let chunks = length.context("`max_token_length` must be 150 or 225")?.chunks();
+        let together = text_cache::together(options);
         let files = &base.files;
         let subject = Subject {
             parts: Parts {
@@ -92,6 +96,7 @@ impl<'a> Work<'a> {
             vae_dtype: vae_type(options, device, files.family),
             clip_skip: options.clip_skip,
             encoded: untrained && constant && is_wanted(options, device),
+            captions: [together, chunks],
             weighted: options.weighted_captions,
             masked: options.alpha_mask || options.masked_loss,
         };
@@ -100,7 +105,7 @@ impl<'a> Work<'a> {
             Some(_) => [world.micro_batches(size), vec![size.max(1)]].concat(),
             None => world.micro_batches(size),
         };
-        let shapes = step_shapes(options, group, &micro_batches)?;
+        let shapes = step_shapes(chunks, group, &micro_batches);
         let caching = options.cache_latents || options.cache_latents_to_disk;
         let together = match (caching, options.reproducible) {
             (true, false) => Some(options.vae_batch_size.max(1)),
@@ -145,7 +150,8 @@ pub fn plan_run(
     };
     let mut plan = choose(subject, &wishes, &target.facts, target.limit)?;
     if let Some(samples) = samples {
-        let types = (subject.dtype, subject.vae_dtype);
+        let stored = if plan.chosen.fp8 { DType::F8 } else { subject.dtype };
+        let types = (subject.dtype, stored, subject.vae_dtype);
         let picture = picture_bytes(samples, subject.parts, types, &target.facts)?;
         plan.add_samples(picture)?;
     }
@@ -160,13 +166,10 @@ pub fn plan_run(
 
 /// The shapes of all batches of a run.
 fn step_shapes(
-    options: &Options,
+    chunks: usize,
     group: &DatasetGroup,
     micro_batches: &dyn Fn(usize) -> Vec<usize>,
-) -> Result<Vec<StepShape>> {
-    let length = options.max_token_length.map(|length| length as u32);
-    let chunks =
-        TokenLength::from_option(length).context("`max_token_length` must be 150 or 225")?.chunks();
+) -> Vec<StepShape> {
     let mut shapes: Vec<StepShape> = group
         .datasets
         .iter()
@@ -184,7 +187,7 @@ fn step_shapes(
         .collect();
     shapes.sort();
     shapes.dedup();
-    Ok(shapes)
+    shapes
 }
 
 impl CardPlan {
@@ -195,6 +198,9 @@ impl CardPlan {
         }
         if self.chosen.fp8 {
             options.fp8_base = true;
+        }
+        if let Some(together) = self.chosen.vae_batch {
+            options.vae_batch_size = together;
         }
     }
 }

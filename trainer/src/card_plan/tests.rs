@@ -14,10 +14,10 @@ use super::*;
 use crate::optimizer::{Choice, choose as optimizer};
 
 /// Names and shapes without a byte.
-struct Shapes(HashMap<String, Vec<usize>>);
+pub(super) struct Shapes(HashMap<String, Vec<usize>>);
 
 impl Shapes {
-    fn new(list: models::Result<Vec<TensorShape>>) -> Self {
+    pub(super) fn new(list: models::Result<Vec<TensorShape>>) -> Self {
         Self(list.unwrap().into_iter().collect())
     }
 }
@@ -37,7 +37,7 @@ impl Weights for Shapes {
 }
 
 /// Stable Diffusion 1 with a LoRA of rank 16 on text encoder and U-Net.
-struct Sd1 {
+pub(super) struct Sd1 {
     unet: (UnetConfig, Shapes),
     text: (ClipConfig, Shapes),
     vae: (VaeConfig, Shapes),
@@ -48,7 +48,7 @@ struct Sd1 {
 }
 
 impl Sd1 {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let (unet, text, vae) = (UnetConfig::sd1(), ClipConfig::sd1(), VaeConfig::sd1());
         let unet_shapes = Shapes::new(Unet::tensor_shapes(&unet));
         let text_shapes = Shapes::new(ClipTextModel::tensor_shapes(&text));
@@ -83,16 +83,31 @@ impl Sd1 {
             vae_dtype: dtype,
             clip_skip: None,
             encoded: false,
+            captions: [16, 1],
             weighted: false,
             masked: false,
         }
     }
 
-    fn plan(&self, batch: usize, limit: usize, checkpointing: bool) -> anyhow::Result<CardPlan> {
+    pub(super) fn plan(
+        &self,
+        batch: usize,
+        limit: usize,
+        checkpointing: bool,
+    ) -> anyhow::Result<CardPlan> {
+        self.plan_kept(batch, limit, (checkpointing, false))
+    }
+
+    fn plan_kept(
+        &self,
+        batch: usize,
+        limit: usize,
+        (checkpointing, fp8): (bool, bool),
+    ) -> anyhow::Result<CardPlan> {
         let shapes = [StepShape { batch, height: 64, width: 64, chunks: 1 }];
         let wishes = Wishes {
             checkpointing,
-            fp8: false,
+            fp8,
             optimizer: &self.adamw,
             eight_bit: Some(&self.eight_bit),
             shapes: &shapes,
@@ -152,15 +167,24 @@ fn no_more_is_given_up_than_the_limit_asks_for() {
     assert!(less.training() <= plain.training() - (64 << 20));
     let all = sd1.plan(1, HUGE, true).unwrap();
     assert_eq!(all.chosen.checkpointing, Checkpointing::All);
-    // Below all blocks: the optimizer's state first, then the weights.
+    // Below all blocks: the optimizer's state first, then the weights. Allocators round up, so that the
+    // limits themselves are a little above what is planned.
     let state =
         |plan: &CardPlan| plan.rows.iter().find(|row| row.name == "optimizer state").unwrap().bytes;
-    let eight = sd1.plan(1, all.training() - (8 << 20), false).unwrap();
+    let first_below = |start: usize, wanted: &dyn Fn(&Chosen) -> bool| {
+        let limits = (0..8).map(|step| start - step * (40 << 20));
+        let mut plans = limits.map(|limit| sd1.plan(1, limit, false).unwrap());
+        plans.find(|plan| wanted(&plan.chosen)).unwrap()
+    };
+    let eight = first_below(all.training() + (128 << 20), &|chosen| chosen.eight_bit || chosen.fp8);
     assert!(eight.chosen.eight_bit && !eight.chosen.fp8, "{}", eight.table());
     assert!(state(&eight) * 3 < state(&all), "{} {}", state(&eight), state(&all));
-    let packed = sd1.plan(1, all.training() - (200 << 20), false).unwrap();
-    assert!(packed.chosen.eight_bit && packed.chosen.fp8, "{}", packed.table());
+    let packed = first_below(eight.limit - (40 << 20), &|chosen| chosen.fp8);
+    assert!(!packed.chosen.eight_bit && packed.chosen.fp8, "{}", packed.table());
     assert!(frozen(&packed) * 100 < frozen(&all) * 52);
+    let both = sd1.plan_kept(1, HUGE, (true, true)).unwrap();
+    let both = first_below(both.training() + (128 << 20), &|chosen| chosen.eight_bit);
+    assert!(both.chosen.eight_bit && both.chosen.fp8, "{}", both.table());
 }
 
 #[test]

@@ -47,9 +47,10 @@ macro_rules! training_options {
         /// below a 256th of a weight are lost that way; gradients and the optimizer's state stay
         /// float32. Needs `mixed_precision = "bf16"`.
         full_bf16: bool = false, Supported;
-        /// Keep the frozen U-Net's weights in 8-bit floats on a card (E4M3, one scale for each
-        /// tensor): half the memory of bf16, coarser weights, the same arithmetic. The text encoder
-        /// stays as it is. `vram_limit` turns it on where nothing else helps.
+        /// Keep the frozen U-Net's weights in 8-bit floats on a card (E4M3, one scale for each output
+        /// channel): half the memory of bf16, coarser weights, the same arithmetic. Norms, biases,
+        /// the time embedding, the first and last convolution and the text encoder stay as they are.
+        /// `vram_limit` turns it on where nothing else helps. On the CPU it has no effect.
         fp8_base: bool = false, Supported;
         /// The same as `--fp8_base`.
         fp8_base_unet: bool = false, Supported;

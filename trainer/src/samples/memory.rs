@@ -5,11 +5,11 @@ use engine::cuda::driver::CardFacts;
 use engine::cuda::recorder;
 use engine::{DType, Tape, Tensor, Value};
 use models::prompt::CHUNK;
-use models::{Unet, UnetInput, Vae};
+use models::{Tiling, Unet, UnetInput};
 
 use super::SamplePlan;
 use crate::base::Base;
-use crate::card_plan::{Parts, imagined_card};
+use crate::card_plan::{Parts, VaeRecording, imagined_card};
 
 /// Most bytes that a picture takes beside the models of the training.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -18,6 +18,8 @@ pub struct PictureBytes {
     pub denoising: usize,
     /// While the VAE makes pixels of the latents, its weights included.
     pub decoding: usize,
+    /// The same in tiles.
+    pub decoding_in_tiles: usize,
     /// Columns and rows of the largest picture.
     pub size: [usize; 2],
 }
@@ -27,14 +29,19 @@ impl PictureBytes {
     pub fn most(&self) -> usize {
         self.denoising.max(self.decoding)
     }
+
+    /// The same with the VAE at work in tiles.
+    pub fn most_in_tiles(&self) -> usize {
+        self.denoising.max(self.decoding_in_tiles)
+    }
 }
 
-/// Measures the largest picture of `plan` on a card like `facts`; types are those of the arithmetic
-/// and of the VAE's. Kernels' scratch on the CPU is not in it.
+/// Measures the largest picture of `plan` on a card like `facts`; types are those of the arithmetic,
+/// of the U-Net's stored weights and of the VAE's arithmetic. Kernels' scratch on the CPU is not in it.
 pub fn picture_bytes(
     plan: &SamplePlan,
     parts: Parts<'_>,
-    (dtype, vae_dtype): (DType, DType),
+    (dtype, stored, vae_dtype): (DType, DType, DType),
     facts: &CardFacts,
 ) -> Result<PictureBytes> {
     let area = |size: &[usize; 2]| size[0] * size[1];
@@ -47,7 +54,7 @@ pub fn picture_bytes(
     let guided = plan.prompts.iter().any(|prompt| prompt.scale != 1.);
     let batch = if guided { 2 } else { 1 };
     let (config, weights) = parts.unet;
-    let unet = Unet::load(weights, config, device, dtype)?;
+    let unet = Unet::load_stored(weights, config, device, (dtype, stored))?;
     let context_width = config.context_width;
     let (trace, ()) = card.trace(|| {
         let zeros = |shape: &[usize]| Tensor::zeros(device, shape, DType::F32);
@@ -63,15 +70,10 @@ pub fn picture_bytes(
     })?;
     let denoising = trace.peak();
     drop(unet);
-    let before = card.memory_stats().live;
-    let (config, weights) = parts.vae;
-    let vae = Vae::load(weights, config, device, vae_dtype)?;
-    let resident = card.memory_stats().live.saturating_sub(before);
-    let (trace, ()) = card.trace(|| {
-        let shape = [1, height, width, config.latent_channels];
-        vae.decode(&Tensor::zeros(device, &shape, DType::F32)?).map(drop)
-    })?;
-    Ok(PictureBytes { denoising, decoding: resident + trace.peak(), size })
+    let vae = VaeRecording::new(parts.vae, facts, vae_dtype)?;
+    let decoding = vae.decode([height, width], Tiling::Never)?;
+    let decoding_in_tiles = vae.decode([height, width], Tiling::Always)?;
+    Ok(PictureBytes { denoising, decoding, decoding_in_tiles, size })
 }
 
 /// About what the largest picture takes on the CPU beside the models of the training.
@@ -85,5 +87,5 @@ pub fn bytes_on_cpu(plan: &SamplePlan, base: &Base) -> Result<usize> {
     };
     // What is counted are the tensors, which are those of a card.
     let card = imagined_card(usize::MAX);
-    Ok(picture_bytes(plan, parts, (base.dtype, base.vae_dtype), &card)?.most())
+    Ok(picture_bytes(plan, parts, (base.dtype, base.dtype, base.vae_dtype), &card)?.most())
 }

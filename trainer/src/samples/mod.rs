@@ -30,6 +30,7 @@ use collectives::{Comm, Phase, signals};
 use engine::ParamStore;
 use formats::atomic::{remove_leftovers, write_atomic_if};
 use formats::model_spec::civil_time;
+use models::Tiling;
 use models::pipeline::Predictor;
 use models::prompt::Tokenizers;
 
@@ -69,6 +70,8 @@ pub struct Samples {
     /// Hidden states of this rank's prompts, where the text encoder is not trained.
     encoded: Option<BTreeMap<usize, Encoded>>,
     vae: Option<VaeFile>,
+    /// How pictures are decoded.
+    tiling: Tiling,
 }
 
 /// A picture that is written.
@@ -117,6 +120,7 @@ impl Samples {
             clip_skip: options.clip_skip,
             encoded: None,
             vae: None,
+            tiling: Tiling::Never,
         })
     }
 
@@ -139,6 +143,11 @@ impl Samples {
         }
         self.encoded = Some(encoded);
         Ok(self)
+    }
+
+    /// The same with pictures decoded in tiles, if `tiled`.
+    pub fn tiled(self, tiled: bool) -> Self {
+        Self { tiling: if tiled { Tiling::Always } else { Tiling::Never }, ..self }
     }
 
     /// Keeps the file of the VAE; the rest of the base model is closed.
@@ -233,7 +242,7 @@ impl Samples {
         let seed = prompt.seed.unwrap_or_else(|| random_seed(prompt.number));
         let mut facts = self.facts.clone();
         facts.push(("Training step", moment.step.to_string()));
-        let made = make((predictor, vae), (prompt, &encoded, seed), &facts, &mut live)
+        let made = make((predictor, vae, self.tiling), (prompt, &encoded, seed), &facts, &mut live)
             .with_context(|| {
                 format!("the sample of this prompt could not be made: {}", prompt.prompt)
             })?;

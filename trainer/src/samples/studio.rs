@@ -12,7 +12,7 @@ use models::pipeline::{
     decode,
 };
 use models::prompt::Tokenizers;
-use models::{ModelError, TextEncoders, Vae, VaeConfig};
+use models::{ModelError, TextEncoders, Tiling, Vae, VaeConfig};
 use pictures::{Pixels, encode_png};
 
 use super::prompts::{MOST_CHUNKS, SamplePrompt};
@@ -49,10 +49,15 @@ pub enum VaeAt<'a> {
 }
 
 impl VaeAt<'_> {
-    fn decode(self, latents: &[f32], size: [usize; 2]) -> Result<Vec<Picture>, PipelineError> {
+    fn decode(
+        self,
+        latents: &[f32],
+        size: [usize; 2],
+        tiling: Tiling,
+    ) -> Result<Vec<Picture>, PipelineError> {
         match self {
-            Self::Training(encoder) => decode(encoder.borrow().vae(), latents, size),
-            Self::File(file) => decode(&file.load()?, latents, size),
+            Self::Training(encoder) => decode(encoder.borrow().vae(), latents, size, tiling),
+            Self::File(file) => decode(&file.load()?, latents, size, tiling),
         }
     }
 }
@@ -94,7 +99,7 @@ pub enum Made {
 /// Makes the picture of `prompt`; `live` is called after each evaluation of the U-Net, to break ends
 /// the work. `facts` are for the text in the picture.
 pub fn make(
-    (predictor, vae): (Predictor<'_>, VaeAt<'_>),
+    (predictor, vae, tiling): (Predictor<'_>, VaeAt<'_>, Tiling),
     (prompt, encoded, seed): (&SamplePrompt, &Encoded, u64),
     facts: &[(&str, String)],
     live: &mut dyn FnMut() -> ControlFlow<()>,
@@ -124,7 +129,7 @@ pub fn make(
     if live().is_break() {
         return Ok(Made::Stopped);
     }
-    let picture = match vae.decode(&latents, size) {
+    let picture = match vae.decode(&latents, size, tiling) {
         Err(error @ PipelineError::NotFinite) => return Ok(Made::NotFinite(error.to_string())),
         pictures => pictures?.pop().context("the VAE gave no picture")?,
     };

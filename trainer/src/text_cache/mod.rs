@@ -139,6 +139,11 @@ pub fn is_wanted(options: &Options, device: Device) -> bool {
     options.cache_text_encoder_outputs || device != Device::Cpu
 }
 
+/// Captions that go through the text encoders together.
+pub fn together(options: &Options) -> usize {
+    options.text_encoder_batch_size.unwrap_or(TOGETHER).max(1)
+}
+
 impl TextCache {
     /// The captions of these images, and which of them are beside the images already; `None` where
     /// captions are encoded when they are needed. All ranks call it, before anything is loaded.
@@ -179,7 +184,7 @@ impl TextCache {
             },
             form: Form::new(base, length.chunks()),
             clip_skip: options.clip_skip,
-            batch: options.text_encoder_batch_size.unwrap_or(TOGETHER).max(1),
+            batch: together(options),
             to_disk,
             skip_check: options.skip_cache_check,
             missing: Vec::new(),

@@ -7,12 +7,12 @@ use formats::lora_file::{self, SaveAs};
 use formats::{Dtype, OwnedTensor};
 
 use super::*;
-use crate::ModelError;
 use crate::lora::{
     Algorithm, Composition, Form, LoraNetwork, Part, Rank, Split, UniformRanks,
     text_encoder_targets, unet_targets,
 };
 use crate::sampler::SamplerKind;
+use crate::{ModelError, Tiling};
 
 fn request() -> Request {
     Request {
@@ -126,7 +126,7 @@ fn picture_in_training(
     let mut subjects = [Subject { prompt, negative, noise, start: None, mask: None }];
     let mut watch = |_| ControlFlow::Continue(());
     let latents = predictor.denoise(&mut subjects, &how, &mut watch).expect("latents");
-    decode(&pipeline.vae, &latents, how.size).expect("a picture").remove(0)
+    decode(&pipeline.vae, &latents, how.size, Tiling::Never).expect("a picture").remove(0)
 }
 
 /// The same numbers in other sums. The small model makes much of rounding: one unit in the last place of
