@@ -190,6 +190,13 @@ impl ModelFiles {
         }
     }
 
+    /// Says that the layer's weight was read: its pages need not stay in this process.
+    pub fn release(&self, layer: &Layer) {
+        if let Some(stored) = self.files.get(layer.place.file) {
+            stored.file.release(&layer.place.key);
+        }
+    }
+
     /// A component under the names of diffusers and transformers; of a single file without VAE
     /// there is none.
     pub fn component(&self, kind: ComponentKind) -> Option<&Component> {

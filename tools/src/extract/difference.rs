@@ -72,6 +72,8 @@ impl Models {
             }
             see(&piece);
         }
+        self.original.release(layer);
+        self.tuned.release(other);
         Ok(())
     }
 

@@ -64,6 +64,7 @@ impl Merge<'_> {
         write_tensors(path, save_as, &specs, metadata, |at, sink| {
             let spec = &specs[at];
             self.fill(index, spec, sink)?;
+            stored.file.release(&spec.name);
             self.progress.advance(spec.bytes() as u64);
             Ok(())
         })
