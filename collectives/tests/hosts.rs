@@ -153,12 +153,15 @@ fn a_rank_that_leaves_is_noticed_on_every_host_at_once() {
     let start = Instant::now();
     let errors = Job::new(2, 2).run(|env| {
         let comm = Comm::connect(&env).unwrap();
-        comm.barrier().unwrap();
+        let met = comm.barrier();
         if env.rank == 3 {
+            met.unwrap();
             drop(comm);
             return None;
         }
-        Some(comm.all_reduce(&mut values(env.rank, 100_000)).unwrap_err().to_string())
+        // The news can reach a rank that is still on its way out of the barrier.
+        let sum = met.and_then(|()| comm.all_reduce(&mut values(env.rank, 100_000)));
+        Some(sum.unwrap_err().to_string())
     });
     // Well below the deadline of 30 s; how fast a busy machine is, no test can say.
     assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
