@@ -33,9 +33,15 @@ fn a_plan_lists_what_is_on_the_card_and_writes_nothing() {
 #[test]
 fn what_cannot_fit_is_refused_with_numbers() {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let output = plan(folder.path(), &["--vram_limit", "300MB"]);
-    assert_eq!(output.status.code(), Some(78), "{}", text(&output));
-    let said = text(&output);
-    assert!(said.contains("at least") && said.contains("it may use: 286 MiB"), "{said}");
-    assert!(said.contains("\nhint: "), "{said}");
+    for (limit, what, may) in [
+        ("300MB", "at least 464 MiB of a card before its first tensor", "it may use: 286 MiB"),
+        ("488MB", "to encode an image of 64x64", "it may use: 465 MiB"),
+        ("500MB", "the run takes at least", "it may use: 477 MiB"),
+    ] {
+        let output = plan(folder.path(), &["--vram_limit", limit]);
+        let said = text(&output);
+        assert_eq!(output.status.code(), Some(78), "{limit}: {said}");
+        assert!(said.contains(what) && said.contains(may), "{limit}: {said}");
+        assert!(said.contains("\nhint: "), "{limit}: {said}");
+    }
 }

@@ -8,7 +8,7 @@ use engine::cuda::driver::{CardFacts, WORKSPACE};
 use engine::{Checkpointing, DType};
 
 use super::measure::{Recording, StepShape, Subject, VaeRecording};
-use super::refuse::{refuse, refuse_encoding};
+use super::refuse::{refuse, refuse_encoding, refuse_too_little};
 use super::rehearse::Rehearsal;
 use super::{ARENA, CONTEXT_BYTES, CardPlan, Chosen, OVERHEAD, Row};
 use crate::memory::show_bytes;
@@ -242,6 +242,7 @@ pub fn choose(
     facts: &CardFacts,
     limit: usize,
 ) -> Result<CardPlan> {
+    refuse_too_little(limit)?;
     let mut smallest = usize::MAX;
     let images = plan_images(&subject, wishes, facts, limit)?;
     for level in levels(wishes, subject.dtype) {

@@ -9,6 +9,19 @@ use super::measure::{Recording, StepShape, Subject, VaeRecording};
 use super::{CardPlan, OVERHEAD};
 use crate::memory::show_bytes;
 
+/// Refuses a limit that leaves nothing for tensors.
+pub(super) fn refuse_too_little(limit: usize) -> Result<()> {
+    if limit > OVERHEAD {
+        return Ok(());
+    }
+    bail!(
+        "a process takes at least {} of a card before its first tensor, it may use: {}\nhint: close \
+         what else uses the card, or raise `vram_limit`",
+        show_bytes(OVERHEAD),
+        show_bytes(limit)
+    )
+}
+
 /// Says what an image takes that the VAE cannot encode.
 pub(super) fn refuse_encoding(
     needs: usize,
