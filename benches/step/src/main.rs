@@ -214,7 +214,10 @@ fn main() -> Result<()> {
     ]);
     network.set_magnitudes(&mut values, &frozen)?;
     let mut params = network.parameters(Device::Cpu, values)?;
-    models.install(&network)?;
+    match args.family {
+        Family::Sd1 => models.install(&network)?,
+        Family::Sdxl => network.install_unet(&mut models.unet, 1.)?,
+    }
     let forms = TensorForm::of(&network);
     let build = Build { params: &params, forms: &forms, learning_rate: 1e-4 };
     let mut optimizer = AdamWSettings::default().build(&build)?;
