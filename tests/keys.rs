@@ -17,7 +17,7 @@ use serde_json::Value;
 use crate::harness::{Scene, data, quoted, text};
 
 /// Shapes of a model without its numbers.
-struct Shapes(BTreeMap<String, Vec<usize>>);
+pub struct Shapes(pub BTreeMap<String, Vec<usize>>);
 
 impl Weights for Shapes {
     fn names(&self) -> Vec<String> {

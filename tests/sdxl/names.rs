@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 
-use formats::{FormatError, TensorView, Weights};
 use models::lora::{
     Algorithm, BlockLayout, BlockLrText, BlockRankText, BlockRanks, BlockRates, LayerKind,
     LoraNetwork, Preset, PresetRanks, Rank, RankRule, Target, UniformRank, UniformRanks,
@@ -14,34 +13,16 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::harness::data;
+use crate::keys::Shapes;
 
-/// Names and shapes without a byte.
-struct Shapes(BTreeMap<String, Vec<usize>>);
-
-impl Shapes {
-    fn of(shapes: Vec<TensorShape>) -> Self {
-        Self(shapes.into_iter().collect())
-    }
-}
-
-impl Weights for Shapes {
-    fn names(&self) -> Vec<String> {
-        self.0.keys().cloned().collect()
-    }
-
-    fn get(&self, name: &str) -> Result<TensorView<'_>, FormatError> {
-        Err(FormatError::MissingTensor { path: "shapes".into(), name: name.to_owned() })
-    }
-
-    fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        self.0.get(name).cloned()
-    }
+fn shapes_of(shapes: Vec<TensorShape>) -> Shapes {
+    Shapes(shapes.into_iter().collect())
 }
 
 /// Every layer of the full-size model that the trainer offers to a rule.
 fn targets() -> Vec<Target> {
-    let text = |config| Shapes::of(ClipTextModel::tensor_shapes(&config).expect("shapes"));
-    let unet = Shapes::of(Unet::tensor_shapes(&UnetConfig::sdxl()).expect("shapes"));
+    let text = |config| shapes_of(ClipTextModel::tensor_shapes(&config).expect("shapes"));
+    let unet = shapes_of(Unet::tensor_shapes(&UnetConfig::sdxl()).expect("shapes"));
     let mut targets =
         sdxl_text_encoder_targets(&text(ClipConfig::sd1()), &text(ClipConfig::sdxl_second()));
     targets.extend(unet_targets(&unet));

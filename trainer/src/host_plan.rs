@@ -97,8 +97,7 @@ impl HostPlan {
     }
 }
 
-/// The shapes that can take most: of every number of chunks the one with most pixels, and the one
-/// with most samples.
+/// The shapes that can take most: the one with most pixels, and the one with most samples.
 fn largest(shapes: &[StepShape]) -> Vec<StepShape> {
     let mut chosen = Vec::new();
     for by in [StepShape::pixels, |shape: &StepShape| shape.batch] {

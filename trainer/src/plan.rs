@@ -215,7 +215,7 @@ pub fn describe(
 }
 
 /// What a rank takes beside its card: values of the network, and room to bring the largest tensor
-/// of the base model, as f32 in two orders, to the card. Files are mapped, not read.
+/// of the base model to the card: as f32, and as the bytes that are sent. Files are mapped, not read.
 fn describe_main_memory(base: &Base, prepared: &PreparedNetwork) -> String {
     let largest = base
         .parts()
@@ -225,7 +225,8 @@ fn describe_main_memory(base: &Base, prepared: &PreparedNetwork) -> String {
         .map(|shape| shape.iter().product::<usize>())
         .max()
         .unwrap_or(0);
-    let (values, room) = (prepared.network.element_count() * 4, largest * 8);
+    let room = largest * (DType::F32.size() + base.dtype.size());
+    let values = prepared.network.element_count() * 4;
     format!(
         "about {} a rank beside images and program: the network's values {}, room to load a tensor {}",
         show_bytes(values + room),
